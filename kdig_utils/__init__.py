@@ -1,0 +1,9 @@
+"""kdig_utils: the helper package of the executable book on explanation-guided knowledge distillation.
+
+The modules follow the way of the data, and import only what stands before them:
+
+`paths` → `cifar10` → `models` → `integrated_gradients` → `signals` → `overlay` → `losses` → `runs` → `training`
+→ `artifacts` → `study` → `latency`, `claims`, `figures` → `reproduce` → the command line `python -m kdig_utils`.
+"""
+
+__version__ = "0.1.0"

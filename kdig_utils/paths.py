@@ -1,0 +1,84 @@
+"""Where the book keeps its files: the repository, its ledger and artifacts, and the workspace for large things."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["repository_root", "ledger_path", "curves_folder", "artifacts_folder", "workspace", "replacing"]
+
+
+def repository_root() -> Path:
+    """The book's folder: `KDIG_ROOT` if set, else the nearest folder upwards that holds `notebooks` and `kdig_utils`.
+
+    Raises:
+        FileNotFoundError: no such folder was found.
+    """
+    if root := os.environ.get("KDIG_ROOT"):
+        return Path(root).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents, *Path(__file__).resolve().parents):
+        if (folder / "notebooks").is_dir() and (folder / "kdig_utils").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"no folder with notebooks and kdig_utils above {here}: run this inside a clone of the book, or set KDIG_ROOT to it"
+    )
+
+
+def ledger_path() -> Path:
+    """The committed ledger, one line a run."""
+    return repository_root() / "results" / "runs.csv"
+
+
+def curves_folder() -> Path:
+    """The committed learning curves, one CSV file a run."""
+    return repository_root() / "results" / "curves"
+
+
+def artifacts_folder() -> Path:
+    """The committed weights, with their manifest."""
+    return repository_root() / "artifacts"
+
+
+def workspace() -> Path:
+    """The folder for data sets, teacher signals and checkpoints: `KDIG_WORKSPACE`, else `.kdig` in the repository."""
+    return Path(os.environ.get("KDIG_WORKSPACE") or repository_root() / ".kdig")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which replaces `path` only when the block ends well.
+
+    A reader sees the old file or the new one, never a part, and a failure leaves the old file as it was.
+
+    Raises:
+        OSError: the folder is read-only or the disk is full; the message names the folder and the remedy.
+    """
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
+        yield part
+        part.chmod(0o644)
+        os.replace(part, path)
+    except OSError as error:
+        raise _explained(error, path) from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _explained(error: OSError, path: Path) -> OSError:
+    remedies = {
+        errno.ENOSPC: "the disk is full: free some space",
+        errno.EDQUOT: "the disk quota is used up: free some space",
+        errno.EROFS: "the folder is read-only: set KDIG_WORKSPACE to a folder that can be written",
+        errno.EACCES: "the folder may not be written: set KDIG_WORKSPACE to a folder that can be written",
+    }
+    if error.errno not in remedies:
+        return error
+    return OSError(error.errno, f"cannot write {path.name} in {path.parent}; {remedies[error.errno]} and run it again")

@@ -1,0 +1,223 @@
+"""A run is a spec: what determines it, its identity, and its row in the ledger."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from kdig_utils import losses, models, overlay
+from kdig_utils.paths import replacing, repository_root
+
+__all__ = ["METHODS", "RunSpec", "TeacherSpec", "Ledger", "environment"]
+
+METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
+
+
+class Spec:
+    """What the specs of teachers and students share: an identity."""
+
+    @property
+    def run_id(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the spec: the run's identity, the same everywhere.
+
+        Only values that differ from their default count: a field added later leaves the earlier runs their identity.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        chosen = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        text = json.dumps({"kind": type(self).__name__, **chosen}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class RunSpec(Spec):
+    """All that determines the training of a student; the defaults are the paper's settings.
+
+    Attributes:
+        method: one of `METHODS`.
+        k: feature blocks removed from the teacher.
+        seed: of initial weights, order of the images, augmentation and overlay.
+        epochs: passes over the training images.
+        alpha: weight of the distillation loss, in [0, 1].
+        gamma: weight of the attention loss.
+        overlay_probability: share of images that get their map, in [0, 1].
+        pairing: `matched`, or `shuffled` as in the authors' released scripts.
+        train_fraction: share of the training images, drawn stratified with `seed`.
+        validation_images: training images held out to choose on; 0 trains on all.
+        teacher_sha256: the teacher whose signals are used; empty for methods that use none.
+        n_steps: evaluations along the path for the IG maps.
+        data_md5: the identity of the training images.
+
+    Raises:
+        ValueError: a value outside its range; the message names it and what is allowed.
+    """
+
+    method: str
+    k: int = 5
+    seed: int = 0
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    alpha: float = 0.01
+    temperature: float = 2.5
+    gamma: float = 0.8
+    overlay_probability: float = 0.1
+    pairing: str = "matched"
+    train_fraction: float = 1.0
+    validation_images: int = 0
+    teacher_sha256: str = ""
+    n_steps: int = 50
+    data_md5: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.k not in models.REMOVABLE_BLOCKS:
+            raise ValueError(f"k = {self.k!r} is out of range: choose one of {', '.join(map(str, models.REMOVABLE_BLOCKS))}")
+        losses.check_temperature(self.temperature)
+        losses.check_alpha(self.alpha)
+        overlay.check_probability(self.overlay_probability)
+        overlay.check_pairing(self.pairing)
+        check_schedule(self.epochs, self.batch_size, self.learning_rate)
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction {self.train_fraction} is outside (0, 1]: give the share of images to train on")
+
+    def uses(self, part: str) -> bool:
+        """Whether the method contains `part`: `kd`, `ig` or `at`."""
+        return part in self.method.split("_")
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the method needs any teacher signal."""
+        return self.method != "student"
+
+
+@dataclass(frozen=True)
+class TeacherSpec(Spec):
+    """All that determines the training of a teacher: SGD with Nesterov momentum and a one-cycle learning rate.
+
+    Attributes:
+        initial_sha256: the weights it starts from; empty for random ones drawn from `seed`.
+        learning_rate: the highest of the cycle.
+        label_smoothing: in [0, 1).
+        validation_images: training images held out to choose on; 0 trains on all.
+    """
+
+    seed: int = 0
+    epochs: int = 200
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.05
+    validation_images: int = 0
+    initial_sha256: str = ""
+    data_md5: str = ""
+
+    method = "teacher"
+    k = 0
+    pairing = ""
+    train_fraction = 1.0
+
+    def __post_init__(self) -> None:
+        check_schedule(self.epochs, self.batch_size, self.learning_rate)
+
+
+def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:
+    """Raise ValueError unless epochs ≥ 1, batch size ≥ 2 (batch norm needs two images) and learning rate > 0."""
+    if epochs < 1:
+        raise ValueError(f"epochs = {epochs} trains nothing: give at least 1")
+    if batch_size < 2:
+        raise ValueError(f"batch size {batch_size} is too small for batch norm: give at least 2")
+    if not learning_rate > 0:
+        raise ValueError(f"learning rate {learning_rate} is not above 0: the paper uses 0.001")
+
+
+COLUMNS = (
+    "run_id", "campaign", "method", "k", "seed", "pairing", "epochs", "train_fraction", "test_accuracy",
+    "validation_accuracy", "train_loss", "parameters", "macs", "seconds", "device", "train_images", "test_images",
+    "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
+)  # fmt: skip
+
+
+class Ledger:
+    """The table of finished runs, `results/runs.csv`: each run once, accuracies in per cent.
+
+    Several processes may append at the same time; a reader always sees a whole file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> pd.DataFrame:
+        """All rows; an empty table with the right columns if nothing was run yet.
+
+        Raises:
+            ValueError: the file has other columns than a ledger.
+        """
+        if not self.path.is_file():
+            return pd.DataFrame(columns=list(COLUMNS))
+        table = pd.read_csv(self.path, dtype={"run_id": str, "campaign": str, "spec": str}, keep_default_na=True)
+        if missing := [name for name in COLUMNS if name not in table.columns]:
+            raise ValueError(f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git")
+        return table
+
+    def find(self, spec: Spec) -> pd.Series | None:
+        """The row of this run, or None if it was not run yet."""
+        rows = self.read().query("run_id == @spec.run_id")
+        return None if rows.empty else rows.iloc[0]
+
+    def append(self, spec: Spec, **measured: object) -> None:
+        """Add the row of a finished run; a run that is already there is left as it is."""
+        row = {
+            **{name: getattr(spec, name) for name in ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")},
+            "data_md5": spec.data_md5,
+            "teacher_sha256": getattr(spec, "teacher_sha256", ""),
+            "spec": json.dumps(asdict(spec), sort_keys=True),
+            **measured,
+        }
+        if unknown := set(row) - set(COLUMNS):
+            raise ValueError(f"the ledger has no column {sorted(unknown)[0]}: choose from {', '.join(COLUMNS)}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.parent / f".{self.path.name}.lock"):
+            rows = self.read().to_dict("records")
+            if spec.run_id in {row["run_id"] for row in rows}:
+                return
+            with replacing(self.path) as part:
+                pd.DataFrame([*rows, row], columns=list(COLUMNS)).to_csv(part, index=False)
+
+
+def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:
+    """The spec that a ledger row was made from."""
+    values = json.loads(row["spec"])
+    kind = TeacherSpec if row["method"] == "teacher" else RunSpec
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device, versions and code commit of this process, for the ledger."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "commit": code_commit(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "torchvision": version("torchvision"),
+    }
+
+
+def code_commit() -> str:
+    """The commit of the code, with `+` if the package has uncommitted changes; empty outside a clone."""
+    run = {"cwd": repository_root(), "capture_output": True, "text": True, "check": False}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "kdig_utils"], **run).stdout.strip()
+    except FileNotFoundError:
+        return ""
+    return commit + ("+" if changed else "")

@@ -1,0 +1,190 @@
+"""Teacher signals: logits, IG maps and attention maps of a whole image set, computed once, checked, memory-mapped.
+
+A store is a folder: one `.npy` file a signal, `done.npy` with a flag an image, and `manifest.json`, which names the
+teacher (SHA-256), the data (MD5) and the settings. Each row is the signal of the image at the same position.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from kdig_utils import cifar10
+from kdig_utils.cifar10 import ImageSet
+from kdig_utils.integrated_gradients import attribution_map, baseline, integrated_gradients
+from kdig_utils.losses import attention_map
+from kdig_utils.models import Teacher, logits_and_features, weights_sha256
+from kdig_utils.paths import replacing
+
+SIGNALS = ("logits", "maps", "attention", "error")
+
+__all__ = ["SignalSettings", "TeacherSignals", "compute_signals", "open_signals"]
+
+
+@dataclass(frozen=True)
+class SignalSettings:
+    """What determines the signals besides teacher and images.
+
+    Attributes:
+        n_steps: evaluations along the path of Integrated Gradients.
+        method: the quadrature.
+        baseline: `mean_colour` is the paper's, zeros after normalisation.
+        tap: index of the feature block whose attention map is kept (9 for k = 5).
+    """
+
+    n_steps: int = 50
+    method: str = "gausslegendre"
+    baseline: str = "mean_colour"
+    tap: int = 9
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """The signals of N images, memory-mapped or in memory.
+
+    Attributes:
+        logits: (N, 10), float32.
+        maps: attribution maps divided by their maximum, (N, 32, 32), float16 in [0, 1].
+        attention: attention maps of unit length, (N, H·W), float32.
+        error: relative completeness error of each map, (N,), float32: |delta| / |F(x) - F(x')|.
+        manifest: teacher, data, settings and the index of each image.
+    """
+
+    logits: Tensor
+    maps: Tensor
+    attention: Tensor
+    error: Tensor
+    manifest: dict
+
+    def to(self, device: torch.device | str) -> "TeacherSignals":
+        """The same signals on `device`."""
+        return TeacherSignals(*(value.to(device) for value in self.tensors()), self.manifest)
+
+    def rows(self, positions: Tensor) -> "TeacherSignals":
+        """The signals of the images at `positions`, in this order, in memory."""
+        return TeacherSignals(*(value[positions] for value in self.tensors()), self.manifest)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.logits, self.maps, self.attention, self.error
+
+
+def compute_signals(
+    teacher: Teacher,
+    images: ImageSet,
+    folder: Path,
+    settings: SignalSettings = SignalSettings(),
+    batch_size: int = 64,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> TeacherSignals:
+    """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
+
+    Args:
+        report: called after each batch with the number of images done and in all.
+
+    Raises:
+        ValueError: the folder holds the signals of another teacher, other images or other settings.
+    """
+    manifest = _manifest(teacher, images, settings)
+    teacher = copy.deepcopy(teacher).eval()
+    # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
+    folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
+    arrays = _open_store(folder, _shapes(teacher, len(images), settings.tap), manifest)
+    remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
+    device = next(teacher.parameters()).device
+    for positions in remaining.split(batch_size):
+        rows = _signals_of_batch(
+            teacher, folded, images.images(positions).to(device), images.labels[positions].to(device), settings
+        )
+        for name, values in rows.items():
+            arrays[name][positions] = values.cpu().numpy()
+            arrays[name].flush()
+        arrays["done"][positions] = True  # last, and flushed after the rows: a row marked done is whole
+        arrays["done"].flush()
+        report(int(arrays["done"].sum()), len(images))
+    return open_signals(teacher, images, folder, settings)
+
+
+def open_signals(
+    teacher: Teacher, images: ImageSet, folder: Path, settings: SignalSettings = SignalSettings()
+) -> TeacherSignals:
+    """Open a finished store, memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no store, or it is not finished.
+        ValueError: the store was made by another teacher, from other images or with other settings.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(f"no teacher signals in {folder}: compute them with `python -m kdig_utils signals`")
+    manifest = _checked_manifest(folder, _manifest(teacher, images, settings))
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in SIGNALS}
+    done = np.load(folder / "done.npy")
+    if missing := int((~done).sum()):
+        raise FileNotFoundError(f"{missing} of {len(images)} images have no signals in {folder}: run `python -m kdig_utils signals` again")
+    return TeacherSignals(**{name: torch.from_numpy(array) for name, array in arrays.items()}, manifest=manifest)
+
+
+@torch.no_grad()
+def _signals_of_batch(
+    teacher: Teacher, folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings
+) -> dict[str, Tensor]:
+    logits, features = logits_and_features(teacher, images, settings.tap)
+    baselines = baseline(settings.baseline, images, cifar10.MEAN)
+    attributions = integrated_gradients(
+        folded, images, baselines, labels, settings.n_steps, settings.method, internal_batch_size=32
+    )
+    rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
+    error = (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
+    maps = attribution_map(attributions)
+    scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    return {"logits": logits, "maps": scaled.half(), "attention": attention_map(features), "error": error}
+
+
+def _manifest(teacher: nn.Module, images: ImageSet, settings: SignalSettings) -> dict:
+    return {
+        "teacher_sha256": weights_sha256(teacher),
+        "data_md5": images.md5,
+        "settings": asdict(settings),
+        "indices": images.indices.tolist(),
+    }
+
+
+def _shapes(teacher: Teacher, n: int, tap: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    device = next(teacher.parameters()).device
+    with torch.inference_mode():
+        _logits, features = logits_and_features(teacher, torch.zeros(1, 3, 32, 32, device=device), tap)
+    return {
+        "logits": ((n, 10), np.float32),
+        "maps": ((n, 32, 32), np.float16),
+        "attention": ((n, features[0, 0].numel()), np.float32),
+        "error": ((n,), np.float32),
+        "done": ((n,), np.bool_),
+    }
+
+
+def _open_store(folder: Path, shapes: dict[str, tuple], manifest: dict) -> dict[str, np.memmap]:
+    if (folder / "manifest.json").is_file():
+        _checked_manifest(folder, manifest)
+        return {name: open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes}
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: open_memmap(folder / f"{name}.npy", mode="w+", shape=shape, dtype=dtype) for name, (shape, dtype) in shapes.items()
+    }
+    with replacing(folder / "manifest.json") as part:  # last: a folder with a manifest has all its arrays
+        part.write_text(json.dumps(manifest))
+    return arrays
+
+
+def _checked_manifest(folder: Path, expected: dict) -> dict:
+    found = json.loads((folder / "manifest.json").read_text())
+    for key, value in expected.items():
+        if found.get(key) != value:
+            shown = f"{str(found.get(key))[:60]} instead of {str(value)[:60]}"
+            raise ValueError(f"the teacher signals in {folder} have another {key} ({shown}): compute them into another folder")
+    return found

@@ -1,0 +1,206 @@
+"""A study: the images, networks, signals and ledger of one profile, made when they are first asked for.
+
+`published` loads what the repository holds and trains nothing; `smoke` trains everything, tiny, on the images of the
+repository; `full` trains everything at the paper's settings on the full data set.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from kdig_utils import artifacts, cifar10, models, paths, signals, training
+from kdig_utils.cifar10 import ImageSet
+from kdig_utils.models import Student, Teacher
+from kdig_utils.runs import Ledger, RunSpec, TeacherSpec, environment
+from kdig_utils.signals import SignalSettings, TeacherSignals
+
+__all__ = ["PROFILES", "MAIN_METHODS", "Study", "open_study"]
+
+PROFILES = ("published", "smoke", "full")
+MAIN_METHODS = ("student", "kd", "ig", "kd_ig")
+SMOKE_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Study:
+    """One profile's images, networks, signals and ledger.
+
+    Attributes:
+        profile: one of `PROFILES`.
+        folder: where checkpoints, weights and signals are kept.
+        ledger: the table of finished runs.
+        curves: the folder of the learning curves, one CSV file a run.
+        teacher_spec: how the teacher is trained; None takes the published teacher.
+        specs: the students of the main campaign; empty where nothing is trained.
+        n_steps: evaluations along the path for the IG maps.
+    """
+
+    profile: str
+    folder: Path
+    ledger: Ledger
+    curves: Path
+    teacher_spec: TeacherSpec | None = None
+    specs: tuple[RunSpec, ...] = ()
+    n_steps: int = 50
+
+    @cached_property
+    def train(self) -> ImageSet:
+        """The training images of the profile."""
+        if self.profile == "full":
+            return cifar10.load("train", cifar10.fetch())
+        return self._sample("train")
+
+    @cached_property
+    def test(self) -> ImageSet:
+        """The test images of the profile."""
+        if self.profile == "full":
+            return cifar10.load("test", cifar10.fetch())
+        return self._sample("test")
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The GPU if there is one, else the CPU."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher in evaluation mode: the published one, or one trained now, or earlier, by this study."""
+        if self.teacher_spec is None:
+            return artifacts.load("teacher")
+        spec = dataclasses.replace(self.teacher_spec, data_md5=self.train.md5)
+        self.run(spec)
+        return self.weights(spec)
+
+    @cached_property
+    def signals(self) -> TeacherSignals:
+        """The teacher's signals of all training images, computed now or earlier."""
+        settings = SignalSettings(n_steps=self.n_steps, tap=models.attention_tap(5))
+        folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}"
+        teacher = self.teacher.to(self.device)
+        return signals.compute_signals(teacher, self.train, folder, settings, report=print_every(1000))
+
+    def students(self, campaign: str = "main") -> pd.DataFrame:
+        """The ledger rows of the campaign's students; outside `published`, what is missing is trained first."""
+        self.run_all(self.specs, campaign)
+        rows = self.ledger.read().query("campaign == @campaign and method != 'teacher'")
+        return rows.reset_index(drop=True)
+
+    def run_all(self, specs: Iterable[RunSpec], campaign: str = "main") -> None:
+        """Train what the ledger does not hold yet."""
+        for spec in specs:
+            sha = models.weights_sha256(self.teacher) if spec.uses_teacher else ""
+            n_steps = self.n_steps if spec.uses("ig") else spec.n_steps
+            self.run(dataclasses.replace(spec, data_md5=self.train.md5, teacher_sha256=sha, n_steps=n_steps), campaign)
+
+    def run(self, spec: RunSpec | TeacherSpec, campaign: str = "main", initial: Teacher | None = None) -> pd.Series:
+        """The ledger row of a run, training it, or going on with it, if it is not there yet."""
+        if (row := self.ledger.find(spec)) is None:
+            checkpoint = self.folder / "checkpoints" / f"{spec.run_id}.pt"
+            common = {"checkpoint": checkpoint, "device": self.device, "report": print_line}
+            if isinstance(spec, TeacherSpec):
+                trained = training.train_teacher(spec, self.train, self.test, initial, **common)
+            else:
+                teacher_signals = self.signals if spec.uses_teacher else None
+                trained = training.train_student(spec, self.train, self.test, teacher_signals, **common)
+            self._record(spec, trained, campaign)
+            checkpoint.unlink(missing_ok=True)
+            row = self.ledger.find(spec)
+        return row
+
+    def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
+        """The network that a run of this study ended with, in evaluation mode."""
+        return artifacts.read_weights(artifacts.model_for(spec.method, spec.k), self._weights_path(spec))
+
+    def student(self, method: str, k: int = 5) -> Student:
+        """One trained student: the published one, or the first of this study with this method and k.
+
+        Raises:
+            KeyError: nothing was published or run with this method and k.
+        """
+        if not self.specs:
+            return artifacts.load(f"{method}_k{k}")
+        rows = self.students().query("method == @method and k == @k")
+        if rows.empty:
+            raise KeyError(f"this study ran no {method!r} with k = {k}: it has {', '.join(s.method for s in self.specs)}")
+        path = self.folder / "weights" / f"{rows.iloc[0]['run_id']}.safetensors"
+        return artifacts.read_weights(models.student(k), path)
+
+    def curve(self, run_id: str) -> pd.DataFrame:
+        """The learning curve of a run: epoch, train_loss, test_accuracy, validation_accuracy, seconds."""
+        return pd.read_csv(self.curves / f"{run_id}.csv")
+
+    def _sample(self, split: str) -> ImageSet:
+        sample = cifar10.load_sample(split)
+        if self.profile == "published":
+            return sample
+        few = sample.subset(cifar10.first_of_each_class(sample.labels, SMOKE_IMAGES // 10))
+        return dataclasses.replace(few, name=f"{len(few):,} of the {split} images")
+
+    def _weights_path(self, spec: RunSpec | TeacherSpec) -> Path:
+        return self.folder / "weights" / f"{spec.run_id}.safetensors"
+
+    def _record(self, spec: RunSpec | TeacherSpec, trained: training.Trained, campaign: str) -> None:
+        """Weights and curve first, the ledger row last: a row in the ledger has everything behind it."""
+        artifacts.save_weights(trained.model, self._weights_path(spec))
+        with paths.replacing(self.curves / f"{spec.run_id}.csv") as part:
+            trained.curve.round(6).to_csv(part, index=False)
+        last = trained.curve.iloc[-1]
+        positions, _validation = training.training_positions(self.train.labels, spec)
+        self.ledger.append(
+            spec,
+            campaign=campaign,
+            **{name: round(float(last[name]), 6) for name in ("test_accuracy", "validation_accuracy", "train_loss")},
+            seconds=round(float(last["seconds"]), 1),
+            parameters=models.count_parameters(trained.model),
+            macs=models.count_macs(trained.model),
+            train_images=len(positions),
+            test_images=len(self.test),
+            weights_sha256=models.weights_sha256(trained.model),
+            finished=pd.Timestamp.now("UTC").strftime("%Y-%m-%dT%H:%MZ"),
+            **environment(self.device),
+        )
+
+
+def open_study(profile: str) -> Study:
+    """The study of a profile.
+
+    Raises:
+        ValueError: unknown profile.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
+    folder = paths.workspace() / profile
+    if profile == "smoke":
+        return Study(
+            profile,
+            folder,
+            Ledger(folder / "runs.csv"),
+            folder / "curves",
+            TeacherSpec(epochs=2, learning_rate=0.05),
+            tuple(RunSpec(method, epochs=2) for method in MAIN_METHODS),
+            n_steps=4,
+        )
+    study = Study(profile, folder, Ledger(paths.ledger_path()), paths.curves_folder())
+    if profile == "full":
+        study = dataclasses.replace(study, teacher_spec=TeacherSpec(), specs=tuple(map(RunSpec, MAIN_METHODS)))
+    return study
+
+
+def print_line(line: str) -> None:
+    """Print at once, also into a pipe or a file."""
+    print(line, flush=True)
+
+
+def print_every(step: int):
+    """A report for `compute_signals` that prints a line each `step` images."""
+
+    def report(done: int, total: int) -> None:
+        if done % step < 64 or done == total:
+            print_line(f"teacher signals: {done:,} of {total:,} images")
+
+    return report
