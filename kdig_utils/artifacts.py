@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 
 from kdig_utils import models
 from kdig_utils.paths import artifacts_folder, replacing
-
-__all__ = ["save_weights", "read_weights", "publish", "load", "manifest", "model_for"]
 
 
 def save_weights(model: torch.nn.Module, path: Path, half: bool = False) -> None:
@@ -22,7 +20,7 @@ def save_weights(model: torch.nn.Module, path: Path, half: bool = False) -> None
         kept = value.detach().cpu().contiguous()
         state[name] = kept.half() if half and kept.is_floating_point() else kept
     with replacing(path) as part:
-        save_file(state, part)
+        part.write_bytes(save_safetensors(state))
 
 
 def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) -> torch.nn.Module:
@@ -37,7 +35,9 @@ def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) 
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
-        raise ValueError(f"{path.name} has SHA-256 {found[:16]}…, the manifest says {sha256[:16]}…: restore the file from git")
+        raise ValueError(
+            f"{path.name} has SHA-256 {found[:16]}…, the manifest says {sha256[:16]}…: restore the file from git"
+        )
     try:
         state = load_safetensors(content)
     except SafetensorError as error:

@@ -18,8 +18,6 @@ from torchvision.datasets import CIFAR10
 
 from kdig_utils import paths
 
-__all__ = ["CLASSES", "MEAN", "STD", "ImageSet", "fetch", "load", "load_sample", "class_index", "stratified_split"]
-
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # The channel statistics of the training images that the paper normalises with.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -116,7 +114,9 @@ def fetch(root: Path | None = None, sources: Sequence[str] = SOURCES) -> Path:
     archive = _download(root, sources)
     pooch.Untar(extract_dir=".")(str(archive), "download", None)
     if not _is_whole(root):
-        raise RuntimeError(f"{archive} unpacked, but a batch file in {root} has a wrong MD5: delete the folder and fetch again")
+        raise RuntimeError(
+            f"{archive} unpacked, but a batch file in {root} has a wrong MD5: delete the folder and fetch again"
+        )
     return root
 
 
@@ -136,7 +136,9 @@ def _download(root: Path, sources: Sequence[str]) -> Path:
         except (OSError, ValueError) as error:
             failures.append(f"{url}: {error}")
     raise RuntimeError(
-        "CIFAR-10 could not be downloaded from\n  " + "\n  ".join(failures) + f"\nput {ARCHIVE} (MD5 {ARCHIVE_MD5}) into "
+        "CIFAR-10 could not be downloaded from\n  "
+        + "\n  ".join(failures)
+        + f"\nput {ARCHIVE} (MD5 {ARCHIVE_MD5}) into "
         f"{root} yourself, or set KDIG_DATA to a folder that holds cifar-10-batches-py"
     )
 
@@ -152,7 +154,10 @@ def resumable_downloader(url: str, output_file: str, _pooch: object) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply, part.open("ab" if reply.status == 206 else "wb") as file:
+        with (
+            urllib.request.urlopen(request, timeout=60) as reply,
+            part.open("ab" if reply.status == 206 else "wb") as file,
+        ):
             expected = int(reply.headers.get("Content-Length") or 0) + file.tell()
             while block := reply.read(1 << 20):
                 file.write(block)
@@ -185,7 +190,9 @@ def load(split: str, root: Path | None = None) -> ImageSet:
             "that holds cifar-10-batches-py"
         ) from error
     pixels = torch.from_numpy(official.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(f"all {len(pixels):,} {split} images", pixels, torch.tensor(official.targets), torch.arange(len(pixels)))
+    return ImageSet(
+        f"all {len(pixels):,} {split} images", pixels, torch.tensor(official.targets), torch.arange(len(pixels))
+    )
 
 
 def load_sample(split: str) -> ImageSet:
@@ -228,7 +235,9 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     classes = labels.unique()
     each, remainder = divmod(count, len(classes))
     if remainder or not 0 <= each <= int(labels.bincount()[classes].min()):
-        raise ValueError(f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all")
+        raise ValueError(
+            f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all"
+        )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label in classes:

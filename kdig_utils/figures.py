@@ -13,12 +13,16 @@ from torch import Tensor
 
 from kdig_utils.runs import METHODS
 
-__all__ = ["METHOD_COLOURS", "style", "show", "show_image", "show_map"]
-
 # Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
 METHOD_COLOURS = {
     "teacher": "#555555",
-    **dict(zip(METHODS, ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255"), strict=True)),
+    **dict(
+        zip(
+            METHODS,
+            ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255"),
+            strict=True,
+        )
+    ),
 }
 DPI = 110
 
@@ -26,7 +30,9 @@ DPI = 110
 def style() -> None:
     """Set the book's style for all figures that follow."""
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
-    matplotlib.rcParams.update({"figure.constrained_layout.use": True, "axes.titleweight": "bold", "axes.titlelocation": "left"})
+    matplotlib.rcParams.update(
+        {"figure.constrained_layout.use": True, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    )
 
 
 def show(figure: Figure, alt: str, caption: str) -> None:

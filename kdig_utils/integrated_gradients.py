@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["integrated_gradients", "convergence_delta", "quadrature", "attribution_map", "baseline", "QUADRATURES", "BASELINES"]
-
 QUADRATURES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
 BASELINES = ("black", "mean_colour", "white", "blurred", "uniform")
 
@@ -142,4 +140,6 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 def _check_finite(inputs: Tensor) -> None:
     bad = int((~inputs.isfinite()).flatten(1).any(1).sum())
     if bad:
-        raise ValueError(f"{bad} of {len(inputs)} inputs hold NaN or infinity: remove or repair them before attributing")
+        raise ValueError(
+            f"{bad} of {len(inputs)} inputs hold NaN or infinity: remove or repair them before attributing"
+        )

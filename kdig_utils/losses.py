@@ -7,8 +7,6 @@ r"""The losses of the eight methods (paper, section 3; Hinton et al., arXiv 1503
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["distillation_loss", "attention_map", "attention_loss", "check_temperature", "check_alpha"]
-
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) at this temperature, mean over the batch (arXiv 1503.02531, section 2).

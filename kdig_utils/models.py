@@ -9,10 +9,16 @@ from torchvision.models import MobileNetV2
 
 from kdig_utils.cifar10 import MEAN, STD
 
-__all__ = ["Teacher", "Student", "student", "teacher", "attention_tap", "count_parameters", "count_macs", "REMOVABLE_BLOCKS"]
-
 # t: expansion, c: channels, n: blocks, s: stride of the first block (arXiv 1801.04381, table 2, fitted to CIFAR-10).
-INVERTED_RESIDUALS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+INVERTED_RESIDUALS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 FEATURE_BLOCKS = 19
 REMOVABLE_BLOCKS = (3, 5, 7, 9, 11, 13, 15, 17)
 # The feature block whose output attention transfer compares is number 19 // divider (paper.json, attention_transfer).
@@ -62,7 +68,9 @@ class Student(nn.Module):
     def __init__(self, k: int) -> None:
         super().__init__()
         if k not in REMOVABLE_BLOCKS:
-            raise ValueError(f"k = {k!r} feature blocks cannot be removed: choose one of {', '.join(map(str, REMOVABLE_BLOCKS))}")
+            raise ValueError(
+                f"k = {k!r} feature blocks cannot be removed: choose one of {', '.join(map(str, REMOVABLE_BLOCKS))}"
+            )
         self.k = k
         self.normalise = nn.Identity()
         self.features = Teacher().features[: FEATURE_BLOCKS - k]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PAIRINGS", "EpochDraws", "draw_epoch", "crop_and_flip", "scale_map", "blend", "overlay", "signal_positions"]
-
 PAIRINGS = ("matched", "shuffled")
 PADDING = 4
 

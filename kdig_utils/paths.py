@@ -3,11 +3,10 @@
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-__all__ = ["repository_root", "ledger_path", "curves_folder", "artifacts_folder", "workspace", "replacing"]
 
 
 def repository_root() -> Path:
@@ -70,6 +69,24 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, needed: int = 0) -> None:
+    """Make sure, before hours are spent, that `folder` takes files and has room for `needed` bytes.
+
+    Raises:
+        OSError: the folder is read-only or too full; the message names the folder, the figures and the remedy.
+    """
+    with replacing(folder / "write_test") as part:
+        part.write_bytes(b"")
+    (folder / "write_test").unlink()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed; free some space, or set "
+            "KDIG_WORKSPACE to a larger disk",
+        )
 
 
 def _explained(error: OSError, path: Path) -> OSError:

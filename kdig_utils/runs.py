@@ -15,8 +15,6 @@ from filelock import FileLock
 from kdig_utils import losses, models, overlay
 from kdig_utils.paths import replacing, repository_root
 
-__all__ = ["METHODS", "RunSpec", "TeacherSpec", "Ledger", "environment"]
-
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 
 
@@ -79,14 +77,18 @@ class RunSpec(Spec):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.k not in models.REMOVABLE_BLOCKS:
-            raise ValueError(f"k = {self.k!r} is out of range: choose one of {', '.join(map(str, models.REMOVABLE_BLOCKS))}")
+            raise ValueError(
+                f"k = {self.k!r} is out of range: choose one of {', '.join(map(str, models.REMOVABLE_BLOCKS))}"
+            )
         losses.check_temperature(self.temperature)
         losses.check_alpha(self.alpha)
         overlay.check_probability(self.overlay_probability)
         overlay.check_pairing(self.pairing)
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
         if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"train_fraction {self.train_fraction} is outside (0, 1]: give the share of images to train on")
+            raise ValueError(
+                f"train_fraction {self.train_fraction} is outside (0, 1]: give the share of images to train on"
+            )
 
     def uses(self, part: str) -> bool:
         """Whether the method contains `part`: `kd`, `ig` or `at`."""
@@ -165,7 +167,9 @@ class Ledger:
             return pd.DataFrame(columns=list(COLUMNS))
         table = pd.read_csv(self.path, dtype={"run_id": str, "campaign": str, "spec": str}, keep_default_na=True)
         if missing := [name for name in COLUMNS if name not in table.columns]:
-            raise ValueError(f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git")
+            raise ValueError(
+                f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
+            )
         return table
 
     def find(self, spec: Spec) -> pd.Series | None:
@@ -176,14 +180,17 @@ class Ledger:
     def append(self, spec: Spec, **measured: object) -> None:
         """Add the row of a finished run; a run that is already there is left as it is."""
         row = {
-            **{name: getattr(spec, name) for name in ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")},
+            **{
+                name: getattr(spec, name)
+                for name in ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")
+            },
             "data_md5": spec.data_md5,
             "teacher_sha256": getattr(spec, "teacher_sha256", ""),
             "spec": json.dumps(asdict(spec), sort_keys=True),
             **measured,
         }
         if unknown := set(row) - set(COLUMNS):
-            raise ValueError(f"the ledger has no column {sorted(unknown)[0]}: choose from {', '.join(COLUMNS)}")
+            raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.parent / f".{self.path.name}.lock"):
             rows = self.read().to_dict("records")
@@ -214,10 +221,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def code_commit() -> str:
     """The commit of the code, with `+` if the package has uncommitted changes; empty outside a clone."""
-    run = {"cwd": repository_root(), "capture_output": True, "text": True, "check": False}
+    options = {"cwd": repository_root(), "capture_output": True, "text": True}
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "kdig_utils"], **run).stdout.strip()
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=False, **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "kdig_utils"], check=False, **options).stdout.strip()
     except FileNotFoundError:
         return ""
     return commit + ("+" if changed else "")

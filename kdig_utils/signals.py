@@ -6,6 +6,7 @@ teacher (SHA-256), the data (MD5) and the settings. Each row is the signal of th
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,9 @@ from kdig_utils.cifar10 import ImageSet
 from kdig_utils.integrated_gradients import attribution_map, baseline, integrated_gradients
 from kdig_utils.losses import attention_map
 from kdig_utils.models import Teacher, logits_and_features, weights_sha256
-from kdig_utils.paths import replacing
+from kdig_utils.paths import check_writable, replacing
 
 SIGNALS = ("logits", "maps", "attention", "error")
-
-__all__ = ["SignalSettings", "TeacherSignals", "compute_signals", "open_signals"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,9 @@ def open_signals(
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in SIGNALS}
     done = np.load(folder / "done.npy")
     if missing := int((~done).sum()):
-        raise FileNotFoundError(f"{missing} of {len(images)} images have no signals in {folder}: run `python -m kdig_utils signals` again")
+        raise FileNotFoundError(
+            f"{missing} of {len(images)} images have no signals in {folder}: run `python -m kdig_utils signals` again"
+        )
     return TeacherSignals(**{name: torch.from_numpy(array) for name, array in arrays.items()}, manifest=manifest)
 
 
@@ -172,9 +173,11 @@ def _open_store(folder: Path, shapes: dict[str, tuple], manifest: dict) -> dict[
     if (folder / "manifest.json").is_file():
         _checked_manifest(folder, manifest)
         return {name: open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes}
-    folder.mkdir(parents=True, exist_ok=True)
+    # Asked for beforehand: a memory-mapped write to a full disk ends the process without an error.
+    check_writable(folder, sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values()))
     arrays = {
-        name: open_memmap(folder / f"{name}.npy", mode="w+", shape=shape, dtype=dtype) for name, (shape, dtype) in shapes.items()
+        name: open_memmap(folder / f"{name}.npy", mode="w+", shape=shape, dtype=dtype)
+        for name, (shape, dtype) in shapes.items()
     }
     with replacing(folder / "manifest.json") as part:  # last: a folder with a manifest has all its arrays
         part.write_text(json.dumps(manifest))
@@ -186,5 +189,7 @@ def _checked_manifest(folder: Path, expected: dict) -> dict:
     for key, value in expected.items():
         if found.get(key) != value:
             shown = f"{str(found.get(key))[:60]} instead of {str(value)[:60]}"
-            raise ValueError(f"the teacher signals in {folder} have another {key} ({shown}): compute them into another folder")
+            raise ValueError(
+                f"the teacher signals in {folder} have another {key} ({shown}): compute them into another folder"
+            )
     return found

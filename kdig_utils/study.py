@@ -19,11 +19,10 @@ from kdig_utils.models import Student, Teacher
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec, environment
 from kdig_utils.signals import SignalSettings, TeacherSignals
 
-__all__ = ["PROFILES", "MAIN_METHODS", "Study", "open_study"]
-
 PROFILES = ("published", "smoke", "full")
 MAIN_METHODS = ("student", "kd", "ig", "kd_ig")
 SMOKE_IMAGES = 500
+RUN_BYTES = 60_000_000  # a checkpoint of the teacher, written beside the one before, and its weights
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,8 @@ class Study:
         """The ledger row of a run, training it, or going on with it, if it is not there yet."""
         if (row := self.ledger.find(spec)) is None:
             checkpoint = self.folder / "checkpoints" / f"{spec.run_id}.pt"
+            for folder in (checkpoint.parent, self._weights_path(spec).parent, self.curves, self.ledger.path.parent):
+                paths.check_writable(folder, RUN_BYTES)
             common = {"checkpoint": checkpoint, "device": self.device, "report": print_line}
             if isinstance(spec, TeacherSpec):
                 trained = training.train_teacher(spec, self.train, self.test, initial, **common)
@@ -126,7 +127,9 @@ class Study:
             return artifacts.load(f"{method}_k{k}")
         rows = self.students().query("method == @method and k == @k")
         if rows.empty:
-            raise KeyError(f"this study ran no {method!r} with k = {k}: it has {', '.join(s.method for s in self.specs)}")
+            raise KeyError(
+                f"this study ran no {method!r} with k = {k}: it has {', '.join(s.method for s in self.specs)}"
+            )
         path = self.folder / "weights" / f"{rows.iloc[0]['run_id']}.safetensors"
         return artifacts.read_weights(models.student(k), path)
 
@@ -181,8 +184,8 @@ def open_study(profile: str) -> Study:
             folder,
             Ledger(folder / "runs.csv"),
             folder / "curves",
-            TeacherSpec(epochs=2, learning_rate=0.05),
-            tuple(RunSpec(method, epochs=2) for method in MAIN_METHODS),
+            TeacherSpec(epochs=2, batch_size=16, learning_rate=0.02),
+            tuple(RunSpec(method, epochs=2, batch_size=16) for method in MAIN_METHODS),
             n_steps=4,
         )
     study = Study(profile, folder, Ledger(paths.ledger_path()), paths.curves_folder())

@@ -4,6 +4,7 @@ A batch is positions into tensors that live on the device. All random numbers of
 (seed, epoch), so a checkpoint needs only weights, optimiser state, the generator of dropout, and the position.
 """
 
+import io
 import math
 import time
 from collections.abc import Callable
@@ -21,8 +22,6 @@ from kdig_utils.overlay import EpochDraws, crop_and_flip, draw_epoch, overlay, s
 from kdig_utils.paths import replacing
 from kdig_utils.runs import RunSpec, TeacherSpec
 from kdig_utils.signals import TeacherSignals
-
-__all__ = ["Trained", "train_student", "train_teacher", "accuracy", "predict", "student_loss", "TrainingDiverged"]
 
 Report = Callable[[str], None]
 CHECK_EVERY = 50  # steps between two looks at the loss: each look makes a GPU wait
@@ -89,8 +88,7 @@ def train_student(
         ValueError: the method needs signals and there are none, or the checkpoint is of another run.
         TrainingDiverged: the loss is not finite.
     """
-    if spec.uses_teacher and signals is None:
-        raise ValueError(f"method {spec.method} needs the teacher's signals: compute them with `python -m kdig_utils signals`")
+    check_signals(spec, signals)
     positions, validation = training_positions(train.labels, spec)
     images, teacher_signals = train.subset(positions).to(device), None
     if signals is not None and spec.uses_teacher:
@@ -125,7 +123,9 @@ def train_teacher(
     """
     found = models.weights_sha256(initial) if initial is not None else ""
     if found != spec.initial_sha256:
-        raise ValueError(f"the spec starts from weights {spec.initial_sha256[:12] or 'none'}, got {found[:12] or 'none'}: pass those")
+        raise ValueError(
+            f"the spec starts from weights {spec.initial_sha256[:12] or 'none'}, got {found[:12] or 'none'}: pass those"
+        )
     positions, validation = training_positions(train.labels, spec)
     images = train.subset(positions).to(device)
     model = models.teacher(spec.seed)
@@ -136,7 +136,9 @@ def train_teacher(
         model.parameters(), lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=True
     )
     steps = spec.epochs * math.ceil(len(images) / spec.batch_size)
-    state = State(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.learning_rate, total_steps=steps))
+    state = State(
+        model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.learning_rate, total_steps=steps)
+    )
 
     def batch_loss(batch: EpochDraws) -> Tensor:
         crops = crop_and_flip(images.images(batch.order), batch.shifts, batch.flips)
@@ -144,6 +146,26 @@ def train_teacher(
 
     held_out = train.subset(validation).to(device) if len(validation) else None
     return fit(state, batch_loss, len(images), spec, Evaluation(test.to(device), held_out), checkpoint, report)
+
+
+def check_signals(spec: RunSpec, signals: TeacherSignals | None) -> None:
+    """Raise ValueError unless `signals` are what the spec's method needs, from the spec's teacher."""
+    if not spec.uses_teacher:
+        return
+    if signals is None:
+        raise ValueError(
+            f"method {spec.method} needs the teacher's signals: compute them with `python -m kdig_utils signals`"
+        )
+    found, tap = signals.manifest["teacher_sha256"], signals.manifest["settings"]["tap"]
+    if spec.teacher_sha256 and spec.teacher_sha256 != found:
+        raise ValueError(
+            f"the spec names teacher {spec.teacher_sha256[:12]}, the signals are of {found[:12]}: compute its signals"
+        )
+    if spec.uses("at") and tap != models.attention_tap(spec.k):
+        raise ValueError(
+            f"attention transfer at k = {spec.k} compares block {models.attention_tap(spec.k)}, the signals hold block "
+            f"{tap}: compute them with that tap"
+        )
 
 
 def student_loss(
@@ -256,7 +278,12 @@ def step(state: State, batch_loss: Callable[[EpochDraws], Tensor], batch: EpochD
 
 
 def finish_epoch(
-    state: State, n_images: int, evaluation: Evaluation, checkpoint: Path | None, spec: RunSpec | TeacherSpec, report: Report
+    state: State,
+    n_images: int,
+    evaluation: Evaluation,
+    checkpoint: Path | None,
+    spec: RunSpec | TeacherSpec,
+    report: Report,
 ) -> None:
     """Measure, add a row to the curve, turn to the next epoch, save."""
     row = {
@@ -280,7 +307,9 @@ def progress(state: State, n_images: int, spec: RunSpec | TeacherSpec) -> str:
     """One line: where the run is and how long it will take."""
     done = state.epoch + state.position / n_images
     left = state.seconds / done * (spec.epochs - done)
-    return f"{spec.method} k={spec.k} seed {spec.seed}: {done:.2f} of {spec.epochs} epochs, about {left / 60:.0f} min left"
+    return (
+        f"{spec.method} k={spec.k} seed {spec.seed}: {done:.2f} of {spec.epochs} epochs, about {left / 60:.0f} min left"
+    )
 
 
 def check_finite(state: State) -> None:
@@ -318,8 +347,10 @@ def save_checkpoint(checkpoint: Path | None, state: State, spec: RunSpec | Teach
         "cuda_generator": torch.cuda.get_rng_state() if state.loss_sum.is_cuda else None,
         **{name: getattr(state, name) for name in ("epoch", "position", "loss_sum", "seconds", "curve")},
     }
+    buffer = io.BytesIO()  # torch.save to a full disk gives no OSError, writing bytes does
+    torch.save(content, buffer)
     with replacing(checkpoint) as part:
-        torch.save(content, part)
+        part.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(checkpoint: Path, state: State, spec: RunSpec | TeacherSpec) -> None:
@@ -332,7 +363,9 @@ def load_checkpoint(checkpoint: Path, state: State, spec: RunSpec | TeacherSpec)
     try:
         content = torch.load(checkpoint, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise ValueError(f"the checkpoint {checkpoint} is damaged ({type(error).__name__}): delete it to start the run afresh") from error
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged ({type(error).__name__}): delete it to start the run afresh"
+        ) from error
     if content["run_id"] != spec.run_id:
         raise ValueError(
             f"the checkpoint {checkpoint} is of run {content['run_id']} {content['spec']}, not of {spec.run_id}: "

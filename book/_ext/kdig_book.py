@@ -1,7 +1,10 @@
-"""What the book needs beyond Jupyter Book: a table of what was run, and badges that come from the book itself."""
+"""What the book needs beyond Jupyter Book: a table of what was run, alternative texts, a badge of its own."""
 
-from pathlib import Path
+import hashlib
+from base64 import b64decode
+from pathlib import Path, PurePosixPath
 
+import nbformat
 import pandas as pd
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -74,8 +77,27 @@ def use_local_badges(app: Sphinx, doctree: nodes.document) -> None:
             image["classes"].append("kdig-badge")
 
 
+def alternative_texts(notebook: Path) -> dict[str, str]:
+    """The alternative text of each PNG in a notebook, by the PNG's SHA-256, which is its file name in the build."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    described = [(output.data["image/png"], output.metadata.get("image/png", {}).get("alt")) for output in outputs]
+    return {hashlib.sha256(b64decode(png)).hexdigest(): text for png, text in described if text}
+
+
+def describe_figures(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each figure the alternative text that its notebook stores; myst-nb takes only its width and height."""
+    source = Path(app.env.doc2path(app.env.docname))
+    if source.suffix != ".ipynb":
+        return
+    texts = alternative_texts(source)
+    for image in doctree.findall(nodes.image):
+        image["alt"] = texts.get(PurePosixPath(image["uri"]).stem, image.get("alt", ""))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directive and the badge's replacement, which comes before Sphinx collects the images."""
+    """Register the directive, and what is done to images before Sphinx collects them."""
     app.add_directive("ledger-status", LedgerStatus)
     app.connect("doctree-read", use_local_badges, priority=100)
+    app.connect("doctree-read", describe_figures, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
