@@ -147,6 +147,14 @@ COLUMNS = (
     "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
 )  # fmt: skip
 
+NUMBER_COLUMNS = (
+    "k", "seed", "epochs", "train_fraction", "test_accuracy", "validation_accuracy", "train_loss", "parameters", "macs",
+    "seconds", "train_images", "test_images",
+)  # fmt: skip
+# A hash such as 12e45678 is text, never a number.
+TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in NUMBER_COLUMNS)
+NO_NUMBER = {name: ["", "nan"] for name in NUMBER_COLUMNS}
+
 
 class Ledger:
     """The table of finished runs, `results/runs.csv`: each run once, accuracies in per cent.
@@ -165,7 +173,9 @@ class Ledger:
         """
         if not self.path.is_file():
             return pd.DataFrame(columns=list(COLUMNS))
-        table = pd.read_csv(self.path, dtype={"run_id": str, "campaign": str, "spec": str}, keep_default_na=True)
+        table = pd.read_csv(
+            self.path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=NO_NUMBER
+        )
         if missing := [name for name in COLUMNS if name not in table.columns]:
             raise ValueError(
                 f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
