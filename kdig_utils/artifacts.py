@@ -14,11 +14,17 @@ from kdig_utils.paths import artifacts_folder, replacing
 
 
 def save_weights(model: torch.nn.Module, path: Path, half: bool = False) -> None:
-    """Write the state dict as safetensors, in float32 or float16, under torchvision's names."""
+    """Write the state dict as safetensors, in float32 or float16, under torchvision's names.
+
+    Raises:
+        ValueError: a value is too large for float16; nothing was written.
+    """
     state = {}
     for name, value in model.state_dict().items():
         kept = value.detach().cpu().contiguous()
         state[name] = kept.half() if half and kept.is_floating_point() else kept
+        if not torch.equal(state[name].isfinite(), kept.isfinite()):
+            raise ValueError(f"{name} holds values too large for float16 (above 65,504): save these weights in float32")
     with replacing(path) as part:
         part.write_bytes(save_safetensors(state))
 
@@ -43,7 +49,7 @@ def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) 
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): restore or train it again") from error
     floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    return models.load_state(model, floats).eval()
+    return models.load_state(model, floats).eval().to(memory_format=torch.channels_last)
 
 
 def model_for(method: str, k: int) -> torch.nn.Module:

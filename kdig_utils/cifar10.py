@@ -1,16 +1,17 @@
 """CIFAR-10: fetched and checked once, then kept as bytes on the device that trains."""
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,6 +32,7 @@ SOURCES = (
     f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
 )
 SAMPLE_COLUMNS = 50
+SPLIT_NAMES = {"train": "training", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ImageSet:
             )
         if not len(self.pixels) == len(self.labels) == len(self.indices):
             raise ValueError(
-                f"{len(self.pixels)} images, {len(self.labels)} labels and {len(self.indices)} indices: pass one of each"
+                f"{len(self.pixels)} images, {len(self.labels)} labels, {len(self.indices)} indices: pass one of each"
             )
 
     def __len__(self) -> int:
@@ -111,6 +113,8 @@ def fetch(root: Path | None = None, sources: Sequence[str] = SOURCES) -> Path:
     root = root or data_root()
     if (root / CIFAR10.base_folder).is_dir() and _is_whole(root):
         return root
+    import pooch  # only where it is needed: it loads tqdm.auto, whose warning would stand in every notebook
+
     archive = _download(root, sources)
     pooch.Untar(extract_dir=".")(str(archive), "download", None)
     if not _is_whole(root):
@@ -128,12 +132,14 @@ def _is_whole(root: Path) -> bool:
 
 
 def _download(root: Path, sources: Sequence[str]) -> Path:
+    import pooch
+
     failures = []
     for url in sources:
         try:
             file = pooch.retrieve(url, f"md5:{ARCHIVE_MD5}", fname=ARCHIVE, path=root, downloader=resumable_downloader)
             return Path(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"{url}: {error}")
     raise RuntimeError(
         "CIFAR-10 could not be downloaded from\n  "
@@ -150,6 +156,8 @@ def resumable_downloader(url: str, output_file: str, _pooch: object) -> None:
         OSError: the host could not be reached, or the transfer broke off; what arrived stays for the next try.
         ValueError: the whole file arrived, with a wrong MD5; it is removed, so that the next try starts afresh.
     """
+    import pooch
+
     part = Path(output_file).parent / f"{ARCHIVE}.part"
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -186,12 +194,15 @@ def load(split: str, root: Path | None = None) -> ImageSet:
         official = CIFAR10(root, train=split == "train")
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"CIFAR-10 under {root} is missing or damaged: run `python -m kdig_utils data`, or set KDIG_DATA to a folder "
-            "that holds cifar-10-batches-py"
+            f"CIFAR-10 under {root} is missing or damaged: run `python -m kdig_utils data`, or set KDIG_DATA "
+            "to a folder that holds cifar-10-batches-py"
         ) from error
     pixels = torch.from_numpy(official.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(
-        f"all {len(pixels):,} {split} images", pixels, torch.tensor(official.targets), torch.arange(len(pixels))
+        f"all {len(pixels):,} {SPLIT_NAMES[split]} images",
+        pixels,
+        torch.tensor(official.targets),
+        torch.arange(len(pixels)),
     )
 
 
@@ -199,14 +210,24 @@ def load_sample(split: str) -> ImageSet:
     """The images that come with the repository: the first 100 training or 200 test images of each class.
 
     They are read from one lossless sheet of 50 images a row, in the data set's own order.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: a file of the sample is missing or damaged.
     """
     _check_split(split)
     folder = paths.artifacts_folder() / "cifar10_sample"
-    table = np.load(folder / f"{split}.npz")
-    sheet = np.asarray(Image.open(folder / f"{split}.webp").convert("RGB"))
+    try:
+        table = np.load(folder / f"{split}.npz")
+        sheet = np.asarray(Image.open(folder / f"{split}.webp").convert("RGB"))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise FileNotFoundError(
+            f"the {split} images in {folder} are missing or damaged ({error}): restore them from git"
+        ) from error
     rows = sheet.reshape(-1, 32, SAMPLE_COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     labels, indices = (torch.from_numpy(table[key].astype(np.int64)) for key in ("labels", "indices"))
-    return ImageSet(f"{len(rows):,} of the {split} images", torch.from_numpy(rows.copy()), labels, indices)
+    name = f"{len(rows):,} of the {SPLIT_NAMES[split]} images"
+    return ImageSet(name, torch.from_numpy(rows.copy()), labels, indices)
 
 
 def save_sample(images: ImageSet, split: str) -> None:

@@ -31,7 +31,12 @@ def style() -> None:
     """Set the book's style for all figures that follow."""
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
     matplotlib.rcParams.update(
-        {"figure.constrained_layout.use": True, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+        {
+            "figure.constrained_layout.use": True,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "figure.titleweight": "bold",
+        }
     )
 
 

@@ -39,11 +39,13 @@ def integrated_gradients(
         internal_batch_size: evaluations in one forward and backward pass.
 
     Raises:
-        ValueError: unknown `method`, `n_steps` below 1, a target outside the classes, or inputs that are not finite.
+        ValueError: unknown `method`, `n_steps` below 1, a target outside the classes, or inputs or baselines
+            that are not finite.
     """
-    _check_finite(inputs)
+    _check_finite(inputs, "inputs")
     alphas, weights = quadrature(method, n_steps)
     baselines = torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
+    _check_finite(baselines, "baselines")
     difference, total = inputs - baselines, torch.zeros_like(inputs)
     image, step = torch.arange(len(inputs)).repeat_interleave(n_steps), torch.arange(n_steps).repeat(len(inputs))
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
@@ -72,6 +74,8 @@ def convergence_delta(
 
 def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     """Points and weights of a rule on [0, 1], float64 of shape (n_steps,); the weights sum to one.
+
+    Captum 0.9 agrees, but for its trapezoid: those weights sum to (n_steps - 1) / n_steps.
 
     Raises:
         ValueError: unknown `method`, or fewer steps than the rule needs (1; the trapezoid needs 2).
@@ -137,9 +141,9 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).view(-1, *[1] * (like.dim() - 1))
 
 
-def _check_finite(inputs: Tensor) -> None:
-    bad = int((~inputs.isfinite()).flatten(1).any(1).sum())
+def _check_finite(values: Tensor, what: str) -> None:
+    bad = int((~values.isfinite()).flatten(1).any(1).sum())
     if bad:
         raise ValueError(
-            f"{bad} of {len(inputs)} inputs hold NaN or infinity: remove or repair them before attributing"
+            f"{bad} of {len(values)} {what} hold NaN or infinity: remove or repair them before attributing"
         )

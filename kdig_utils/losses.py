@@ -4,6 +4,8 @@ r"""The losses of the eight methods (paper, section 3; Hinton et al., arXiv 1503
               + (1 - \alpha) \, \mathrm{CE}(y, p_\text{student}) + \gamma \, L_\text{AT}
 """
 
+import math
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +30,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Mean over channels of the squared features, flattened, of length one: (N, C, H, W) to (N, H·W) (arXiv 1612.03928)."""
+    """Mean over channels of the squares, flattened, of length one: (N, C, H, W) to (N, H·W) (arXiv 1612.03928)."""
     return F.normalize(features.pow(2).mean(1).flatten(1), dim=1)
 
 
@@ -38,12 +40,18 @@ def attention_loss(student_features: Tensor, teacher_attention: Tensor) -> Tenso
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless `temperature` is above 0."""
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not above 0: the paper uses 2.5")
+    """Raise ValueError unless `temperature` is above 0 and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature} is not above 0 and finite: the paper uses 2.5")
 
 
 def check_alpha(alpha: float) -> None:
     """Raise ValueError unless the distillation weight lies in [0, 1]."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} is outside [0, 1]: it is the share of the distillation loss")
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise ValueError unless the attention weight is finite and not negative."""
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma {gamma} is not a weight of 0 or more: the paper uses 0.8")

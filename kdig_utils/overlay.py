@@ -65,7 +65,7 @@ def check_probability(probability: float) -> None:
 
 
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Pad by 4 with zeros, cut out 32 × 32 at `shifts`, mirror where `flips`: RandomCrop and RandomHorizontalFlip, batched.
+    """Pad by 4 with zeros, cut out at `shifts`, mirror where `flips`: RandomCrop and RandomHorizontalFlip, batched.
 
     Args:
         images: (N, C, H, W), any dtype.
@@ -129,7 +129,7 @@ def check_pairing(pairing: str) -> None:
 def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
     """For each image, the position of the image whose teacher signal it gets, (N,).
 
-    `matched`: its own. `shuffled`: a fixed random permutation, which is what a store saved in shuffled order amounts to.
+    `matched`: its own. `shuffled`: a fixed random permutation, as if the store were saved in shuffled order.
     """
     check_pairing(pairing)
     if pairing == "matched":

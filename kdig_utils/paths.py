@@ -22,7 +22,8 @@ def repository_root() -> Path:
         if (folder / "notebooks").is_dir() and (folder / "kdig_utils").is_dir():
             return folder
     raise FileNotFoundError(
-        f"no folder with notebooks and kdig_utils above {here}: run this inside a clone of the book, or set KDIG_ROOT to it"
+        f"no folder with notebooks and kdig_utils above {here}: "
+        "run this inside a clone of the book, or set KDIG_ROOT to it"
     )
 
 
@@ -56,19 +57,31 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the folder is read-only or the disk is full; the message names the folder and the remedy.
     """
     part = None
+    with explaining(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+            os.close(handle)
+            part = Path(name)
+            yield part
+            part.chmod(0o644)
+            os.replace(part, path)
+        finally:
+            if part is not None:
+                part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Let a full disk or a read-only folder, met while `path` is written, name the folder and the remedy.
+
+    Raises:
+        OSError: with the system's errno.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        part = Path(name)
-        yield part
-        part.chmod(0o644)
-        os.replace(part, path)
+        yield
     except OSError as error:
         raise _explained(error, path) from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
@@ -90,11 +103,12 @@ def check_writable(folder: Path, needed: int = 0) -> None:
 
 
 def _explained(error: OSError, path: Path) -> OSError:
+    elsewhere = "set KDIG_WORKSPACE (for ledger and artifacts KDIG_ROOT) to a folder that can be written"
     remedies = {
         errno.ENOSPC: "the disk is full: free some space",
         errno.EDQUOT: "the disk quota is used up: free some space",
-        errno.EROFS: "the folder is read-only: set KDIG_WORKSPACE to a folder that can be written",
-        errno.EACCES: "the folder may not be written: set KDIG_WORKSPACE to a folder that can be written",
+        errno.EROFS: f"the folder is read-only: {elsewhere}",
+        errno.EACCES: f"the folder may not be written: {elsewhere}",
     }
     if error.errno not in remedies:
         return error

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from kdig_utils import losses, models, overlay
-from kdig_utils.paths import replacing, repository_root
+from kdig_utils.paths import explaining, replacing, repository_root
 
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 
@@ -84,7 +84,11 @@ class RunSpec(Spec):
         losses.check_alpha(self.alpha)
         overlay.check_probability(self.overlay_probability)
         overlay.check_pairing(self.pairing)
+        losses.check_gamma(self.gamma)
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
+        check_validation(self.validation_images)
+        if self.n_steps < 1:
+            raise ValueError(f"n_steps = {self.n_steps} is too few: the paper uses 50")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(
                 f"train_fraction {self.train_fraction} is outside (0, 1]: give the share of images to train on"
@@ -129,6 +133,7 @@ class TeacherSpec(Spec):
 
     def __post_init__(self) -> None:
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
+        check_validation(self.validation_images)
 
 
 def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:
@@ -139,6 +144,12 @@ def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:
         raise ValueError(f"batch size {batch_size} is too small for batch norm: give at least 2")
     if not learning_rate > 0:
         raise ValueError(f"learning rate {learning_rate} is not above 0: the paper uses 0.001")
+
+
+def check_validation(images: int) -> None:
+    """Raise ValueError unless the number of held-out images is not negative."""
+    if images < 0:
+        raise ValueError(f"validation_images = {images} is negative: give 0 to train on all images")
 
 
 COLUMNS = (
@@ -153,6 +164,8 @@ NUMBER_COLUMNS = (
 )  # fmt: skip
 # A hash such as 12e45678 is text, never a number.
 TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in NUMBER_COLUMNS)
+# Whole numbers stay whole where a row has none.
+COUNTS = dict.fromkeys(("k", "seed", "epochs", "parameters", "macs", "train_images", "test_images"), "Int64")
 NO_NUMBER = {name: ["", "nan"] for name in NUMBER_COLUMNS}
 
 
@@ -173,9 +186,12 @@ class Ledger:
         """
         if not self.path.is_file():
             return pd.DataFrame(columns=list(COLUMNS))
-        table = pd.read_csv(
-            self.path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=NO_NUMBER
-        )
+        try:
+            table = pd.read_csv(
+                self.path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=NO_NUMBER
+            )
+        except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
+            raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
         if missing := [name for name in COLUMNS if name not in table.columns]:
             raise ValueError(
                 f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
@@ -201,13 +217,14 @@ class Ledger:
         }
         if unknown := set(row) - set(COLUMNS):
             raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.parent / f".{self.path.name}.lock"):
+        with explaining(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with explaining(self.path), FileLock(self.path.parent / f".{self.path.name}.lock"):
             rows = self.read().to_dict("records")
             if spec.run_id in {row["run_id"] for row in rows}:
                 return
             with replacing(self.path) as part:
-                pd.DataFrame([*rows, row], columns=list(COLUMNS)).to_csv(part, index=False)
+                pd.DataFrame([*rows, row], columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
 
 
 def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:

@@ -7,7 +7,7 @@ teacher (SHA-256), the data (MD5) and the settings. Each row is the signal of th
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def compute_signals(
     arrays = _open_store(folder, _shapes(teacher, len(images), settings.tap), manifest)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     device = next(teacher.parameters()).device
-    for positions in remaining.split(batch_size):
+    for positions in remaining.split(batch_size) if len(remaining) else ():  # split makes one empty part of nothing
         rows = _signals_of_batch(
             teacher, folded, images.images(positions).to(device), images.labels[positions].to(device), settings
         )
@@ -122,8 +122,8 @@ def open_signals(
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"no teacher signals in {folder}: compute them with `python -m kdig_utils signals`")
     manifest = _checked_manifest(folder, _manifest(teacher, images, settings))
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in SIGNALS}
-    done = np.load(folder / "done.npy")
+    arrays = _mapped(folder, (*SIGNALS, "done"), "c")
+    done = arrays.pop("done")
     if missing := int((~done).sum()):
         raise FileNotFoundError(
             f"{missing} of {len(images)} images have no signals in {folder}: run `python -m kdig_utils signals` again"
@@ -172,7 +172,7 @@ def _shapes(teacher: Teacher, n: int, tap: int) -> dict[str, tuple[tuple[int, ..
 def _open_store(folder: Path, shapes: dict[str, tuple], manifest: dict) -> dict[str, np.memmap]:
     if (folder / "manifest.json").is_file():
         _checked_manifest(folder, manifest)
-        return {name: open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes}
+        return _mapped(folder, shapes, "r+")
     # Asked for beforehand: a memory-mapped write to a full disk ends the process without an error.
     check_writable(folder, sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values()))
     arrays = {
@@ -184,8 +184,24 @@ def _open_store(folder: Path, shapes: dict[str, tuple], manifest: dict) -> dict[
     return arrays
 
 
+def _mapped(folder: Path, names: Iterable[str], mode: str) -> dict[str, np.memmap]:
+    try:
+        return {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in names}
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"the teacher signals in {folder} are damaged ({error}): delete the folder and compute them again"
+    )
+
+
 def _checked_manifest(folder: Path, expected: dict) -> dict:
-    found = json.loads((folder / "manifest.json").read_text())
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except ValueError as error:
+        raise _damaged(folder, error) from error
     for key, value in expected.items():
         if found.get(key) != value:
             shown = f"{str(found.get(key))[:60]} instead of {str(value)[:60]}"

@@ -5,7 +5,7 @@ repository; `full` trains everything at the paper's settings on the full data se
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,24 +77,32 @@ class Study:
 
     @cached_property
     def signals(self) -> TeacherSignals:
-        """The teacher's signals of all training images, computed now or earlier."""
-        settings = SignalSettings(n_steps=self.n_steps, tap=models.attention_tap(5))
-        folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}"
+        """The teacher's signals of all training images for students with k = 5, computed now or earlier."""
+        return self.signals_for(models.attention_tap(5))
+
+    def signals_for(self, tap: int) -> TeacherSignals:
+        """The same with the attention maps of feature block `tap`."""
+        settings = SignalSettings(n_steps=self.n_steps, tap=tap)
+        folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}_{tap}"
         teacher = self.teacher.to(self.device)
         return signals.compute_signals(teacher, self.train, folder, settings, report=print_every(1000))
 
-    def students(self, campaign: str = "main") -> pd.DataFrame:
-        """The ledger rows of the campaign's students; outside `published`, what is missing is trained first."""
-        self.run_all(self.specs, campaign)
-        rows = self.ledger.read().query("campaign == @campaign and method != 'teacher'")
-        return rows.reset_index(drop=True)
+    def students(self) -> pd.DataFrame:
+        """The ledger rows of the main campaign's students; outside `published`, what is missing is trained first."""
+        wanted = self.run_all(self.specs)
+        ledger = self.ledger.read()
+        main = ledger["run_id"].isin(wanted) if self.specs else ledger["campaign"] == "main"
+        return ledger[main & (ledger["method"] != "teacher")].reset_index(drop=True)
 
-    def run_all(self, specs: Iterable[RunSpec], campaign: str = "main") -> None:
-        """Train what the ledger does not hold yet."""
+    def run_all(self, specs: Iterable[RunSpec], campaign: str = "main") -> list[str]:
+        """Train what the ledger does not hold yet; return the identities of the runs."""
+        run_ids = []
         for spec in specs:
             sha = models.weights_sha256(self.teacher) if spec.uses_teacher else ""
             n_steps = self.n_steps if spec.uses("ig") else spec.n_steps
-            self.run(dataclasses.replace(spec, data_md5=self.train.md5, teacher_sha256=sha, n_steps=n_steps), campaign)
+            spec = dataclasses.replace(spec, data_md5=self.train.md5, teacher_sha256=sha, n_steps=n_steps)
+            run_ids.append(self.run(spec, campaign)["run_id"])
+        return run_ids
 
     def run(self, spec: RunSpec | TeacherSpec, campaign: str = "main", initial: Teacher | None = None) -> pd.Series:
         """The ledger row of a run, training it, or going on with it, if it is not there yet."""
@@ -106,8 +114,7 @@ class Study:
             if isinstance(spec, TeacherSpec):
                 trained = training.train_teacher(spec, self.train, self.test, initial, **common)
             else:
-                teacher_signals = self.signals if spec.uses_teacher else None
-                trained = training.train_student(spec, self.train, self.test, teacher_signals, **common)
+                trained = training.train_student(spec, self.train, self.test, self._signals_of(spec), **common)
             self._record(spec, trained, campaign)
             checkpoint.unlink(missing_ok=True)
             row = self.ledger.find(spec)
@@ -142,10 +149,17 @@ class Study:
         if self.profile == "published":
             return sample
         few = sample.subset(cifar10.first_of_each_class(sample.labels, SMOKE_IMAGES // 10))
-        return dataclasses.replace(few, name=f"{len(few):,} of the {split} images")
+        return dataclasses.replace(few, name=f"{len(few):,} of the {cifar10.SPLIT_NAMES[split]} images")
 
     def _weights_path(self, spec: RunSpec | TeacherSpec) -> Path:
         return self.folder / "weights" / f"{spec.run_id}.safetensors"
+
+    def _signals_of(self, spec: RunSpec) -> TeacherSignals | None:
+        if not spec.uses_teacher:
+            return None
+        # Only attention transfer looks at the tap: the other methods share one store.
+        other_tap = spec.uses("at") and models.attention_tap(spec.k) != models.attention_tap(5)
+        return self.signals_for(models.attention_tap(spec.k)) if other_tap else self.signals
 
     def _record(self, spec: RunSpec | TeacherSpec, trained: training.Trained, campaign: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it."""
@@ -199,7 +213,7 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def print_every(step: int):
+def print_every(step: int) -> Callable[[int, int], None]:
     """A report for `compute_signals` that prints a line each `step` images."""
 
     def report(done: int, total: int) -> None:

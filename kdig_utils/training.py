@@ -88,7 +88,7 @@ def train_student(
         ValueError: the method needs signals and there are none, or the checkpoint is of another run.
         TrainingDiverged: the loss is not finite.
     """
-    check_signals(spec, signals)
+    check_signals(spec, signals, train)
     positions, validation = training_positions(train.labels, spec)
     images, teacher_signals = train.subset(positions).to(device), None
     if signals is not None and spec.uses_teacher:
@@ -148,14 +148,16 @@ def train_teacher(
     return fit(state, batch_loss, len(images), spec, Evaluation(test.to(device), held_out), checkpoint, report)
 
 
-def check_signals(spec: RunSpec, signals: TeacherSignals | None) -> None:
-    """Raise ValueError unless `signals` are what the spec's method needs, from the spec's teacher."""
+def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet) -> None:
+    """Raise ValueError unless `signals` are what the spec's method needs, from the spec's teacher, of these images."""
     if not spec.uses_teacher:
         return
     if signals is None:
         raise ValueError(
             f"method {spec.method} needs the teacher's signals: compute them with `python -m kdig_utils signals`"
         )
+    if signals.manifest["indices"] != train.indices.tolist():
+        raise ValueError(f"the signals are those of other images than {train.name}: compute the signals of these")
     found, tap = signals.manifest["teacher_sha256"], signals.manifest["settings"]["tap"]
     if spec.teacher_sha256 and spec.teacher_sha256 != found:
         raise ValueError(
@@ -286,6 +288,7 @@ def finish_epoch(
     report: Report,
 ) -> None:
     """Measure, add a row to the curve, turn to the next epoch, save."""
+    check_weights(state)
     row = {
         "epoch": state.epoch + 1,
         "train_loss": float(state.loss_sum) / n_images,
@@ -321,9 +324,15 @@ def check_finite(state: State) -> None:
         )
 
 
+def check_weights(state: State) -> None:
+    """Raise TrainingDiverged if the last step, whose loss came before it, left a tensor that is not finite."""
+    if bad := [name for name, value in state.model.state_dict().items() if not value.isfinite().all()]:
+        raise TrainingDiverged(f"{bad[0]} is not finite after epoch {state.epoch + 1}: lower the learning rate")
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, images: ImageSet, batch_size: int = 500) -> Tensor:
-    """Logits of all `images`, (N, 10), with the model in evaluation mode."""
+def predict(model: nn.Module, images: ImageSet, batch_size: int = 50) -> Tensor:
+    """Logits of all `images`, (N, 10), with the model in evaluation mode; small batches fit into a CPU's cache."""
     model.eval()
     return torch.cat([model(images.images(slice(at, at + batch_size))) for at in range(0, len(images), batch_size)])
 
@@ -362,13 +371,14 @@ def load_checkpoint(checkpoint: Path, state: State, spec: RunSpec | TeacherSpec)
     device = state.loss_sum.device
     try:
         content = torch.load(checkpoint, map_location=device, weights_only=True)
+        run_id, saved_spec = content["run_id"], content["spec"]
     except Exception as error:  # torch.load raises many types for a damaged file
         raise ValueError(
             f"the checkpoint {checkpoint} is damaged ({type(error).__name__}): delete it to start the run afresh"
         ) from error
-    if content["run_id"] != spec.run_id:
+    if run_id != spec.run_id:
         raise ValueError(
-            f"the checkpoint {checkpoint} is of run {content['run_id']} {content['spec']}, not of {spec.run_id}: "
+            f"the checkpoint {checkpoint} is of run {run_id} {saved_spec}, not of {spec.run_id}: "
             "resume it with its own spec, or give another checkpoint"
         )
     models.load_state(state.model, content["model"])

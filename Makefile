@@ -1,0 +1,88 @@
+# make reproduce: run every notebook and build the book. make test: run the tests. Both set up .venv first.
+# Interrupt at any time and run again: what was finished is not done twice.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lock clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+INSTALL_LOG := $(VENV)/install.log
+# The environment takes 6.2 GB; while it is made, the downloaded packages lie beside it.
+NEEDED_GB := 10
+STEPS := $(if $(filter reproduce,$(MAKECMDGOALS)),4,3)
+
+# glibc gives freed memory back at once and asks for it again: without these, training on a CPU takes twice as long.
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+export MALLOC_TOP_PAD_ := 1073741824
+
+help:
+	echo "make reproduce   run every notebook and build the book: _build/html/index.html"
+	echo "make test        run the tests"
+	echo "make lock        write the installed versions to requirements.lock"
+	echo "make clean       remove .venv, the built book and caches; data, checkpoints and the ledger stay"
+
+reproduce: setup
+	echo "3/4 Running the notebooks, profile published; the committed ones stay as they are"
+	$(PYTHON) -m kdig_utils reproduce --profile published --resume
+	echo "4/4 Building the book from the committed notebooks, which were executed in the same profile"
+	$(VENV)/bin/jupyter-book build . -W --keep-going -n
+	echo "Notebooks and book took $$SECONDS s; open $(CURDIR)/_build/html/index.html"
+
+test: setup
+	echo "3/3 Testing: package, project, every notebook in profiles smoke and published, the book"
+	$(PYTHON) -m pytest tests notebooks --nbval --nbval-current-env \
+	  --nbval-sanitize-with tests/nbval_sanitise.cfg --durations=15 --color=auto
+	echo "The tests took $$SECONDS s"
+
+setup: $(INSTALLED)
+	echo "The environment in $(VENV) is up to date with pyproject.toml and requirements.txt"
+
+# The stamp is written last: an interrupted installation goes on at the next call.
+$(INSTALLED): pyproject.toml requirements.txt
+	trap 'echo "stopped; run make again to go on" >&2; exit 130' INT
+	fail() { echo "error: $$*" >&2; exit 1; }
+	works() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+	find_python() {
+	  for candidate in python3.13 python3.12 python3.11 python3; do
+	    if works $$candidate; then echo $$candidate; return; fi
+	  done
+	}
+	if ! works $(PYTHON) || ! $(PYTHON) -m pip --version >/dev/null 2>&1; then
+	  free_gb=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1000000) }')
+	  [ $$free_gb -ge $(NEEDED_GB) ] || fail "not enough space: installing takes $(NEEDED_GB) GB, $(CURDIR) has" \
+	    "$$free_gb GB free; free some and run make again"
+	  python=$$(find_python)
+	  [ -n "$$python" ] || fail "no Python 3.11 or newer with venv was found (python3 is" \
+	    "$$(python3 --version 2>&1 || echo missing)); install one, on Debian: apt install python3 python3-venv"
+	  echo "1/$(STEPS) Making the virtual environment $(VENV) with $$($$python --version)"
+	  $$python -m venv --clear $(VENV)
+	fi
+	echo "2/$(STEPS) Installing the requirements into $(VENV), 6.2 GB, some minutes; details in $(INSTALL_LOG)"
+	mkdir -p $(VENV)/tmp
+	if ! TMPDIR=$(CURDIR)/$(VENV)/tmp $(PYTHON) -m pip install --retries 2 --progress-bar off -r requirements.txt 2>&1 \
+	  | tee $(INSTALL_LOG) | sed -u -n -e 's#^ *Downloading \([^ ]*/\)\?\([^ /]*whl\) (\(.*\)).*#  downloading \2, \3#p' \
+	    -e 's#^Installing collected.*#  installing what was downloaded#p'
+	then
+	  rm -rf $(VENV)/tmp
+	  if grep -q "No space left" $(INSTALL_LOG); then fail "the disk is full: free $(NEEDED_GB) GB and run make again"; fi
+	  if grep -Eq "NewConnectionError|NameResolution|Network is unreachable|Connection|ProxyError|timed out" $(INSTALL_LOG)
+	  then fail "the package index cannot be reached: check the network and run make again"; fi
+	  fail "the installation failed: $$(grep -m 1 '^ *ERROR' $(INSTALL_LOG) || tail -n 1 $(INSTALL_LOG))"
+	fi
+	rm -rf $(VENV)/tmp
+	touch $(INSTALLED)
+
+# What pip installed, without the project itself.
+lock: setup
+	$(PYTHON) -m pip freeze --exclude-editable --exclude kdig-utils > requirements.lock
+	echo "requirements.lock: $$(wc -l < requirements.lock) packages"
+
+clean:
+	rm -rf $(VENV) _build build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find kdig_utils tests book -name __pycache__ -prune -exec rm -rf {} +

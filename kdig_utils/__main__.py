@@ -1,0 +1,314 @@
+"""The command line: `python -m kdig_utils COMMAND`; each command has --help with examples."""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdig_utils import artifacts, cifar10, models, overlay, paths, publishing
+from kdig_utils.runs import METHODS, Ledger, RunSpec, TeacherSpec
+from kdig_utils.study import PROFILES, Study, open_study
+
+EXPECTED_ERRORS = (ValueError, KeyError, RuntimeError)  # and OSError: what the package raises on bad input
+MALLOC_PARAMETERS = (-1, -2, -3)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of glibc's mallopt
+
+
+def data(_arguments: argparse.Namespace) -> int:
+    """Fetch the official CIFAR-10 and check it."""
+    root = cifar10.fetch()
+    for split in ("train", "test"):
+        images = cifar10.load(split, root)
+        print(f"{images.name}, MD5 of pixels, labels and indices {images.md5}")
+    print(f"CIFAR-10 is whole in {root}")
+    return 0
+
+
+def teacher(arguments: argparse.Namespace) -> int:
+    """Train a teacher on the full data set, from random weights or from those of a file."""
+    spec = TeacherSpec(
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        validation_images=arguments.validation_images,
+    )
+    initial, study = None, open_study("full")
+    if arguments.initial:
+        initial = artifacts.read_weights(models.teacher(), arguments.initial)
+        spec = dataclasses.replace(spec, initial_sha256=models.weights_sha256(initial))
+    keep_freed_memory()
+    row = study.run(dataclasses.replace(spec, data_md5=study.train.md5), arguments.campaign, initial)
+    print(finished(row))
+    return 0
+
+
+def signals(arguments: argparse.Namespace) -> int:
+    """Compute the published teacher's signals of all training images, once."""
+    keep_freed_memory()
+    found = student_study(arguments.n_steps).signals
+    median, worst = (100 * float(found.error.quantile(share)) for share in (0.5, 0.99))
+    print(
+        f"signals of {len(found.logits):,} images; "
+        f"completeness error {median:.2g} % (median), {worst:.2g} % (99th centile)"
+    )
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train students of the published teacher on the full data set: every method with every k and seed."""
+    specs = [
+        RunSpec(
+            method,
+            k=k,
+            seed=seed,
+            epochs=arguments.epochs,
+            pairing=arguments.pairing,
+            train_fraction=arguments.train_fraction,
+            validation_images=arguments.validation_images,
+        )
+        for method in arguments.method
+        for k in arguments.k
+        for seed in arguments.seed
+    ]
+    keep_freed_memory()
+    study = student_study(arguments.n_steps)
+    study.run_all(specs, arguments.campaign)
+    rows = study.ledger.read().query("campaign == @arguments.campaign")
+    print("\n".join(ledger_lines(rows)))
+    return 0
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Run the notebooks in a profile with papermill."""
+    try:
+        from kdig_utils import reproduce as chapters
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error.name} is not installed: run `make reproduce`, or pip install '.[book]'") from error
+    outcomes = chapters.reproduce(arguments.profile, arguments.only, arguments.resume)
+    print("\n" + chapters.summary(outcomes))
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def status(_arguments: argparse.Namespace) -> int:
+    """Say what is there and what is missing."""
+    damaged = publishing.damaged_artifacts()
+    sections = {
+        "ledger": ledger_lines(Ledger(paths.ledger_path()).read()),
+        "runs in progress": [checkpoint_line(path) for path in sorted(paths.workspace().glob("*/checkpoints/*.pt"))],
+        "teacher signals": [
+            signals_line(path.parent) for path in sorted(paths.workspace().glob("*/signals/*/done.npy"))
+        ],
+        "artifacts": artifact_lines(damaged),
+    }
+    for title, lines in sections.items():
+        print(f"{title}\n  " + "\n  ".join(lines or ["none"]))
+    return int(bool(damaged))
+
+
+def publish(arguments: argparse.Namespace) -> int:
+    """Put the weights of finished runs into artifacts/."""
+    study = open_study("full")
+    table = study.ledger.read().set_index("run_id", drop=False)
+    if unknown := [run_id for run_id in arguments.run if run_id not in table.index]:
+        raise ValueError(f"the ledger has no run {unknown[0]!r}: `python -m kdig_utils status` lists the runs")
+    for run_id in arguments.run:
+        entry = publishing.publish_run(study, table.loc[run_id])
+        print(f"{entry['file']}: run {run_id}, {entry['precision']}, {entry['test_accuracy']:.2f} % on the test images")
+    return 0
+
+
+def readme(arguments: argparse.Namespace) -> int:
+    """Fill the table of results in the README from the ledger."""
+    ledger = Ledger(paths.ledger_path()).read()
+    if arguments.check:
+        current = (paths.repository_root() / "README.md").read_text()
+        if current != publishing.readme_with(publishing.results_table(ledger)):
+            raise ValueError("the table in README.md is not the ledger's: run `python -m kdig_utils readme`")
+        print("README.md says what the ledger says")
+    else:
+        print("README.md " + ("got the ledger's table" if publishing.write_results(ledger) else "was up to date"))
+    return 0
+
+
+def links(arguments: argparse.Namespace) -> int:
+    """Write the public address of pyproject.toml into every file that links to it."""
+    root = paths.repository_root()
+    if arguments.check:
+        if stale := list(publishing.stale_addresses()):
+            path, slug = stale[0]
+            raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
+        print(f"every file names {publishing.address()}")
+    else:
+        changed = [str(path.relative_to(root)) for path in publishing.write_address()]
+        print(f"{publishing.address()}: changed {', '.join(changed) or 'nothing'}")
+    return 0
+
+
+def student_study(n_steps: int) -> Study:
+    """The full study with the published teacher, which is loaded here, so that a damaged one is found at once."""
+    study = dataclasses.replace(open_study("full"), teacher_spec=None, specs=(), n_steps=n_steps)
+    _teacher = study.teacher
+    return study
+
+
+def finished(row: pd.Series) -> str:
+    """One line about a finished run."""
+    name = "teacher" if row["method"] == "teacher" else f"{row['method']} k={row['k']}"
+    settings = f"{name} seed {row['seed']}, {row['epochs']} epochs"
+    return f"run {row['run_id']}: {settings}: {row['test_accuracy']:.2f} % on {row['test_images']:,} test images"
+
+
+def ledger_lines(table: pd.DataFrame) -> list[str]:
+    """A line for each campaign, method, k and number of epochs: the runs and their mean accuracy."""
+    order = {method: place for place, method in enumerate(("teacher", *METHODS))}
+    groups = table.groupby(["campaign", "method", "k", "epochs", "pairing"], dropna=False)
+    found = sorted(groups, key=lambda group: (str(group[0][0]), order[group[0][1]], group[0][2:4]))
+    return [
+        f"{campaign}: {method} k={k}, {epochs} epochs{'' if pairing != 'shuffled' else ', shuffled'}: {len(runs)} run"
+        f"{'s' if len(runs) > 1 else ''}, mean {runs['test_accuracy'].mean():.2f} % ({' '.join(runs['run_id'])})"
+        for (campaign, method, k, epochs, pairing), runs in found
+    ]
+
+
+def checkpoint_line(path: Path) -> str:
+    """Where the run of a checkpoint stands."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged file
+        return f"{path.name}: damaged ({type(error).__name__}): delete {path} to start the run afresh"
+    spec = content["spec"]
+    done, name = content["epoch"], spec.get("method", "teacher")
+    return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
+
+
+def signals_line(folder: Path) -> str:
+    """How much of a store of teacher signals is there."""
+    done = np.load(folder / "done.npy")
+    return f"{folder.name} ({folder.parts[-3]}): {int(done.sum()):,} of {len(done):,} images"
+
+
+def artifact_lines(damaged: dict[str, str]) -> list[str]:
+    """A line for each published network: what it is, or why it cannot be used."""
+    return [
+        f"{name}: {damaged[name]}"
+        if name in damaged
+        else f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"
+        for name, entry in artifacts.manifest().items()
+    ]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a training step frees: else a CPU loses half its time to page faults."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter in MALLOC_PARAMETERS:
+            libc.mallopt(parameter, 1 << 30)
+
+
+EXAMPLES = {
+    data: ("data", "data    # with KDIG_DATA=FOLDER in the environment: checks the files there"),
+    teacher: ("teacher", "teacher --epochs 4 --learning-rate 0.04 --initial teacher.safetensors"),
+    signals: ("signals", "signals --n-steps 8"),
+    train: (
+        "train --method kd_ig",
+        "train --method student kd ig kd_ig --seed 0 1 2",
+        "train --method kd --k 9 --epochs 5 --campaign short",
+    ),
+    reproduce: ("reproduce", "reproduce --profile smoke --only 03,06", "reproduce --profile full --resume"),
+    status: ("status",),
+    publish: ("publish 2f1ac711c7eb    # status lists the runs", "publish 2f1ac711c7eb 6e99d614e029"),
+    readme: ("readme", "readme --check"),
+    links: ("links", "links --check"),
+}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(prog="python -m kdig_utils", description=__doc__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = {}
+    for function, examples in EXAMPLES.items():
+        commands[function] = subparsers.add_parser(
+            function.__name__,
+            help=function.__doc__,
+            description=function.__doc__,
+            epilog="\n".join(["examples:", *(f"  python -m kdig_utils {line}" for line in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        commands[function].set_defaults(function=function)
+    add_teacher_options(commands[teacher])
+    add_student_options(commands[train])
+    for command in (commands[signals], commands[train]):
+        command.add_argument(
+            "--n-steps", type=int, default=RunSpec.n_steps, help="of the IG path; default: %(default)s"
+        )
+    for command in (commands[teacher], commands[train]):
+        command.add_argument("--validation-images", type=int, default=0, help="held out; default: %(default)s")
+        command.add_argument("--campaign", default="main", help="its name in the ledger; default: %(default)s")
+    add_reproduce_options(commands[reproduce])
+    commands[publish].add_argument("run", nargs="+", metavar="RUN_ID", help="as in the ledger; status lists them")
+    for command in (commands[readme], commands[links]):
+        command.add_argument("--check", action="store_true", help="change nothing; fail if something would change")
+    return parser
+
+
+def add_teacher_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--epochs", type=int, default=TeacherSpec.epochs, help="default: %(default)s")
+    command.add_argument("--learning-rate", type=float, default=TeacherSpec.learning_rate, help="default: %(default)s")
+    command.add_argument("--initial", type=Path, metavar="FILE", help="safetensors to start from; else random weights")
+
+
+def add_student_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", nargs="+", required=True, help=f"of {' '.join(METHODS)}")
+    command.add_argument("--k", type=int, nargs="+", default=[5], help="feature blocks removed; default: 5")
+    command.add_argument("--seed", type=int, nargs="+", default=[0], help="default: 0")
+    command.add_argument("--epochs", type=int, default=RunSpec.epochs, help="default: %(default)s")
+    command.add_argument("--pairing", default="matched", help=f"of {' '.join(overlay.PAIRINGS)}; default: %(default)s")
+    command.add_argument("--train-fraction", type=float, default=1.0, help="of the images; default: %(default)s")
+
+
+def add_reproduce_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", default="published", help=f"of {' '.join(PROFILES)}; default: %(default)s")
+    command.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], metavar="03,06", help="these chapters"
+    )
+    command.add_argument("--resume", action="store_true", help="pass over chapters whose executed copy is up to date")
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether `error` is the package's own word on bad input, or the system's on a file, and no defect."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    raised_here = Path(innermost).parent == Path(__file__).parent
+    return isinstance(error, OSError) or (isinstance(error, EXPECTED_ERRORS) and raised_here)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    0: well. 1: a notebook failed, or an artifact is damaged. 2: bad input. 130: stopped by hand.
+    """
+    arguments = command_line().parse_args(words)
+    try:
+        return arguments.function(arguments)
+    except KeyboardInterrupt:
+        resume = " with --resume" if "resume" in arguments and not arguments.resume else ""
+        print(f"stopped; run the same command again{resume} to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print("error: " + " ".join(str(message).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

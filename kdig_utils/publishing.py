@@ -1,0 +1,178 @@
+"""What the repository shows the world: its address, the README's table of results, the weights of chosen runs."""
+
+import re
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from kdig_utils import artifacts, models, training
+from kdig_utils.cifar10 import ImageSet
+from kdig_utils.paths import replacing, repository_root
+from kdig_utils.runs import METHODS, RunSpec, TeacherSpec, spec_of
+from kdig_utils.study import Study
+
+BRANCH = "main"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# Where a file of the book names the book's own repository; other links to GitHub are other people's.
+OWN_ADDRESS = re.compile(
+    r"(?:colab\.research\.google\.com/github/|git clone [^\n\"]*?https://github\.com/"
+    r"|repository-code: https://github\.com/|\burl: https://github\.com/)([\w-]+/[\w-]+)"
+)
+HALF_TOLERANCE = 0.01  # points of test accuracy that float16 may cost
+
+
+def address() -> str:
+    """The public address of the repository, `https://github.com/OWNER/NAME`, from `[project.urls]` in pyproject.toml.
+
+    Raises:
+        ValueError: it is no address of a GitHub repository.
+    """
+    path = repository_root() / "pyproject.toml"
+    found = tomllib.loads(path.read_text())["project"]["urls"]["Repository"]
+    if not re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+", found):
+        raise ValueError(f"Repository = {found!r} in {path.name} is not of the form https://github.com/OWNER/NAME")
+    return found
+
+
+def colab_badge(notebook: str) -> str:
+    """The Markdown of the button that opens `notebook`, a file name in notebooks/, in Colab."""
+    link = f"https://colab.research.google.com/github/{_slug()}/blob/{BRANCH}/notebooks/{notebook}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
+def linking_files() -> list[Path]:
+    """The files that name the public address, or may: README, citation, settings, prose pages, notebooks."""
+    root = repository_root()
+    named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
+    return [path for path in (*named, *sorted(root.glob("book/*.md")), *notebooks()) if path.is_file()]
+
+
+def notebooks() -> list[Path]:
+    """The chapters that compute, in reading order."""
+    return sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def stale_addresses() -> Iterator[tuple[Path, str]]:
+    """Each file that names another repository as the book's own, with that `OWNER/NAME`."""
+    for path in linking_files():
+        found = set(OWN_ADDRESS.findall(path.read_text())) - {_slug()}
+        yield from ((path, slug) for slug in sorted(found))
+
+
+def write_address() -> list[Path]:
+    """Write the public address into every file that names another one as the book's own; return the changed files."""
+    changed = []
+    for path, slug in stale_addresses():
+        old, new = slug.split("/")[1], _slug().split("/")[1]
+        text = re.sub(rf"github\.com/{re.escape(slug)}\b", f"github.com/{_slug()}", path.read_text())
+        text = text.replace(f"google.com/github/{slug}/", f"google.com/github/{_slug()}/")
+        text = re.sub(rf"(?<=\bcd ){re.escape(old)}\b|(?<=\bcd -q ){re.escape(old)}\b", new, text)
+        _write(path, text)
+        changed.append(path)
+    return changed
+
+
+def results_table(ledger: pd.DataFrame, campaign: str = "main") -> str:
+    """The campaign as a Markdown table: one row for each setting that was run, one for each method that was not."""
+    lines = ["| method | seeds | epochs | mean test accuracy | parameters |", "|---|---|---|---|---|"]
+    rows = ledger[ledger["campaign"] == campaign]
+    for method in ("teacher", *METHODS):
+        runs = rows[rows["method"] == method]
+        for (epochs, parameters), group in runs.groupby(["epochs", "parameters"], dropna=False):
+            mean = group["test_accuracy"].astype(float).mean()
+            lines.append(f"| `{method}` | {len(group)} | {epochs:g} | {mean:.2f} % | {parameters:,.0f} |")
+        if runs.empty:
+            lines.append(f"| `{method}` | | | not run yet | |")
+    return "\n".join(lines)
+
+
+def readme_with(table: str) -> str:
+    """The text of the README with `table` between its two marks.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    text = (repository_root() / "README.md").read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md needs the lines {BEGIN} and {END}, once each, around its table of results")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def write_results(ledger: pd.DataFrame) -> bool:
+    """Write the ledger's table of results into the README; return whether it was another one."""
+    path, text = repository_root() / "README.md", readme_with(results_table(ledger))
+    if path.read_text() == text:
+        return False
+    _write(path, text)
+    return True
+
+
+def publish_run(study: Study, row: pd.Series) -> dict:
+    """Put the weights of a finished run of `study` into the repository; return the entry in the manifest.
+
+    A student is kept in float16 if that leaves its accuracy on `study.test` within 0.01 points; the teacher, whose
+    gradients are explained, always in float32.
+
+    Raises:
+        FileNotFoundError: the run's weights are not in the study's folder.
+        ValueError: those weights are not the ones of the ledger.
+    """
+    spec = spec_of(row)
+    model = study.weights(spec)
+    if (found := models.weights_sha256(model)) != row["weights_sha256"]:
+        raise ValueError(
+            f"run {spec.run_id} ended with weights {row['weights_sha256'][:12]}, its file holds {found[:12]}"
+        )
+    name = "teacher" if spec.method == "teacher" else f"{spec.method}_k{spec.k}"
+    artifacts.publish(name, model, keeps_accuracy_in_half(model, spec, study.test), **facts(row))
+    return artifacts.manifest()[name]
+
+
+def keeps_accuracy_in_half(model: nn.Module, spec: RunSpec | TeacherSpec, test: ImageSet) -> bool:
+    """Whether this is a student whose accuracy stays the same, within 0.01 points, with weights in float16."""
+    if spec.method == "teacher":
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "half.safetensors"
+        artifacts.save_weights(model, path, half=True)
+        rounded = artifacts.read_weights(artifacts.model_for(spec.method, spec.k), path)
+    # Floats from counts: a difference of one image in 10,000, 0.01 points, is still the same accuracy.
+    return abs(training.accuracy(rounded, test) - training.accuracy(model, test)) < HALF_TOLERANCE * 1.001
+
+
+def facts(row: pd.Series) -> dict[str, object]:
+    """What the manifest says about a run, from its ledger row."""
+    return {
+        "run_id": str(row["run_id"]),
+        "method": str(row["method"]),
+        "k": int(row["k"]),
+        "seed": int(row["seed"]),
+        "epochs": int(row["epochs"]),
+        "test_accuracy": float(row["test_accuracy"]),
+        "weights_sha256": str(row["weights_sha256"]),
+    }
+
+
+def damaged_artifacts() -> dict[str, str]:
+    """Why a published network cannot be loaded, by its name; empty if all are whole."""
+    problems = {}
+    for name in artifacts.manifest():
+        try:
+            artifacts.load(name)
+        except (OSError, ValueError) as error:
+            problems[name] = str(error)
+    return problems
+
+
+def _slug() -> str:
+    return address().removeprefix("https://github.com/")
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text)

@@ -1,0 +1,49 @@
+"""What the tests share: the images of the repository, the official data set, and a workspace of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdig_utils import cifar10
+from kdig_utils.cifar10 import ImageSet
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A fresh workspace for the session: no test writes into the reader's, and what is trained is trained once."""
+    folder = tmp_path_factory.mktemp("workspace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDIG_WORKSPACE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def sample_train() -> ImageSet:
+    """The 1,000 training images that come with the repository."""
+    return cifar10.load_sample("train")
+
+
+@pytest.fixture(scope="session")
+def sample_test() -> ImageSet:
+    """The 2,000 test images that come with the repository."""
+    return cifar10.load_sample("test")
+
+
+@pytest.fixture(scope="session")
+def full_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of the official data set: `KDIG_DATA`, or unpacked from ../shared/cifar10, once a session."""
+    if root := os.environ.get("KDIG_DATA"):
+        return Path(root)
+    unpack = SHARED / "cifar10" / "unpack.py"
+    if not unpack.is_file():
+        pytest.skip("needs the official CIFAR-10 files: set KDIG_DATA to their root")
+    root = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, unpack, root], check=True, stdout=subprocess.DEVNULL)
+    return root

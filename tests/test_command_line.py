@@ -1,0 +1,203 @@
+"""The command line: help with examples, one clear line on bad input, and work that ends in ledger and artifacts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdig_utils import __main__ as command_line
+from kdig_utils import artifacts, cifar10, models, study
+from kdig_utils.cifar10 import ImageSet
+from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
+
+COMMANDS = ("data", "teacher", "signals", "train", "reproduce", "status", "publish", "readme", "links")
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty clone of the book: a README with an empty table, no ledger, no artifacts."""
+    for name in ("notebooks", "kdig_utils", "artifacts", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "README.md").write_text("before\n<!-- results:begin -->\n<!-- results:end -->\nafter\n")
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/new/name"\n')
+    monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path / "workspace"))
+    return tmp_path
+
+
+@pytest.fixture
+def small_data(monkeypatch: pytest.MonkeyPatch, sample_train: ImageSet, sample_test: ImageSet) -> None:
+    """100 images of the repository in place of the official data set."""
+    few = {
+        "train": sample_train.subset(cifar10.first_of_each_class(sample_train.labels, 10)),
+        "test": sample_test.subset(cifar10.first_of_each_class(sample_test.labels, 10)),
+    }
+    monkeypatch.setattr(study.cifar10, "fetch", lambda: Path())
+    monkeypatch.setattr(study.cifar10, "load", lambda split, root=None: few[split])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that says what was wrong; pooch names each download in lines of its own before it."""
+    assert command_line.main(words) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert all(other.startswith("Downloading") for other in before)
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert f"\n  python -m kdig_utils {command}" in shown.split("examples:")[1]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command}" in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "remedy"),
+    [
+        (["reproduce", "--profile", "smok"], "'smok'", "published, smoke, full"),
+        (["train", "--method", "kdd"], "'kdd'", "kd_ig_at"),
+        (["train", "--method", "kd", "--k", "4"], "k = 4", "3, 5, 7"),
+        (["train", "--method", "kd", "--epochs", "0"], "epochs = 0", "at least 1"),
+        (["train", "--method", "kd", "--pairing", "none"], "'none'", "matched"),
+        (["train", "--method", "kd", "--train-fraction", "1.5"], "1.5", "(0, 1]"),
+        (["teacher", "--learning-rate", "-1"], "-1", "above 0"),
+        (["teacher", "--initial", "absent.safetensors"], "absent.safetensors", "restore"),
+        (["publish", "0123456789ab"], "'0123456789ab'", "status"),
+    ],
+)
+def test_bad_input_is_one_line_with_value_and_remedy(
+    words: list[str], value: str, remedy: str, clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(capsys, *words)
+    assert value in line
+    assert remedy in line
+
+
+def test_bad_input_as_a_process_has_no_traceback() -> None:
+    words = [sys.executable, "-m", "kdig_utils", "train", "--method", "kdd"]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert not ended.stdout
+
+
+def test_a_defect_is_not_taken_for_bad_input(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line.publishing, "write_results", lambda ledger: [].index(1))
+    with pytest.raises(ValueError, match="not in list"):
+        command_line.main(["readme"])
+
+
+def test_stopping_by_hand_says_how_to_go_on(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "student_study", stop)
+    assert command_line.main(["train", "--method", "kd"]) == 130
+    assert capsys.readouterr().err == "stopped; run the same command again to go on\n"
+
+
+def test_status_of_an_empty_clone(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["status"]) == 0
+    assert capsys.readouterr().out.count("none") == 4
+
+
+def test_train_without_a_published_teacher_says_so_before_it_reads_the_data(
+    clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "'teacher'" in error_of(capsys, "train", "--method", "student")
+
+
+def test_data_names_the_folder_that_is_not_whole(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KDIG_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(
+        cifar10.fetch, "__defaults__", (None, ("http://127.0.0.1:9/first", "http://127.0.0.1:9/second"))
+    )
+    line = error_of(capsys, "data")
+    assert "/first" in line
+    assert "/second" in line
+    assert "nowhere" in line
+
+
+def test_from_teacher_to_published_student(clone: Path, small_data: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """teacher → publish → train → publish → status → readme, all on 100 images."""
+    assert command_line.main(["teacher", "--epochs", "1", "--learning-rate", "0.01"]) == 0
+    ledger = Ledger(clone / "results" / "runs.csv")
+    assert command_line.main(["publish", ledger.read()["run_id"][0]]) == 0
+    assert artifacts.manifest()["teacher"]["precision"] == "float32"
+
+    training = ["train", "--method", "student", "kd_ig", "--epochs", "1", "--n-steps", "2"]
+    assert command_line.main(training) == 0
+    table = ledger.read().set_index("method")
+    assert list(table.index) == ["teacher", "student", "kd_ig"]
+    assert table.loc["kd_ig", "teacher_sha256"] == table.loc["teacher", "weights_sha256"]
+    assert (table["epochs"] == 1).all()
+
+    assert command_line.main(["publish", table.loc["kd_ig", "run_id"]]) == 0
+    entry = artifacts.manifest()["kd_ig_k5"]
+    assert entry["weights_sha256"] == table.loc["kd_ig", "weights_sha256"]
+    assert models.count_parameters(artifacts.load("kd_ig_k5")) == table.loc["kd_ig", "parameters"]
+
+    capsys.readouterr()
+    assert command_line.main(["status"]) == 0
+    shown = capsys.readouterr().out
+    assert "100 of 100 images" in shown
+    assert "kd_ig_k5: whole" in shown
+
+    error_of(capsys, "readme", "--check")
+    assert command_line.main(["readme"]) == 0
+    assert command_line.main(["readme", "--check"]) == 0
+    assert command_line.main(training) == 0
+    assert len(ledger.read()) == 3, "what is in the ledger is not trained again"
+
+
+def test_status_shows_a_damaged_artifact_and_fails(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"method": "student", "k": 17, "test_accuracy": 50.0, "run_id": "0123456789ab"}
+    artifacts.publish("student_k17", models.student(17), half=False, **facts)
+    path = clone / "artifacts" / "student_k17.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert command_line.main(["status"]) == 1
+    assert "the manifest says" in capsys.readouterr().out
+
+
+def test_readme_table_has_a_row_for_every_method_and_keeps_the_rest(clone: Path) -> None:
+    ledger = Ledger(clone / "results" / "runs.csv")
+    for seed, accuracy in enumerate((80.0, 81.0)):
+        ledger.append(RunSpec("kd", seed=seed, epochs=7), campaign="main", test_accuracy=accuracy, parameters=543498)
+    ledger.append(TeacherSpec(epochs=3), campaign="other", test_accuracy=90.0, parameters=2236682)
+    assert command_line.main(["readme"]) == 0
+    text = (clone / "README.md").read_text()
+    assert "| `kd` | 2 | 7 | 80.50 % | 543,498 |" in text
+    assert text.count("not run yet") == 8
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_links_moves_the_address_everywhere_and_nothing_else(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    badge = "https://colab.research.google.com/github/old/book/blob/main/notebooks/00_a.ipynb"
+    others = "https://github.com/old/book/issues https://github.com/old/bookshelf"
+    before = f"{badge} {others} git clone https://github.com/old/book\ncd book\n"
+    (clone / "notebooks" / "00_a.ipynb").write_text(before)
+    assert "old/book" in error_of(capsys, "links", "--check")
+    assert command_line.main(["links"]) == 0
+    expected = before.replace("old/book/", "new/name/").replace("old/book\ncd book", "new/name\ncd name")
+    assert (clone / "notebooks" / "00_a.ipynb").read_text() == expected
+    assert command_line.main(["links", "--check"]) == 0
+
+
+def test_links_refuses_an_address_that_is_none(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (clone / "pyproject.toml").write_text('[project.urls]\nRepository = "example.org"\n')
+    assert "'example.org'" in error_of(capsys, "links")

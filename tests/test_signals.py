@@ -1,0 +1,244 @@
+"""Teacher signals: each row belongs to its image, and a store cannot be mixed up or half used."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import IntegratedGradients
+from torch import nn
+
+from kdig_utils import cifar10, losses, models, signals
+from kdig_utils.cifar10 import ImageSet
+from kdig_utils.signals import SignalSettings, compute_signals, open_signals
+
+SETTINGS = SignalSettings(n_steps=3)
+IMAGES = 8
+BATCH = 3
+# Folding batch norm and another batch size change float32 sums; where a ReLU6 then flips, a gradient moves.
+# In float64 the folded network's maps agree to 1e-14; float16 alone rounds by 5e-4.
+TOLERANCE = 1e-2
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def teacher(sample_train: ImageSet) -> models.Teacher:
+    """Random weights with batch-norm statistics and answers of order one, so that folding is put to the test."""
+    network, generator = models.teacher(1), torch.Generator().manual_seed(1)
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(sample_train.images(slice(0, 32)))
+        for layer in norms:
+            layer.weight.copy_(0.8 + 0.2 * torch.rand(layer.weight.shape, generator=generator))
+        network.classifier[1].weight.normal_(0, 0.1, generator=generator)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def images(sample_train: ImageSet) -> ImageSet:
+    return sample_train.subset(torch.arange(100, 100 + IMAGES))
+
+
+@pytest.fixture(scope="module")
+def store(teacher: models.Teacher, images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    compute_signals(teacher, images, folder, SETTINGS, BATCH)
+    return folder
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal to within `TOLERANCE` of the length."""
+    return float((found - expected).norm()) < TOLERANCE * float(expected.norm())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_rows_equal_rescoring_random_images(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
+    found = open_signals(teacher, images, store, SETTINGS)
+    chosen = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))[:4]
+    for i in chosen.tolist():
+        image, label = images.images([i]), int(images.labels[i])
+        with torch.no_grad():
+            assert close(found.logits[i], teacher(image)[0])
+            _logits, features = models.logits_and_features(teacher, image, 9)
+            assert close(found.attention[i], losses.attention_map(features)[0])
+        baselines = torch.tensor(cifar10.MEAN).view(1, 3, 1, 1).expand_as(image)
+        captum = IntegratedGradients(teacher).attribute(image, baselines, label, n_steps=3).abs().sum(1)[0]
+        assert close(found.maps[i].float(), captum / captum.max())
+    print(f"{len(chosen)} random images of {IMAGES}, seed 0")
+
+
+def test_another_images_map_is_told_apart(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
+    """The re-scoring test could not pass on a store in another order."""
+    maps = open_signals(teacher, images, store, SETTINGS).maps.float().flatten(1)
+    distance = torch.cdist(maps, maps) + 100 * torch.eye(IMAGES)
+    assert float(distance.min()) > 10 * TOLERANCE * float(maps.norm(dim=1).max())
+
+
+def test_maps_span_up_to_one_and_attention_has_unit_length(
+    teacher: models.Teacher, images: ImageSet, store: Path
+) -> None:
+    found = open_signals(teacher, images, store, SETTINGS)
+    assert found.maps.shape == (IMAGES, 32, 32)
+    assert found.maps.dtype == torch.float16
+    assert float(found.maps.min()) >= 0
+    assert torch.equal(found.maps.amax((1, 2)), torch.ones(IMAGES).half())
+    assert torch.allclose(found.attention.norm(dim=1), torch.ones(IMAGES))
+    assert found.logits.shape == (IMAGES, 10)
+    assert found.error.shape == (IMAGES,)
+    assert bool(found.error.isfinite().all())
+
+
+def test_error_is_the_relative_completeness_error(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
+    found, image = open_signals(teacher, images, store, SETTINGS), images.images([0])
+    baselines = torch.tensor(cifar10.MEAN).view(1, 3, 1, 1).expand_as(image)
+    attributions, delta = IntegratedGradients(teacher).attribute(
+        image, baselines, int(images.labels[0]), n_steps=3, return_convergence_delta=True
+    )
+    rise = attributions.sum() - delta
+    assert float(found.error[0]) == pytest.approx(float(delta.abs() / rise.abs()), rel=2e-2, abs=1e-3)
+
+
+def test_manifest_names_teacher_data_settings_and_indices(
+    teacher: models.Teacher, images: ImageSet, store: Path
+) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert manifest["teacher_sha256"] == models.weights_sha256(teacher)
+    assert manifest["data_md5"] == images.md5
+    assert manifest["indices"] == images.indices.tolist()
+    assert manifest["settings"] == {"n_steps": 3, "method": "gausslegendre", "baseline": "mean_colour", "tap": 9}
+    assert open_signals(teacher, images, store, SETTINGS).manifest == manifest
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_interrupted_store_goes_on_and_ends_the_same(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path, stop_after: int
+) -> None:
+    def stop(done: int, _total: int) -> None:
+        if done >= stop_after * BATCH:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, stop)
+    with pytest.raises(FileNotFoundError, match=f"{IMAGES - stop_after * BATCH} of {IMAGES} images have no signals"):
+        open_signals(teacher, images, tmp_path, SETTINGS)
+    seen = []
+    compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, lambda done, total: seen.append((done, total)))
+    assert seen[0] == (min(IMAGES, (stop_after + 1) * BATCH), IMAGES)  # nothing was computed twice
+    assert contents(tmp_path) == contents(store)
+
+
+def test_rows_written_but_not_marked_done_are_computed_again(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path
+) -> None:
+    for name, content in contents(store).items():
+        (tmp_path / name).write_bytes(content)
+    done, maps = (np.load(tmp_path / f"{name}.npy", mmap_mode="r+") for name in ("done", "maps"))
+    done[3:6], maps[3:6] = False, 0.5
+    done.flush(), maps.flush()
+    compute_signals(teacher, images, tmp_path, SETTINGS, BATCH)
+    assert contents(tmp_path) == contents(store)
+
+
+def test_finished_store_is_not_computed_again(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
+    before, reports = contents(store), []
+    compute_signals(teacher, images, store, SETTINGS, BATCH, lambda *numbers: reports.append(numbers))
+    assert reports == []
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("use", [open_signals, compute_signals])
+def test_store_of_something_else_is_refused_and_kept(
+    teacher: models.Teacher, images: ImageSet, store: Path, use
+) -> None:
+    before = contents(store)
+    others = {
+        "teacher_sha256": (models.teacher(2).eval(), images, SETTINGS),
+        "data_md5": (teacher, images.subset(torch.arange(IMAGES - 1, -1, -1)), SETTINGS),
+        "settings": (teacher, images, SignalSettings(n_steps=4)),
+    }
+    for key, (network, image_set, settings) in others.items():
+        with pytest.raises(ValueError, match=f"have another {key} .*compute them into another folder") as caught:
+            use(network, image_set, store, settings)
+        assert str(store) in str(caught.value)
+    assert contents(store) == before
+
+
+def test_no_store_names_folder_and_command(teacher: models.Teacher, images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no teacher signals in .*kdig_utils signals"):
+        open_signals(teacher, images, tmp_path / "none", SETTINGS)
+
+
+@pytest.mark.parametrize("damage", ["maps.npy", "manifest.json"])
+def test_damaged_store_names_folder_and_remedy(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path, damage: str
+) -> None:
+    for name, content in contents(store).items():
+        (tmp_path / name).write_bytes(content[: len(content) // 2] if name == damage else content)
+    with pytest.raises(ValueError, match=r"damaged.*delete the folder") as caught:
+        open_signals(teacher, images, tmp_path, SETTINGS)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (SignalSettings(n_steps=0), "n_steps = 0"),
+        (SignalSettings(method="x"), "'x'"),
+        (SignalSettings(baseline="x"), "'x'"),
+    ],
+)
+def test_bad_settings_are_named(
+    teacher: models.Teacher, images: ImageSet, tmp_path: Path, settings: SignalSettings, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        compute_signals(teacher, images, tmp_path, settings)
+
+
+def test_a_store_that_does_not_fit_is_refused_before_the_first_image(
+    teacher: models.Teacher, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A memory-mapped write to a full disk kills the process (SIGBUS), so the room is asked for beforehand."""
+    needed = IMAGES * (10 * 4 + 32 * 32 * 2 + 8 * 8 * 4 + 4 + 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=needed - 1))
+    with pytest.raises(OSError, match=r"MB free .*needed; free some space") as caught:
+        compute_signals(teacher, images, tmp_path / "store", SETTINGS, report=lambda *_numbers: pytest.fail("started"))
+    assert caught.value.errno == errno.ENOSPC
+    assert str(tmp_path / "store") in str(caught.value)
+
+
+def test_the_callers_teacher_stays_as_it_was(teacher: models.Teacher, images: ImageSet, tmp_path: Path) -> None:
+    before = models.weights_sha256(teacher)
+    teacher.train()
+    compute_signals(teacher, images.subset(torch.arange(2)), tmp_path, SETTINGS)
+    assert teacher.training
+    assert models.weights_sha256(teacher) == before
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    teacher.eval()
+
+
+def test_rows_and_device_keep_the_signals_together(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
+    found = open_signals(teacher, images, store, SETTINGS)
+    chosen = found.to("cpu").rows(torch.tensor([5, 2]))
+    for part, whole in zip(chosen.tensors(), found.tensors(), strict=True):
+        assert torch.equal(part, whole[[5, 2]])
+
+
+def test_store_is_memory_mapped_and_writing_to_it_changes_nothing(
+    teacher: models.Teacher, images: ImageSet, store: Path
+) -> None:
+    before = contents(store)
+    open_signals(teacher, images, store, SETTINGS).maps.zero_()
+    assert contents(store) == before
+    assert set(signals.SIGNALS) | {"done"} == {name.removesuffix(".npy") for name in before if name.endswith(".npy")}
