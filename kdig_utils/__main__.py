@@ -96,6 +96,15 @@ def reproduce(arguments: argparse.Namespace) -> int:
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
+def store(_arguments: argparse.Namespace) -> int:
+    """Run the notebooks in profile published and put the executed copies in place of the committed ones."""
+    from kdig_utils import reproduce as chapters
+
+    changed = chapters.store(chapters.reproduce("published", resume=True))
+    print(f"changed: {', '.join(changed) or 'none'}")
+    return 0
+
+
 def status(_arguments: argparse.Namespace) -> int:
     """Say what is there and what is missing."""
     damaged = publishing.damaged_artifacts()
@@ -222,6 +231,7 @@ EXAMPLES = {
         "train --method kd --k 9 --epochs 5 --campaign short",
     ),
     reproduce: ("reproduce", "reproduce --profile smoke --only 03,06", "reproduce --profile full --resume"),
+    store: ("store",),
     status: ("status",),
     publish: ("publish 2f1ac711c7eb    # status lists the runs", "publish 2f1ac711c7eb 6e99d614e029"),
     readme: ("readme", "readme --check"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
@@ -165,6 +166,43 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     total = sum(outcome.seconds for outcome in outcomes)
     return "\n".join([*lines, f"{len(outcomes) - failed} of {len(outcomes)} notebooks are well, {total:.0f} s in all"])
+
+
+def store(outcomes: Sequence[Outcome]) -> list[str]:
+    """Put the executed copies of `published` in place of the committed notebooks; return the names of those changed.
+
+    What papermill adds, the injected cell and its timestamps, is left out: a notebook changes only where it says so.
+
+    Raises:
+        ValueError: a chapter failed; no notebook was changed.
+    """
+    if failed := [outcome.notebook for outcome in outcomes if outcome.status == "failed"]:
+        raise ValueError(f"{failed[0]} failed: mend it, and store the notebooks then")
+    folder, changed = paths.workspace().resolve() / "reproduce" / "published", []
+    for outcome in outcomes:
+        committed = paths.repository_root() / "notebooks" / outcome.notebook
+        text = nbformat.writes(_without_traces(nbformat.read(folder / outcome.notebook, 4))) + "\n"
+        if committed.read_text() != text:
+            with replacing(committed) as part:
+                part.write_text(text)
+            changed.append(outcome.notebook)
+    return changed
+
+
+def _without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for cell in cells:
+        kept = {key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb") and value}
+        cell.metadata = nbformat.from_dict(kept)
+    for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), start=1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.cells, notebook.metadata = cells, nbformat.from_dict({"kernelspec": kernel, "language_info": language})
+    return notebook
 
 
 def _execute_unless_up_to_date(notebook: Path, profile: str, folder: Path, resume: bool) -> Outcome:

@@ -125,20 +125,20 @@ class Study:
         return artifacts.read_weights(artifacts.model_for(spec.method, spec.k), self._weights_path(spec))
 
     def student(self, method: str, k: int = 5) -> Student:
-        """One trained student: the published one, or the first of this study with this method and k.
+        """One trained student: the published one, or this study's first with this method and k, trained if need be.
 
         Raises:
-            KeyError: nothing was published or run with this method and k.
+            KeyError: nothing was published, or is to be run, with this method and k.
         """
         if not self.specs:
             return artifacts.load(f"{method}_k{k}")
-        rows = self.students().query("method == @method and k == @k")
-        if rows.empty:
+        wanted = [spec for spec in self.specs if (spec.method, spec.k) == (method, k)][:1]
+        if not wanted:
             raise KeyError(
-                f"this study ran no {method!r} with k = {k}: it has {', '.join(s.method for s in self.specs)}"
+                f"this study runs no {method!r} with k = {k}: it has {', '.join(s.method for s in self.specs)}"
             )
-        path = self.folder / "weights" / f"{rows.iloc[0]['run_id']}.safetensors"
-        return artifacts.read_weights(models.student(k), path)
+        (run_id,) = self.run_all(wanted)
+        return artifacts.read_weights(models.student(k), self.folder / "weights" / f"{run_id}.safetensors")
 
     def curve(self, run_id: str) -> pd.DataFrame:
         """The learning curve of a run: epoch, train_loss, test_accuracy, validation_accuracy, seconds."""

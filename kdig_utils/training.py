@@ -132,8 +132,9 @@ def train_teacher(
     if initial is not None:
         model.load_state_dict(initial.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
+    # The scheduler takes over learning rate and momentum with its first step.
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=True
+        model.parameters(), lr=spec.learning_rate, momentum=0.9, weight_decay=spec.weight_decay, nesterov=True
     )
     steps = spec.epochs * math.ceil(len(images) / spec.batch_size)
     state = State(

@@ -160,3 +160,21 @@ def test_summary_is_a_table() -> None:
     assert lines[1].split() == ["00_a.ipynb", "3.2", "ok"]
     assert lines[2].split() == ["01_b.ipynb", "1.0", "failed", "E:", "why"]
     assert lines[3] == "1 of 2 notebooks are well, 4 s in all"
+
+
+@pytest.mark.slow
+def test_stored_notebooks_hold_outputs_and_no_trace_of_how_they_were_made(book: Path) -> None:
+    assert command_line.main(["store"]) == 2  # chapter 03 fails: nothing may be replaced
+    start = book / "notebooks" / "00_start.ipynb"
+    assert "published" not in printed(start)
+    (book / "notebooks" / "03_fails.ipynb").unlink()
+    assert command_line.main(["store"]) == 0
+    stored = nbformat.read(start, as_version=4)
+    assert printed(start).startswith("published")
+    assert [cell.execution_count for cell in stored.cells] == [1, 2]
+    assert stored.cells[0].source == PARAMETERS
+    assert "papermill" not in start.read_text()
+    assert "timestamp" not in start.read_text()
+    before = start.read_bytes()
+    assert command_line.main(["store"]) == 0
+    assert start.read_bytes() == before

@@ -91,6 +91,12 @@ def stop_after(lines: int):
     return report
 
 
+def test_a_shorter_run_of_a_student_is_the_beginning_of_a_longer_one(train: ImageSet, held_out: ImageSet) -> None:
+    """The learning rate is constant and the draws depend on seed and epoch alone, so epochs can be added later."""
+    short, long = (train_student(small("student", epochs=n), train, held_out).curve for n in (1, 2))
+    assert short.drop(columns="seconds").equals(long.drop(columns="seconds").head(1))
+
+
 # The loss
 
 
