@@ -204,8 +204,15 @@ def _checked_manifest(folder: Path, expected: dict) -> dict:
         raise _damaged(folder, error) from error
     for key, value in expected.items():
         if found.get(key) != value:
-            shown = f"{str(found.get(key))[:60]} instead of {str(value)[:60]}"
             raise ValueError(
-                f"the teacher signals in {folder} have another {key} ({shown}): compute them into another folder"
+                f"the teacher signals in {folder} have another {key} ({_difference(found.get(key), value)}): "
+                "compute them into another folder"
             )
     return found
+
+
+def _difference(found: object, expected: object) -> str:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        other = [key for key in expected if found.get(key) != expected[key]]
+        return ", ".join(f"{key} = {found.get(key)} instead of {expected[key]}" for key in other)
+    return f"{str(found)[:12]} instead of {str(expected)[:12]}"
