@@ -84,7 +84,9 @@ def results_table(ledger: pd.DataFrame, campaign: str = "main") -> str:
         runs = rows[rows["method"] == method]
         for (epochs, parameters), group in runs.groupby(["epochs", "parameters"], dropna=False):
             mean = group["test_accuracy"].astype(float).mean()
-            lines.append(f"| `{method}` | {len(group)} | {epochs:g} | {mean:.2f} % | {parameters:,.0f} |")
+            continued = any(getattr(spec_of(row), "initial_sha256", "") for _index, row in group.iterrows())
+            budget = f"{epochs:g}" + (", after an earlier short training" if continued else "")
+            lines.append(f"| `{method}` | {len(group)} | {budget} | {mean:.2f} % | {parameters:,.0f} |")
         if runs.empty:
             lines.append(f"| `{method}` | | | not run yet | |")
     return "\n".join(lines)

@@ -142,16 +142,18 @@ def execute(notebook: Path, profile: str, folder: Path) -> Outcome:
 
 
 def fingerprint(notebook: Path, profile: str) -> str:
-    """SHA-256 of what an executed copy is made from: the notebook, the package, the artifacts, the versions.
+    """SHA-256 of what an executed copy is made from: the notebook's cells, the package, the artifacts, the versions.
 
     In `published` also the ledger and its curves. In the other profiles the chapters write those themselves.
     """
     root = paths.repository_root()
     package = Path(__file__).parent
-    inputs = [notebook, *package.glob("*.py"), *package.glob("*.json"), *_files(paths.artifacts_folder())]
+    inputs = [*(path for path in package.iterdir() if path.is_file()), *_files(paths.artifacts_folder())]
     if profile == "published":
         inputs += _files(root / "results")
     digest = hashlib.sha256(f"{profile} {platform.python_version()} {version('torch')}".encode())
+    cells = nbformat.read(notebook, as_version=4).cells
+    digest.update(json.dumps([(cell.cell_type, cell.source) for cell in cells]).encode())
     for path in sorted(inputs):
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
