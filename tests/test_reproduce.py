@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from kdig_utils import __main__ as command_line
 from kdig_utils import reproduce
@@ -137,7 +137,19 @@ def test_a_damaged_notebook_is_named(book: Path, capsys: pytest.CaptureFixture[s
     assert "03_fails.ipynb" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changed", ["notebooks/00_start.ipynb", "artifacts/teacher.safetensors", "results/runs.csv"])
+def test_a_notebook_is_out_of_date_when_a_cell_changes_and_not_when_an_output_does(book: Path) -> None:
+    notebook = book / "notebooks" / "00_start.ipynb"
+    before = reproduce.fingerprint(notebook, "published")
+    stored = nbformat.read(notebook, as_version=4)
+    stored.cells[1].outputs = [new_output("stream", text="published\n")]
+    nbformat.write(stored, notebook)
+    assert reproduce.fingerprint(notebook, "published") == before
+    stored.cells[1].source += "\nprint(1)"
+    nbformat.write(stored, notebook)
+    assert reproduce.fingerprint(notebook, "published") != before
+
+
+@pytest.mark.parametrize("changed", ["artifacts/teacher.safetensors", "results/runs.csv"])
 def test_an_executed_copy_is_out_of_date_when_what_it_was_made_from_changes(book: Path, changed: str) -> None:
     notebook = book / "notebooks" / "00_start.ipynb"
     before = reproduce.fingerprint(notebook, "published")
