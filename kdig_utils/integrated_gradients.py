@@ -110,8 +110,7 @@ def baseline(name: str, images: Tensor, mean: tuple[float, ...] = (0.4914, 0.482
     Raises:
         ValueError: unknown `name`.
     """
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}: choose one of {', '.join(BASELINES)}")
+    check_baseline(name)
     if name == "mean_colour":
         return torch.tensor(mean, device=images.device).view(1, -1, 1, 1).expand_as(images).clone()
     if name == "blurred":
@@ -120,6 +119,12 @@ def baseline(name: str, images: Tensor, mean: tuple[float, ...] = (0.4914, 0.482
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(images.shape, generator=generator).to(images.device)
     return torch.full_like(images, 0.0 if name == "black" else 1.0)
+
+
+def check_baseline(name: str) -> None:
+    """Raise ValueError unless `name` is one of `BASELINES`."""
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}: choose one of {', '.join(BASELINES)}")
 
 
 def _blurred(images: Tensor, sigma: float = 4.0) -> Tensor:

@@ -19,7 +19,13 @@ from torch.fx.experimental.optimization import fuse
 
 from kdig_utils import cifar10
 from kdig_utils.cifar10 import ImageSet
-from kdig_utils.integrated_gradients import attribution_map, baseline, integrated_gradients
+from kdig_utils.integrated_gradients import (
+    attribution_map,
+    baseline,
+    check_baseline,
+    integrated_gradients,
+    quadrature,
+)
 from kdig_utils.losses import attention_map
 from kdig_utils.models import Teacher, logits_and_features, weights_sha256
 from kdig_utils.paths import check_writable, replacing
@@ -36,12 +42,19 @@ class SignalSettings:
         method: the quadrature.
         baseline: `mean_colour` is the paper's, zeros after normalisation.
         tap: index of the feature block whose attention map is kept (9 for k = 5).
+
+    Raises:
+        ValueError: unknown quadrature or baseline, or too few steps; a store is never begun with such settings.
     """
 
     n_steps: int = 50
     method: str = "gausslegendre"
     baseline: str = "mean_colour"
     tap: int = 9
+
+    def __post_init__(self) -> None:
+        quadrature(self.method, self.n_steps)
+        check_baseline(self.baseline)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,12 @@ class Study:
         """The ledger row of a run, training it, or going on with it, if it is not there yet."""
         if (row := self.ledger.find(spec)) is None:
             checkpoint = self.folder / "checkpoints" / f"{spec.run_id}.pt"
-            for folder in (checkpoint.parent, self._weights_path(spec).parent, self.curves, self.ledger.path.parent):
+            for folder in (
+                checkpoint.parent,
+                self._weights_path(spec.run_id).parent,
+                self.curves,
+                self.ledger.path.parent,
+            ):
                 paths.check_writable(folder, RUN_BYTES)
             common = {"checkpoint": checkpoint, "device": self.device, "report": print_line}
             if isinstance(spec, TeacherSpec):
@@ -122,7 +127,7 @@ class Study:
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
         """The network that a run of this study ended with, in evaluation mode."""
-        return artifacts.read_weights(artifacts.model_for(spec.method, spec.k), self._weights_path(spec))
+        return artifacts.read_weights(artifacts.model_for(spec.method, spec.k), self._weights_path(spec.run_id))
 
     def student(self, method: str, k: int = 5) -> Student:
         """One trained student: the published one, or this study's first with this method and k, trained if need be.
@@ -138,7 +143,7 @@ class Study:
                 f"this study runs no {method!r} with k = {k}: it has {', '.join(s.method for s in self.specs)}"
             )
         (run_id,) = self.run_all(wanted)
-        return artifacts.read_weights(models.student(k), self.folder / "weights" / f"{run_id}.safetensors")
+        return artifacts.read_weights(models.student(k), self._weights_path(run_id))
 
     def curve(self, run_id: str) -> pd.DataFrame:
         """The learning curve of a run: epoch, train_loss, test_accuracy, validation_accuracy, seconds."""
@@ -151,8 +156,8 @@ class Study:
         few = sample.subset(cifar10.first_of_each_class(sample.labels, SMOKE_IMAGES // 10))
         return dataclasses.replace(few, name=f"{len(few):,} of the {cifar10.SPLIT_NAMES[split]} images")
 
-    def _weights_path(self, spec: RunSpec | TeacherSpec) -> Path:
-        return self.folder / "weights" / f"{spec.run_id}.safetensors"
+    def _weights_path(self, run_id: str) -> Path:
+        return self.folder / "weights" / f"{run_id}.safetensors"
 
     def _signals_of(self, spec: RunSpec) -> TeacherSignals | None:
         if not spec.uses_teacher:
@@ -163,7 +168,7 @@ class Study:
 
     def _record(self, spec: RunSpec | TeacherSpec, trained: training.Trained, campaign: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it."""
-        artifacts.save_weights(trained.model, self._weights_path(spec))
+        artifacts.save_weights(trained.model, self._weights_path(spec.run_id))
         with paths.replacing(self.curves / f"{spec.run_id}.csv") as part:
             trained.curve.round(6).to_csv(part, index=False)
         last = trained.curve.iloc[-1]
