@@ -5,17 +5,17 @@ import contextlib
 import ctypes
 import dataclasses
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
-from kdig_utils import artifacts, cifar10, models, overlay, paths, publishing
-from kdig_utils.runs import METHODS, Ledger, RunSpec, TeacherSpec
-from kdig_utils.study import PROFILES, Study, open_study
+from kdig_utils import artifacts, campaigns, cifar10, engine, models, overlay, paths, publishing, training
+from kdig_utils.runs import METHODS, SCHEDULES, Ledger, RunSpec, TeacherSpec
+from kdig_utils.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
+from kdig_utils.study import PROFILES, Study, open_study, print_now_and_then
 
 EXPECTED_ERRORS = (ValueError, KeyError, RuntimeError)  # and OSError: what the package raises on bad input
 MALLOC_PARAMETERS = (-1, -2, -3)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of glibc's mallopt
@@ -38,6 +38,10 @@ def teacher(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
         validation_images=arguments.validation_images,
+        batch_size=arguments.batch_size,
+        schedule=arguments.schedule,
+        cutout=arguments.cutout,
+        label_smoothing=arguments.label_smoothing,
     )
     initial, study = None, open_study("full")
     if arguments.initial:
@@ -85,6 +89,34 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def campaign(arguments: argparse.Namespace) -> int:
+    """Train the next runs of a campaign side by side, as many as end within the budget; then say what is left."""
+    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    specs, loss = campaigns.specs(arguments.name), None
+    if arguments.compiled:
+        loss = torch.compile(training.student_loss, dynamic=False)
+    keep_freed_memory()
+    study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
+    at_once = arguments.at_once or engine.SIDE_BY_SIDE[study.device.type]
+    report = print_now_and_then(arguments.report_seconds)
+    run_ids = study.run_all(map(study.scaled, specs), arguments.name, at_once, deadline, report, loss)
+    done = study.ledger.read().query("run_id in @run_ids")
+    print("\n".join(ledger_lines(done)))
+    print(f"{arguments.name}: {len(done)} of {len(run_ids)} runs done")
+    if arguments.pack:
+        pieces = campaigns.pack(study.ledger, done["run_id"], study.files(done), arguments.pack, arguments.name)
+        print("packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pieces))
+    return 0
+
+
+def unpack(arguments: argparse.Namespace) -> int:
+    """Put the runs of a pack, brought back from another machine, into the ledger, their files beside it."""
+    study = open_study(arguments.profile)
+    added = campaigns.unpack(arguments.file, study.ledger, study.folders)
+    print(f"{len(added)} runs added to {study.ledger.path.name}: {' '.join(added) or 'they were all there'}")
+    return 0
+
+
 def reproduce(arguments: argparse.Namespace) -> int:
     """Run the notebooks in a profile with papermill."""
     try:
@@ -107,9 +139,10 @@ def store(_arguments: argparse.Namespace) -> int:
 
 def status(_arguments: argparse.Namespace) -> int:
     """Say what is there and what is missing."""
-    damaged = publishing.damaged_artifacts()
+    damaged, ledger = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read()
     sections = {
-        "ledger": ledger_lines(Ledger(paths.ledger_path()).read()),
+        "ledger": ledger_lines(ledger),
+        "campaigns": campaign_lines(ledger),
         "runs in progress": [checkpoint_line(path) for path in sorted(paths.workspace().glob("*/checkpoints/*.pt"))],
         "teacher signals": [
             signals_line(path.parent) for path in sorted(paths.workspace().glob("*/signals/*/done.npy"))
@@ -167,52 +200,6 @@ def student_study(n_steps: int) -> Study:
     return study
 
 
-def finished(row: pd.Series) -> str:
-    """One line about a finished run."""
-    name = "teacher" if row["method"] == "teacher" else f"{row['method']} k={row['k']}"
-    settings = f"{name} seed {row['seed']}, {row['epochs']} epochs"
-    return f"run {row['run_id']}: {settings}: {row['test_accuracy']:.2f} % on {row['test_images']:,} test images"
-
-
-def ledger_lines(table: pd.DataFrame) -> list[str]:
-    """A line for each campaign, method, k and number of epochs: the runs and their mean accuracy."""
-    order = {method: place for place, method in enumerate(("teacher", *METHODS))}
-    groups = table.groupby(["campaign", "method", "k", "epochs", "pairing"], dropna=False)
-    found = sorted(groups, key=lambda group: (str(group[0][0]), order[group[0][1]], group[0][2:4]))
-    return [
-        f"{campaign}: {method} k={k}, {epochs} epochs{'' if pairing != 'shuffled' else ', shuffled'}: {len(runs)} run"
-        f"{'s' if len(runs) > 1 else ''}, mean {runs['test_accuracy'].mean():.2f} % ({' '.join(runs['run_id'])})"
-        for (campaign, method, k, epochs, pairing), runs in found
-    ]
-
-
-def checkpoint_line(path: Path) -> str:
-    """Where the run of a checkpoint stands."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a damaged file
-        return f"{path.name}: damaged ({type(error).__name__}): delete {path} to start the run afresh"
-    spec = content["spec"]
-    done, name = content["epoch"], spec.get("method", "teacher")
-    return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
-
-
-def signals_line(folder: Path) -> str:
-    """How much of a store of teacher signals is there."""
-    done = np.load(folder / "done.npy")
-    return f"{folder.name} ({folder.parts[-3]}): {int(done.sum()):,} of {len(done):,} images"
-
-
-def artifact_lines(damaged: dict[str, str]) -> list[str]:
-    """A line for each published network: what it is, or why it cannot be used."""
-    return [
-        f"{name}: {damaged[name]}"
-        if name in damaged
-        else f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"
-        for name, entry in artifacts.manifest().items()
-    ]
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a training step frees: else a CPU loses half its time to page faults."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -230,6 +217,12 @@ EXAMPLES = {
         "train --method student kd ig kd_ig --seed 0 1 2",
         "train --method kd --k 9 --epochs 5 --campaign short",
     ),
+    campaign: (
+        "campaign ablation --budget-minutes 9",
+        "campaign pairing --budget-minutes 9 --at-once 8 --pack out",
+        "campaign compression --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
+    ),
+    unpack: ("unpack out/ablation.tar.*",),
     reproduce: ("reproduce", "reproduce --profile smoke --only 03,06", "reproduce --profile full --resume"),
     store: ("store",),
     status: ("status",),
@@ -262,6 +255,9 @@ def command_line() -> argparse.ArgumentParser:
     for command in (commands[teacher], commands[train]):
         command.add_argument("--validation-images", type=int, default=0, help="held out; default: %(default)s")
         command.add_argument("--campaign", default="main", help="its name in the ledger; default: %(default)s")
+    add_campaign_options(commands[campaign])
+    commands[unpack].add_argument("file", nargs="+", type=Path, metavar="FILE", help="all pieces of a pack")
+    commands[unpack].add_argument("--profile", default="full", help="whose ledger; default: %(default)s")
     add_reproduce_options(commands[reproduce])
     commands[publish].add_argument("run", nargs="+", metavar="RUN_ID", help="as in the ledger; status lists them")
     for command in (commands[readme], commands[links]):
@@ -273,6 +269,10 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--epochs", type=int, default=TeacherSpec.epochs, help="default: %(default)s")
     command.add_argument("--learning-rate", type=float, default=TeacherSpec.learning_rate, help="default: %(default)s")
+    command.add_argument("--batch-size", type=int, default=TeacherSpec.batch_size, help="default: %(default)s")
+    command.add_argument("--schedule", default=TeacherSpec.schedule, help=f"of {' '.join(SCHEDULES)}; %(default)s")
+    command.add_argument("--cutout", type=int, default=0, help="side of the square that is cut out; default: 0, none")
+    command.add_argument("--label-smoothing", type=float, default=TeacherSpec.label_smoothing, help="%(default)s")
     command.add_argument("--initial", type=Path, metavar="FILE", help="safetensors to start from; else random weights")
 
 
@@ -283,6 +283,16 @@ def add_student_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--epochs", type=int, default=RunSpec.epochs, help="default: %(default)s")
     command.add_argument("--pairing", default="matched", help=f"of {' '.join(overlay.PAIRINGS)}; default: %(default)s")
     command.add_argument("--train-fraction", type=float, default=1.0, help="of the images; default: %(default)s")
+
+
+def add_campaign_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="NAME", help=f"of {' '.join(campaigns.CAMPAIGNS)}")
+    command.add_argument("--budget-minutes", type=float, required=True, help="from now on, teacher signals included")
+    command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
+    command.add_argument("--compiled", action="store_true", help="with torch.compile; takes a minute a method first")
+    command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
+    command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
+    command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
 
 
 def add_reproduce_options(command: argparse.ArgumentParser) -> None:

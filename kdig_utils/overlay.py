@@ -35,6 +35,10 @@ class EpochDraws:
         """The rows from `start` on, at most `size` of them."""
         return EpochDraws(*(values[start : start + size] for values in vars(self).values()))
 
+    def rows(self, places: Tensor) -> "EpochDraws":
+        """The rows at `places`, a tensor on the device of the draws: no host needs to know where an epoch stands."""
+        return EpochDraws(*(values[places] for values in vars(self).values()))
+
     def to(self, device: torch.device | str) -> "EpochDraws":
         """The same numbers on `device`."""
         return EpochDraws(*(values.to(device) for values in vars(self).values()))
@@ -80,6 +84,19 @@ def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     image = torch.arange(len(images), device=images.device).view(-1, 1, 1)
     # Indexing first and last axes moves the channels to the end.
     return padded[image, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def cutout(images: Tensor, side: int) -> Tensor:
+    """Images with one square of `side` pixels set to zero in each, around a point drawn anywhere (arXiv 1708.04552).
+
+    Draws from the global generator of the images' device, as dropout does; the square may reach over the edge.
+    """
+    height, width = images.shape[-2:]
+    centre = torch.rand(len(images), 2, 1, device=images.device)
+    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    hidden_rows = (rows + 0.5 - height * centre[:, 0]).abs() < side / 2
+    hidden_columns = (columns + 0.5 - width * centre[:, 1]).abs() < side / 2
+    return images.masked_fill((hidden_rows.unsqueeze(2) & hidden_columns.unsqueeze(1)).unsqueeze(1), 0.0)
 
 
 def scale_map(maps: Tensor, powers: Tensor) -> Tensor:

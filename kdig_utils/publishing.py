@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from kdig_utils import artifacts, models, training
+from kdig_utils import artifacts, engine, models
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.paths import replacing, repository_root
 from kdig_utils.runs import METHODS, RunSpec, TeacherSpec, spec_of
@@ -144,7 +144,7 @@ def keeps_accuracy_in_half(model: nn.Module, spec: RunSpec | TeacherSpec, test: 
         artifacts.save_weights(model, path, half=True)
         rounded = artifacts.read_weights(artifacts.model_for(spec.method, spec.k), path)
     # Floats from counts: a difference of one image in 10,000, 0.01 points, is still the same accuracy.
-    return abs(training.accuracy(rounded, test) - training.accuracy(model, test)) < HALF_TOLERANCE * 1.001
+    return abs(engine.accuracy(rounded, test) - engine.accuracy(model, test)) < HALF_TOLERANCE * 1.001
 
 
 def facts(row: pd.Series) -> dict[str, object]:

@@ -15,6 +15,8 @@ from filelock import FileLock
 from kdig_utils import losses, models, overlay
 from kdig_utils.paths import explaining, replacing, repository_root
 
+SCHEDULES = ("one_cycle", "cosine")
+PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 
 
@@ -51,6 +53,7 @@ class RunSpec(Spec):
         teacher_sha256: the teacher whose signals are used; empty for methods that use none.
         n_steps: evaluations along the path for the IG maps.
         data_md5: the identity of the training images.
+        precision: `native`, bfloat16 on a GPU that computes in it and float32 elsewhere, or `float32`.
 
     Raises:
         ValueError: a value outside its range; the message names it and what is allowed.
@@ -72,6 +75,7 @@ class RunSpec(Spec):
     teacher_sha256: str = ""
     n_steps: int = 50
     data_md5: str = ""
+    precision: str = "native"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -87,6 +91,7 @@ class RunSpec(Spec):
         losses.check_gamma(self.gamma)
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
         check_validation(self.validation_images)
+        check_precision(self.precision)
         if self.n_steps < 1:
             raise ValueError(f"n_steps = {self.n_steps} is too few: the paper uses 50")
         if not 0 < self.train_fraction <= 1:
@@ -106,13 +111,14 @@ class RunSpec(Spec):
 
 @dataclass(frozen=True)
 class TeacherSpec(Spec):
-    """All that determines the training of a teacher: SGD with Nesterov momentum and a one-cycle learning rate.
-
-    The cycle moves the momentum as well, from 0.95 to 0.85 and back (arXiv 1708.07120).
+    """All that determines the training of a teacher by SGD with Nesterov momentum.
 
     Attributes:
         initial_sha256: the weights it starts from; empty for random ones drawn from `seed`.
-        learning_rate: the highest of the cycle.
+        learning_rate: the highest of the schedule.
+        schedule: `one_cycle`, which moves the momentum as well, from 0.95 to 0.85 and back (arXiv 1708.07120), or
+            `cosine`: a linear rise in the first 5 % of the steps, half a cosine down to zero, momentum 0.9.
+        cutout: side of the square that is cut out of each training image, in pixels; 0 cuts nothing (arXiv 1708.04552).
         label_smoothing: in [0, 1).
         validation_images: training images held out to choose on; 0 trains on all.
     """
@@ -126,6 +132,9 @@ class TeacherSpec(Spec):
     validation_images: int = 0
     initial_sha256: str = ""
     data_md5: str = ""
+    schedule: str = "one_cycle"
+    cutout: int = 0
+    precision: str = "native"
 
     method = "teacher"
     k = 0
@@ -135,6 +144,11 @@ class TeacherSpec(Spec):
     def __post_init__(self) -> None:
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
         check_validation(self.validation_images)
+        check_precision(self.precision)
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.cutout <= 32:
+            raise ValueError(f"cutout = {self.cutout} is no side of a square in an image of 32 pixels: give 0 to 32")
 
 
 def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:
@@ -145,6 +159,12 @@ def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:
         raise ValueError(f"batch size {batch_size} is too small for batch norm: give at least 2")
     if not learning_rate > 0:
         raise ValueError(f"learning rate {learning_rate} is not above 0: the paper uses 0.001")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless the precision is known."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
 
 
 def check_validation(images: int) -> None:
@@ -218,21 +238,31 @@ class Ledger:
         }
         if unknown := set(row) - set(COLUMNS):
             raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
+        self.merge(pd.DataFrame([row], columns=list(COLUMNS)))
+
+    def merge(self, table: pd.DataFrame) -> list[str]:
+        """Add the rows of another ledger; runs that are already there are left as they are.
+
+        Returns:
+            The identities of the runs that were added.
+        """
         with explaining(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with explaining(self.path), FileLock(self.path.parent / f".{self.path.name}.lock"):
             rows = self.read().to_dict("records")
-            if spec.run_id in {row["run_id"] for row in rows}:
-                return
-            with replacing(self.path) as part:
-                pd.DataFrame([*rows, row], columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
+            known = {row["run_id"] for row in rows}
+            new = [row for row in table.to_dict("records") if row["run_id"] not in known]
+            if new:
+                with replacing(self.path) as part:
+                    pd.DataFrame([*rows, *new], columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
+        return [row["run_id"] for row in new]
 
 
 def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:
     """The spec that a ledger row was made from."""
     values = json.loads(row["spec"])
     kind = TeacherSpec if row["method"] == "teacher" else RunSpec
-    return kind(**{field.name: values[field.name] for field in fields(kind)})
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -5,6 +5,8 @@ repository; `full` trains everything at the paper's settings on the full data se
 """
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from kdig_utils import artifacts, cifar10, models, paths, signals, training
 from kdig_utils.cifar10 import ImageSet
+from kdig_utils.engine import Report, Run, Trained, train_together
 from kdig_utils.models import Student, Teacher
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec, environment
 from kdig_utils.signals import SignalSettings, TeacherSignals
@@ -23,6 +27,11 @@ PROFILES = ("published", "smoke", "full")
 MAIN_METHODS = ("student", "kd", "ig", "kd_ig")
 SMOKE_IMAGES = 500
 RUN_BYTES = 60_000_000  # a checkpoint of the teacher, written beside the one before, and its weights
+
+
+def print_line(line: str) -> None:
+    """Print at once, also into a pipe or a file."""
+    print(line, flush=True)
 
 
 @dataclass(frozen=True)
@@ -94,40 +103,65 @@ class Study:
         main = ledger["run_id"].isin(wanted) if self.specs else ledger["campaign"] == "main"
         return ledger[main & (ledger["method"] != "teacher")].reset_index(drop=True)
 
-    def run_all(self, specs: Iterable[RunSpec], campaign: str = "main") -> list[str]:
-        """Train what the ledger does not hold yet; return the identities of the runs."""
-        run_ids = []
-        for spec in specs:
-            sha = models.weights_sha256(self.teacher) if spec.uses_teacher else ""
-            n_steps = self.n_steps if spec.uses("ig") else spec.n_steps
-            spec = dataclasses.replace(spec, data_md5=self.train.md5, teacher_sha256=sha, n_steps=n_steps)
-            run_ids.append(self.run(spec, campaign)["run_id"])
-        return run_ids
+    def run_all(
+        self,
+        specs: Iterable[RunSpec],
+        campaign: str = "main",
+        at_once: int = 1,
+        deadline: float = math.inf,
+        report: Report = print_line,
+        loss: Callable[..., Tensor] | None = None,
+    ) -> list[str]:
+        """Train what the ledger does not hold yet, `at_once` runs side by side; return the identities of all runs.
+
+        Each finished run is in the ledger before another one starts. What `deadline` (`time.monotonic`) cuts off goes
+        on from its checkpoint the next time.
+        """
+        specs = [self.completed(spec) for spec in specs]
+        known = set(self.ledger.read()["run_id"])
+        runs = (self._student_run(spec, loss) for spec in specs if spec.run_id not in known)
+        self._train(runs, campaign, at_once, deadline, report)
+        return [spec.run_id for spec in specs]
+
+    def completed(self, spec: RunSpec) -> RunSpec:
+        """The spec with what this study adds to it: data, teacher, steps of the IG path."""
+        sha = self._teacher_sha256 if spec.uses_teacher else ""
+        n_steps = self.n_steps if spec.uses("ig") else spec.n_steps
+        return dataclasses.replace(spec, data_md5=self.train.md5, teacher_sha256=sha, n_steps=n_steps)
+
+    def scaled(self, spec: RunSpec) -> RunSpec:
+        """The spec in this study's measure: as it is, or, in `smoke`, with the few epochs of its own students."""
+        if self.profile != "smoke":
+            return spec
+        return dataclasses.replace(spec, epochs=self.specs[0].epochs, batch_size=self.specs[0].batch_size)
 
     def run(self, spec: RunSpec | TeacherSpec, campaign: str = "main", initial: Teacher | None = None) -> pd.Series:
         """The ledger row of a run, training it, or going on with it, if it is not there yet."""
-        if (row := self.ledger.find(spec)) is None:
-            checkpoint = self.folder / "checkpoints" / f"{spec.run_id}.pt"
-            for folder in (
-                checkpoint.parent,
-                self._weights_path(spec.run_id).parent,
-                self.curves,
-                self.ledger.path.parent,
-            ):
-                paths.check_writable(folder, RUN_BYTES)
-            common = {"checkpoint": checkpoint, "device": self.device, "report": print_line}
+        if self.ledger.find(spec) is None:
             if isinstance(spec, TeacherSpec):
-                trained = training.train_teacher(spec, self.train, self.test, initial, **common)
+                checkpoint = self._checkpoint(spec.run_id)
+                run = training.teacher_run(spec, self.train, self.test, initial, checkpoint, self.device)
             else:
-                trained = training.train_student(spec, self.train, self.test, self._signals_of(spec), **common)
-            self._record(spec, trained, campaign)
-            checkpoint.unlink(missing_ok=True)
-            row = self.ledger.find(spec)
-        return row
+                run = self._student_run(spec)
+            self._train([run], campaign)
+        return self.ledger.find(spec)
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
         """The network that a run of this study ended with, in evaluation mode."""
         return artifacts.read_weights(artifacts.model_for(spec.method, spec.k), self._weights_path(spec.run_id))
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the files of runs are: `curves`, `weights`, `checkpoints`."""
+        return {"curves": self.curves, "weights": self.folder / "weights", "checkpoints": self.folder / "checkpoints"}
+
+    def files(self, rows: pd.DataFrame) -> list[Path]:
+        """What goes home with these ledger rows: curves, the weights of the first seeds, checkpoints of open runs."""
+        first = rows[rows["seed"].astype(int) == 0]
+        curves = [self.curves / f"{run_id}.csv" for run_id in rows["run_id"]]
+        weights = [self._weights_path(run_id) for run_id in first["run_id"]]
+        open_runs = sorted(self.folders["checkpoints"].glob("*.pt"))
+        return [path for path in (*curves, *weights, *open_runs) if path.is_file()]
 
     def student(self, method: str, k: int = 5) -> Student:
         """One trained student: the published one, or this study's first with this method and k, trained if need be.
@@ -156,6 +190,41 @@ class Study:
         few = sample.subset(cifar10.first_of_each_class(sample.labels, SMOKE_IMAGES // 10))
         return dataclasses.replace(few, name=f"{len(few):,} of the {cifar10.SPLIT_NAMES[split]} images")
 
+    @cached_property
+    def _teacher_sha256(self) -> str:
+        return models.weights_sha256(self.teacher)
+
+    @cached_property
+    def _on_device(self) -> dict[str, ImageSet]:
+        """The image sets where they are trained on, once for all runs."""
+        return {"train": self.train.to(self.device), "test": self.test.to(self.device)}
+
+    def _student_run(self, spec: RunSpec, loss: Callable[..., Tensor] | None = None) -> Run:
+        signals, checkpoint = self._signals_of(spec), self._checkpoint(spec.run_id)
+        return training.student_run(
+            spec, **self._on_device, signals=signals, checkpoint=checkpoint, device=self.device, loss=loss
+        )
+
+    def _train(
+        self,
+        runs: Iterable[Run],
+        campaign: str,
+        at_once: int = 1,
+        deadline: float = math.inf,
+        report: Report = print_line,
+    ) -> None:
+        """Train the runs; each one's row is in the ledger before another one starts."""
+        for run in train_together(runs, at_once, deadline, report):
+            self._record(run.spec, run.trained, campaign)
+            run.checkpoint.unlink(missing_ok=True)
+
+    def _checkpoint(self, run_id: str) -> Path:
+        """Where a run is saved; asked for beforehand, so that no hours are spent for a disk that is full."""
+        checkpoint = self.folder / "checkpoints" / f"{run_id}.pt"
+        for folder in (checkpoint.parent, self._weights_path(run_id).parent, self.curves, self.ledger.path.parent):
+            paths.check_writable(folder, RUN_BYTES)
+        return checkpoint
+
     def _weights_path(self, run_id: str) -> Path:
         return self.folder / "weights" / f"{run_id}.safetensors"
 
@@ -163,10 +232,17 @@ class Study:
         if not spec.uses_teacher:
             return None
         # Only attention transfer looks at the tap: the other methods share one store.
-        other_tap = spec.uses("at") and models.attention_tap(spec.k) != models.attention_tap(5)
-        return self.signals_for(models.attention_tap(spec.k)) if other_tap else self.signals
+        tap = models.attention_tap(spec.k if spec.uses("at") else 5)
+        if tap not in self._signals_on_device:
+            found = self.signals if tap == models.attention_tap(5) else self.signals_for(tap)
+            self._signals_on_device[tap] = found.to(self.device)
+        return self._signals_on_device[tap]
 
-    def _record(self, spec: RunSpec | TeacherSpec, trained: training.Trained, campaign: str) -> None:
+    @cached_property
+    def _signals_on_device(self) -> dict[int, TeacherSignals]:
+        return {}
+
+    def _record(self, spec: RunSpec | TeacherSpec, trained: Trained, campaign: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it."""
         artifacts.save_weights(trained.model, self._weights_path(spec.run_id))
         with paths.replacing(self.curves / f"{spec.run_id}.csv") as part:
@@ -213,9 +289,17 @@ def open_study(profile: str) -> Study:
     return study
 
 
-def print_line(line: str) -> None:
-    """Print at once, also into a pipe or a file."""
-    print(line, flush=True)
+def print_now_and_then(seconds: float) -> Report:
+    """A report that prints a line if `seconds` have passed since the last one: many runs have much to say."""
+    printed = -math.inf
+
+    def report(line: str) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= seconds:
+            print_line(line)
+            printed = time.monotonic()
+
+    return report
 
 
 def print_every(step: int) -> Callable[[int, int], None]:

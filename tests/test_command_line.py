@@ -11,7 +11,9 @@ from kdig_utils import artifacts, cifar10, models, study
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
 
-COMMANDS = ("data", "teacher", "signals", "train", "reproduce", "status", "publish", "readme", "links")
+COMMANDS = (
+    "data", "teacher", "signals", "train", "campaign", "unpack", "reproduce", "status", "publish", "readme", "links",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torchvision.models import MobileNetV2
 from torchvision.transforms.functional import normalize
 
 import kdig_utils
-from kdig_utils import cifar10, models, training
+from kdig_utils import cifar10, engine, models
 
 PAPER = json.loads((Path(kdig_utils.__file__).parent / "paper.json").read_text())
 RELEASED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "students"
@@ -217,4 +217,4 @@ def test_released_student_reaches_the_accuracy_in_its_name(file: Path, request: 
     state = torch.load(file, map_location="cpu", weights_only=True)
     network = models.load_state(models.student(PAPER["student"]["main_k"]), state)
     stated = float(re.search(r"TestAcc([\d.]+)", file.stem)[1])
-    assert training.accuracy(network, test) == pytest.approx(stated, abs=0.02)
+    assert engine.accuracy(network, test) == pytest.approx(stated, abs=0.02)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kdig_utils import artifacts, cifar10, models, paths, study, training
+from kdig_utils import artifacts, cifar10, engine, models, paths, study, training
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.runs import COLUMNS, Ledger, RunSpec, TeacherSpec
 from kdig_utils.study import MAIN_METHODS, PROFILES, Study, open_study
@@ -34,7 +34,7 @@ def small_study(tmp_path: Path, sample_train: ImageSet, sample_test: ImageSet) -
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("train_student", "train_teacher"):
+    for name in ("student_run", "teacher_run"):
         monkeypatch.setattr(training, name, lambda *_arguments, **_options: pytest.fail("trained"))
 
 
@@ -48,7 +48,7 @@ def test_students_are_trained_once_and_everything_belongs_to_the_row(
         curve, student = small_study.curve(row["run_id"]), small_study.student(row["method"], k=17)
         assert len(curve) == row["epochs"] == 1
         assert row["test_accuracy"] == pytest.approx(curve["test_accuracy"].iloc[-1], abs=1e-6)
-        assert row["test_accuracy"] == pytest.approx(training.accuracy(student, small_study.test), abs=1e-4)
+        assert row["test_accuracy"] == pytest.approx(engine.accuracy(student, small_study.test), abs=1e-4)
         assert row["weights_sha256"] == models.weights_sha256(student)
         assert (row["parameters"], row["macs"]) == (models.count_parameters(student), models.count_macs(student))
         assert (row["train_images"], row["test_images"]) == (16, 20)
@@ -58,7 +58,7 @@ def test_students_are_trained_once_and_everything_belongs_to_the_row(
     kd_ig = rows.iloc[1]
     assert kd_ig["teacher_sha256"] == models.weights_sha256(small_study.teacher)
     assert not rows.iloc[0]["teacher_sha256"]
-    for name in ("train_student", "train_teacher"):
+    for name in ("student_run", "teacher_run"):
         monkeypatch.setattr(training, name, lambda *_arguments, **_options: pytest.fail("trained again"))
     assert small_study.students().equals(rows)
     assert not list((small_study.folder / "checkpoints").glob("*.pt"))
@@ -81,7 +81,7 @@ def test_run_that_stops_before_its_row_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(*((Ledger, "append") if last_written == "curve" else (paths, "replacing")), stop)
         if last_written == "weights":
-            patch.setattr(training, "save_checkpoint", lambda *_arguments: None)
+            patch.setattr(engine, "save_checkpoint", lambda *_arguments: None)
         with pytest.raises(Stop):
             small_study.run(spec)
     assert small_study.ledger.read().empty

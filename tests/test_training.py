@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdig_utils import losses, models, overlay, training
+from kdig_utils import engine, losses, models, overlay, training
 from kdig_utils.cifar10 import ImageSet
+from kdig_utils.engine import Trained
 from kdig_utils.runs import METHODS, RunSpec, TeacherSpec
 from kdig_utils.signals import TeacherSignals
-from kdig_utils.training import Trained, train_student, train_teacher
+from kdig_utils.training import train_student, train_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, K = 60, 17  # 17 blocks removed: the smallest student, so that a run takes a second
@@ -64,8 +65,8 @@ def signals(train: ImageSet) -> TeacherSignals:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the loss and save after every step."""
-    monkeypatch.setattr(training, "CHECK_EVERY", 1)
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "CHECK_EVERY", 1)
+    monkeypatch.setattr(engine, "SAVE_EVERY_SECONDS", 0.0)
 
 
 def small(method: str = "kd_ig_at", **changed: object) -> RunSpec:
@@ -213,17 +214,17 @@ def test_finished_run_that_is_called_again_only_loads(
 ) -> None:
     spec = small("student")
     first = train_student(spec, train, held_out, None, tmp_path / "c.pt")
-    monkeypatch.setattr(training, "step", lambda *_arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(engine.Steps, "step", lambda *_arguments: pytest.fail("trained again"))
     assert same(first, train_student(spec, train, held_out, None, tmp_path / "c.pt"))
 
 
 CHILD = """
     import sys, time, torch
     from pathlib import Path
-    from kdig_utils import cifar10, models, training
+    from kdig_utils import cifar10, engine, models, training
     from kdig_utils.runs import RunSpec
     torch.set_num_threads({threads})
-    training.CHECK_EVERY, training.SAVE_EVERY_SECONDS = 1, 0.0
+    engine.CHECK_EVERY, engine.SAVE_EVERY_SECONDS = 1, 0.0
     train = cifar10.load_sample("train").subset(torch.arange({images}))
     test = cifar10.load_sample("test").subset(torch.arange(40))
     spec = RunSpec("student", k={k}, epochs=2, batch_size=16, overlay_probability=0.5, seed=int(sys.argv[1]))
@@ -289,7 +290,7 @@ def test_a_run_depends_on_no_global_generator_and_leaves_it(train: ImageSet, hel
 
 
 def test_huge_learning_rate_stops_with_its_value(train: ImageSet, held_out: ImageSet, often: None) -> None:
-    with pytest.raises(training.TrainingDiverged, match=r"the loss is (nan|inf) in epoch \d.*learning rate \(1e\+30\)"):
+    with pytest.raises(engine.TrainingDiverged, match=r"the loss is (nan|inf) in epoch \d.*learning rate \(1e\+30\)"):
         train_student(small("student", learning_rate=1e30, epochs=5), train, held_out)
 
 
@@ -301,7 +302,7 @@ def test_nan_map_stops_the_run_and_the_last_checkpoint_goes_on(
     only_later = set(second.order[second.overlaid].tolist()) - set(first.order[first.overlaid].tolist())
     maps = signals.maps.clone()
     maps[min(only_later)] = float("nan")
-    with pytest.raises(training.TrainingDiverged, match=r"the loss is nan in epoch 2.*check the teacher's signals"):
+    with pytest.raises(engine.TrainingDiverged, match=r"the loss is nan in epoch 2.*check the teacher's signals"):
         train_student(spec, train, held_out, dataclasses.replace(signals, maps=maps), tmp_path / "c.pt")
     repaired = train_student(spec, train, held_out, signals, tmp_path / "c.pt")
     assert same(repaired, train_student(spec, train, held_out, signals))
@@ -312,7 +313,7 @@ def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
 ) -> None:
     """The last loss was finite, the step after it was not survived."""
     spec = small("student", epochs=1, batch_size=IMAGES, learning_rate=1e38)
-    with pytest.raises(training.TrainingDiverged):
+    with pytest.raises(engine.TrainingDiverged):
         train_student(spec, train, held_out, None, tmp_path / "c.pt")
 
 
@@ -485,7 +486,7 @@ def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSe
     )
     assert curve["seconds"].is_monotonic_increasing
     assert curve["train_loss"].between(0, 10).all()
-    assert curve["test_accuracy"].iloc[-1] == training.accuracy(trained.model, held_out)
+    assert curve["test_accuracy"].iloc[-1] == engine.accuracy(trained.model, held_out)
 
 
 def test_accuracy_is_a_percentage_by_hand(held_out: ImageSet) -> None:
@@ -497,4 +498,4 @@ def test_accuracy_is_a_percentage_by_hand(held_out: ImageSet) -> None:
             answers[:10] = (answers[:10] + 1) % 10
             return F.one_hot(answers, 10).float()
 
-    assert training.accuracy(Answers(), held_out) == 75.0
+    assert engine.accuracy(Answers(), held_out) == 75.0

@@ -1,0 +1,194 @@
+"""Campaigns: the lists of runs behind the paper's tables, and the packs in which finished runs travel.
+
+A campaign is a list of specs. Its rows are found in the ledger by their specs, whichever campaign trained them first:
+the seeds that two campaigns share are trained once.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from kdig_utils import models
+from kdig_utils.paths import replacing
+from kdig_utils.runs import METHODS, Ledger, RunSpec, spec_of
+
+SEEDS = 10
+COMPRESSION_SEEDS = 3
+RESAMPLES = 60
+SWEPT_METHODS = ("student", "kd", "ig", "kd_ig")
+RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
+PRECISION_SEEDS = 3
+PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file
+PACK_FILES = 8
+
+
+def ablation() -> list[RunSpec]:
+    """Eight methods, ten seeds, k = 5: the paper's settings, each map with its own image."""
+    return [RunSpec(method, seed=seed) for seed in range(SEEDS) for method in METHODS]
+
+
+def pairing() -> list[RunSpec]:
+    """The same with shuffled signals, as the released scripts have them.
+
+    `student` uses no signals: its runs are those of the ablation.
+    """
+    shuffled = [spec for spec in ablation() if spec.uses_teacher]
+    return [dataclasses.replace(spec, pairing="shuffled") for spec in shuffled]
+
+
+def compression() -> list[RunSpec]:
+    """Eight sizes of the student, four methods, three seeds."""
+    return [
+        RunSpec(method, k=k, seed=seed)
+        for seed in range(COMPRESSION_SEEDS)
+        for k in models.REMOVABLE_BLOCKS
+        for method in SWEPT_METHODS
+    ]
+
+
+def monte_carlo() -> list[RunSpec]:
+    """Four methods on sixty stratified draws of 80 % of the training images."""
+    return [RunSpec(method, seed=seed, train_fraction=0.8) for seed in range(RESAMPLES) for method in RESAMPLED_METHODS]
+
+
+def precision() -> list[RunSpec]:
+    """The control of the engine: the first seeds of two methods of the ablation again, in float32."""
+    return [
+        RunSpec(method, seed=seed, precision="float32")
+        for seed in range(PRECISION_SEEDS)
+        for method in ("student", "kd_ig")
+    ]
+
+
+CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
+    "ablation": ablation,
+    "pairing": pairing,
+    "compression": compression,
+    "monte-carlo": monte_carlo,
+    "precision": precision,
+}
+
+
+def specs(name: str) -> list[RunSpec]:
+    """The runs of a campaign, seeds outermost, so that a part of it is balanced.
+
+    Raises:
+        ValueError: unknown campaign.
+    """
+    if name not in CAMPAIGNS:
+        raise ValueError(f"unknown campaign {name!r}: choose one of {', '.join(CAMPAIGNS)}")
+    return CAMPAIGNS[name]()
+
+
+def rows(ledger: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows of a ledger that belong to a campaign: those with its settings, whatever teacher and data they had."""
+    wanted = {spec.run_id for spec in specs(name)}
+    belongs = [_bare(row) in wanted for _index, row in ledger.iterrows()]
+    return ledger[pd.Series(belongs, index=ledger.index, dtype=bool)].reset_index(drop=True)
+
+
+def _bare(row: pd.Series) -> str:
+    if row["method"] == "teacher":
+        return ""
+    return dataclasses.replace(spec_of(row), teacher_sha256="", data_md5="").run_id
+
+
+def progress(ledger: pd.DataFrame) -> pd.DataFrame:
+    """What is done of each campaign: columns campaign, runs, done, left, hours (of the runs left, at the pace so far).
+
+    A run takes what the campaign's own runs took, or those of the ledger with as many epochs, each on its device;
+    `hours` is NaN where there is no such run yet.
+    """
+    lines = []
+    for name in CAMPAIGNS:
+        wanted, done = specs(name), rows(ledger, name)
+        alike = done if len(done) else ledger[ledger["epochs"] == wanted[0].epochs].query("method != 'teacher'")
+        left = len(wanted) - done["run_id"].nunique()
+        hours = 0.0 if not left else left * alike["seconds"].astype(float).mean() / 3600
+        lines.append({"campaign": name, "runs": len(wanted), "done": len(wanted) - left, "left": left, "hours": hours})
+    return pd.DataFrame(lines)
+
+
+def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: Path, name: str) -> list[Path]:
+    """Write rows and files into a tar archive, cut into pieces of at most 16 MB: `NAME.tar.00`, `NAME.tar.01`, …
+
+    A list of SHA-256 and the rows come first; `files`, each with its folder's name (`curves/…csv`,
+    `weights/…safetensors`, `checkpoints/…pt`), follow in their order as long as eight pieces hold them.
+
+    Returns:
+        The pieces.
+    """
+    table = ledger.read()
+    members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
+    for path in files:
+        if sum(map(len, members.values())) + path.stat().st_size > (PACK_FILES - 1) * PACK_BYTES:
+            break
+        members[f"{path.parent.name}/{path.name}"] = path.read_bytes()
+    content, pieces = _archive(members), []
+    for number, start in enumerate(range(0, len(content), PACK_BYTES)):
+        pieces.append(folder / f"{name}.tar.{number:02d}")
+        with replacing(pieces[-1]) as part:
+            part.write_bytes(content[start : start + PACK_BYTES])
+    return pieces
+
+
+def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
+    """Put a pack's files into `folders` and its rows into the ledger, files first; what is there already stays.
+
+    Only a checkpoint is replaced: the machine that the pack comes from went on from ours.
+
+    Args:
+        pieces: all pieces of one pack.
+        folders: where the files go, by the name of their folder in the pack.
+
+    Returns:
+        The identities of the runs whose rows were added.
+
+    Raises:
+        ValueError: a piece is missing or damaged; nothing was written then.
+    """
+    members = _members(b"".join(path.read_bytes() for path in sorted(pieces)))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "runs.csv").write_bytes(members.pop("runs.csv"))
+        table = Ledger(Path(folder) / "runs.csv").read()
+    for name, data in members.items():
+        folder, file = name.split("/")
+        path = folders[folder] / Path(file).name
+        if folder == "checkpoints" or not path.exists():
+            with replacing(path) as part:
+                part.write_bytes(data)
+    return ledger.merge(table)
+
+
+def _archive(members: dict[str, bytes]) -> bytes:
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in {"sha256.json": json.dumps(hashes).encode(), **members}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _members(content: bytes) -> dict[str, bytes]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            members = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
+    hashes = json.loads(members.pop("sha256.json", b"{}"))
+    known = re.compile(r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)")
+    if "runs.csv" not in members or not all(map(known.fullmatch, members)):
+        raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
+    if damaged := [name for name in hashes if hashlib.sha256(members.get(name, b"")).hexdigest() != hashes[name]]:
+        raise ValueError(f"the pack is not whole ({damaged[0]} is damaged): bring its pieces over again")
+    return members

@@ -1,0 +1,548 @@
+"""The loop that trains: one run or many side by side, the same for a notebook, a CPU and a full GPU.
+
+All random numbers of an epoch are drawn at its start from (seed, epoch) into buffers that keep their place, and a step
+reads where it is from a counter on the device. So a step is the same whether Python calls it or a GPU replays a
+recording of it (a CUDA graph), and a run ends as it would have ended alone.
+"""
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from kdig_utils import models
+from kdig_utils.cifar10 import ImageSet
+from kdig_utils.overlay import EpochDraws, draw_epoch
+from kdig_utils.paths import replacing
+from kdig_utils.runs import RunSpec, TeacherSpec
+
+Report = Callable[[str], None]
+CHECK_EVERY = 50  # steps on the CPU between two looks at loss and clock
+SAVE_EVERY_SECONDS = 60.0
+STEPS_A_GRAPH = 10  # a replay costs the host as much for ten steps as for one
+WARM_UP_STEPS = 3  # before a recording: libraries choose their kernels, the optimiser makes its state
+SIDE_BY_SIDE = {"cpu": 1, "cuda": 6}  # runs at once, if nobody says otherwise
+MEMORY_MARGIN = 1.2  # another run starts if the free memory is this many times what the largest one took
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not finite; the last checkpoint was made before that."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        model: in evaluation mode, on the device of the training.
+        curve: one row an epoch: epoch, train_loss, test_accuracy, validation_accuracy (per cent), seconds.
+    """
+
+    model: nn.Module
+    curve: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The image sets that a run is measured on after each epoch, on its device."""
+
+    test: ImageSet
+    validation: ImageSet | None = None
+
+
+@dataclass
+class Run:
+    """A run under way: what is trained, by which loss, and everything that moves.
+
+    Attributes:
+        batch_loss: the loss of a batch of draws, without Python decisions on tensor values.
+        n_images: images in an epoch.
+        checkpoint: where the run is saved and resumed from; None keeps it in memory alone.
+        rates: learning rate of each step, (steps,), on the device; None leaves the optimiser's own. The optimiser's
+            rate must then be a tensor.
+        momenta: momentum of each step; None leaves the optimiser's own. Such a run is not recorded as a graph.
+        epoch: finished epochs.
+        position: images of the current epoch that are done.
+        loss_sum: sum of the losses of those images, on the device.
+        seconds: time spent training; runs side by side share it.
+        curve: one entry a finished epoch.
+        generator: state of the random numbers of dropout.
+    """
+
+    spec: RunSpec | TeacherSpec
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch_loss: Callable[[EpochDraws], Tensor]
+    n_images: int
+    evaluation: Evaluation
+    checkpoint: Path | None = None
+    rates: Tensor | None = None
+    momenta: list[float] | None = None
+    epoch: int = 0
+    position: int = 0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    generator: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.spec.epochs
+
+    @property
+    def trained(self) -> Trained:
+        """The network in evaluation mode and the learning curve so far."""
+        return Trained(self.model.eval(), pd.DataFrame(self.curve))
+
+
+def fit(run: Run, report: Report = lambda line: None) -> Trained:
+    """Train one run to its end, or go on from its checkpoint.
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+        ValueError: the checkpoint is damaged or of another run.
+    """
+    (finished,) = train_together([run], report=report)
+    return finished.trained
+
+
+def train_together(
+    runs: Iterable[Run],
+    at_once: int = 1,
+    deadline: float = math.inf,
+    report: Report = lambda line: None,
+) -> Iterator[Run]:
+    """Train runs side by side, each as if it were alone, and yield each one when it is finished.
+
+    A run is made (`next` of `runs`) when there is a place for it and, on a GPU, memory; another one starts only if,
+    from the speed measured so far, it will end before `deadline`. What does not end is saved in its checkpoint.
+
+    Args:
+        at_once: runs side by side; they take turns, on a GPU each on a stream of its own.
+        deadline: on the clock of `time.monotonic`.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+        ValueError: a checkpoint is damaged or of another run, or a run with dropout is to share the generator.
+    """
+    waiting, active, pace = iter(runs), [], Pace(deadline)
+    while True:
+        while len(active) < at_once and pace.another_ends(active) and has_room(active):
+            if (run := next(waiting, None)) is None:
+                break
+            steps = Steps(run, report)
+            if run.finished:
+                yield run
+            else:
+                active.append(steps)
+                check_generators(active)
+        if not active:
+            return
+        pace.round_of(active, lambda now: train_round(now, deadline, report))
+        for steps in [steps for steps in active if steps.run.finished]:
+            active.remove(steps)
+            yield steps.run
+        active = put_aside(active, pace, report)
+
+
+class Pace:
+    """How long an epoch takes, measured, and what will therefore end before the deadline."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.seconds = 0.0  # an epoch of one run, its share of a round
+        self.epochs = 0  # of the longest run of the last round
+
+    @property
+    def left(self) -> float:
+        """Seconds to the deadline."""
+        return self.deadline - time.monotonic()
+
+    def round_of(self, active: list["Steps"], train: Callable[[list["Steps"]], None]) -> None:
+        """Measure one round, an epoch of each active run."""
+        started, begun = time.monotonic(), sum(steps.run.epoch for steps in active)
+        self.epochs = max(steps.run.spec.epochs for steps in active)
+        train(active)
+        epochs = sum(steps.run.epoch for steps in active) - begun
+        self.seconds = (time.monotonic() - started) / epochs if epochs else self.seconds
+
+    def ending(self, active: list["Steps"]) -> int:
+        """How many of the active runs, the most advanced first, will end in time; each slows down the others."""
+        if not active or not math.isfinite(self.deadline):
+            return len(active)
+        epochs = max(steps.run.spec.epochs - steps.run.epoch for steps in active)
+        return min(len(active), int(self.left / max(epochs * self.seconds, 1e-9)))
+
+    def another_ends(self, active: list["Steps"]) -> bool:
+        """Whether one more run, as long as those of the last round, has the time to end beside the active ones."""
+        if self.left <= 0:
+            return False
+        return (len(active) + 1) * self.epochs * self.seconds <= self.left
+
+
+def put_aside(active: list["Steps"], pace: Pace, report: Report) -> list["Steps"]:
+    """Save the runs that will not end in time, the least advanced first, so that the others do; keep at least one."""
+    kept = sorted(active, key=lambda steps: steps.run.epoch - steps.run.spec.epochs, reverse=True)
+    place = 0 if pace.left <= 0 else max(1, pace.ending(kept))
+    for steps in kept[place:]:
+        save_checkpoint(steps.run)
+        report(f"{steps.run.spec.run_id} is put aside after {steps.run.epoch} of {steps.run.spec.epochs} epochs")
+    return [steps for steps in active if steps in kept[:place]]
+
+
+def has_room(active: list["Steps"]) -> bool:
+    """Whether the GPU has the memory for one more run like the largest active one; always true elsewhere."""
+    if not active or active[0].stream is None:
+        return True
+    free, _total = torch.cuda.mem_get_info(active[0].run.device)
+    return free > MEMORY_MARGIN * max(steps.bytes for steps in active)
+
+
+def check_generators(active: list["Steps"]) -> None:
+    """Raise ValueError if a run with dropout, which draws from the one global generator, has another beside it."""
+    if len(active) > 1 and any(isinstance(m, nn.Dropout) for steps in active for m in steps.run.model.modules()):
+        raise ValueError("a run with dropout shares its random numbers with the runs beside it: train it alone")
+
+
+def train_round(active: list["Steps"], deadline: float, report: Report) -> None:
+    """The rest of the current epoch of every run, in turns; measured at its end, unless the deadline came first."""
+    device = active[0].run.device
+    with own_generator(active[0].run):
+        turns = [steps.epoch(share=len(active), report=report) for steps in active]
+        while turns and time.monotonic() < deadline:
+            turns = [turn for turn in turns if next(turn, None) is not None]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        whole = [steps for steps in active if steps.run.position == steps.run.n_images]
+        for steps in whole:
+            steps.clock(len(active))
+        finish_epochs(whole, report)
+
+
+@contextlib.contextmanager
+def own_generator(run: Run) -> Iterator[None]:
+    """Let dropout draw from the run's own generator, and leave the global one as it was."""
+    cuda = run.device.type == "cuda"
+    with torch.random.fork_rng(devices=[run.device] if cuda else []):
+        if run.generator is None:
+            torch.manual_seed(run.spec.seed)
+        elif cuda:
+            torch.cuda.set_rng_state(run.generator, run.device)
+        else:
+            torch.set_rng_state(run.generator)
+        yield
+        keep_generator(run)
+
+
+def keep_generator(run: Run) -> None:
+    """Note the state of the generator that dropout draws from, for a checkpoint or the next round."""
+    run.generator = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else torch.get_rng_state()
+
+
+class Steps:
+    """The steps of a run, on buffers that keep their place: on a GPU recorded as CUDA graphs, elsewhere called.
+
+    Attributes:
+        stream: where a GPU runs them; None on the CPU and for runs that cannot be recorded.
+        bytes: memory that the run took on the GPU.
+    """
+
+    def __init__(self, run: Run, report: Report) -> None:
+        self.run, device = run, run.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        run.loss_sum = run.loss_sum.to(device)
+        if run.checkpoint is not None and run.checkpoint.is_file():
+            load_checkpoint(run)
+            report(f"{run.spec.run_id} goes on at epoch {run.epoch + 1}, image {run.position} of {run.n_images}")
+        self.draws = self.new_draws().to(device)
+        self.place = torch.zeros((), dtype=torch.int64, device=device)
+        self.offsets = torch.arange(run.spec.batch_size, device=device)
+        self.rates = torch.zeros(math.ceil(run.n_images / run.spec.batch_size), device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and run.momenta is None else None
+        self.saved = self.ticked = time.monotonic()
+        run.model.train()
+        self.graphs = {} if self.stream is None or run.finished else record(self)
+        self.bytes = free - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+    def new_draws(self) -> EpochDraws:
+        """The random numbers of the current epoch."""
+        spec = self.run.spec
+        return draw_epoch(self.run.n_images, getattr(spec, "overlay_probability", 0.0), spec.seed, self.run.epoch)
+
+    def load_epoch(self) -> None:
+        """Put the numbers of the current epoch, and the place in it, into the buffers."""
+        for buffer, values in zip(vars(self.draws).values(), vars(self.new_draws()).values(), strict=True):
+            buffer.copy_(values, non_blocking=True)
+        self.place.fill_(self.run.position)
+        if self.run.rates is not None:
+            self.rates.copy_(self.run.rates[self.run.epoch * len(self.rates) :][: len(self.rates)])
+
+    def step(self, size: int) -> None:
+        """One step of the optimiser on the next `size` images."""
+        run, device = self.run, self.place.device.type
+        batch = self.draws.rows(self.place + self.offsets[:size])
+        if run.rates is not None:
+            run.optimizer.param_groups[0]["lr"].copy_(self.rates[self.place // run.spec.batch_size])
+        with torch.autocast(device, torch.bfloat16, enabled=uses_bfloat16(run)):
+            loss = run.batch_loss(batch)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        run.optimizer.step()
+        run.loss_sum += loss.detach() * size
+        self.place += size
+
+    def advance(self, steps: int, size: int) -> None:
+        """`steps` steps of `size` images: a replay of their recording, or the steps themselves."""
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                self.graphs[steps, size].replay()
+        else:
+            for _step in range(steps):
+                self.set_momentum()
+                self.step(size)
+        self.run.position += steps * size
+
+    def set_momentum(self) -> None:
+        """The momentum of the current step, where it moves."""
+        if (momenta := self.run.momenta) is not None:
+            done = self.run.epoch * len(self.rates) + self.run.position // self.run.spec.batch_size
+            self.run.optimizer.param_groups[0]["momentum"] = momenta[done]
+
+    def pieces(self, position: int) -> list[tuple[int, int]]:
+        """The epoch from `position` on as (steps, images a step): several full batches, single ones, a smaller one."""
+        size = self.run.spec.batch_size
+        at_a_time = STEPS_A_GRAPH if self.stream is not None else 1
+        full, last = divmod(self.run.n_images - position, size)
+        several, single = divmod(full, at_a_time)
+        return [(at_a_time, size)] * several + [(1, size)] * single + [(1, last)] * (last > 0)
+
+    def epoch(self, share: int, report: Report) -> Iterator[bool]:
+        """Train the rest of the epoch, giving way after each piece; `share` runs share the time."""
+        self.ticked = time.monotonic()
+        self.run.model.train()
+        if self.stream is not None:  # what was measured after the last epoch is done before this one begins
+            self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
+        with torch.cuda.stream(self.stream):  # does nothing for None
+            self.load_epoch()
+        for steps, size in self.pieces(self.run.position):
+            self.advance(steps, size)
+            if self.run.device.type == "cpu" and (self.run.position // self.run.spec.batch_size) % CHECK_EVERY == 0:
+                self.look(share, report)
+            yield True
+
+    def look(self, share: int, report: Report) -> None:
+        """Check the loss; save now and then."""
+        check_finite(self.run)
+        self.clock(share)
+        if self.save_is_due:
+            self.save()
+            report(progress(self.run))
+
+    @property
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self.saved > SAVE_EVERY_SECONDS
+
+    def save(self) -> None:
+        keep_generator(self.run)
+        save_checkpoint(self.run)
+        self.saved = time.monotonic()
+
+    def clock(self, share: int) -> None:
+        """Add the run's share of the time since the last look."""
+        now = time.monotonic()
+        self.run.seconds += (now - self.ticked) / share
+        self.ticked = now
+
+
+def record(steps: Steps) -> dict[tuple[int, int], "torch.cuda.CUDAGraph"]:
+    """Record each kind of piece of an epoch as a CUDA graph; the run is left as it was.
+
+    The graphs of a run are never replayed at the same time, so they share one pool of memory.
+    """
+    run, graphs = steps.run, {}
+    model, optimizer = copied(run.model.state_dict()), [copied(state) for state in run.optimizer.state.values()]
+    loss_sum = run.loss_sum.clone()
+    kinds = sorted({*steps.pieces(0), (1, min(run.spec.batch_size, run.n_images))}, reverse=True)
+    with torch.random.fork_rng(devices=[run.device]):
+        with torch.cuda.stream(steps.stream):
+            steps.load_epoch()
+            for size in sorted({size for _steps, size in kinds}):
+                for _step in range(WARM_UP_STEPS):
+                    steps.place.zero_()
+                    steps.step(size)
+        torch.cuda.synchronize(run.device)
+        for kind in kinds:
+            graphs[kind] = torch.cuda.CUDAGraph()
+            pool = next(iter(graphs.values())).pool() if len(graphs) > 1 else None
+            with torch.cuda.graph(graphs[kind], pool=pool, stream=steps.stream):
+                for _step in range(kind[0]):
+                    steps.step(kind[1])
+    restore(run, model, optimizer)
+    run.loss_sum.copy_(loss_sum)
+    return graphs
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict, copied."""
+    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@torch.no_grad()
+def restore(run: Run, model: dict[str, Tensor], optimizer: list[dict[str, Tensor]]) -> None:
+    """Put weights and optimiser back, each tensor in its place; an optimiser that had no state gets zeros."""
+    for name, value in run.model.state_dict().items():
+        value.copy_(model[name])
+    for number, state in enumerate(run.optimizer.state.values()):
+        before = optimizer[number] if optimizer else {}
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.copy_(before.get(name, torch.zeros_like(value)))
+
+
+def uses_bfloat16(run: Run) -> bool:
+    """Whether forward passes run in bfloat16: on a GPU that computes in it, unless the spec asks for float32."""
+    return (
+        run.device.type == "cuda"
+        and run.spec.precision == "native"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+
+
+def finish_epochs(whole: list[Steps], report: Report) -> None:
+    """Measure the runs, add a row to each curve, turn to the next epoch, save.
+
+    On a GPU, where an epoch may take no longer than saving it, it is saved only now and then.
+    """
+    measured = [measure(steps.run) for steps in whole]  # all are under way on a GPU before the first is waited for
+    for steps, (test, validation) in zip(whole, measured, strict=True):
+        run = steps.run
+        check_finite(run)
+        check_weights(run)
+        row = {
+            "epoch": run.epoch + 1,
+            "train_loss": float(run.loss_sum) / run.n_images,
+            "test_accuracy": float(test),
+            "validation_accuracy": float(validation),
+            "seconds": run.seconds,
+        }
+        run.curve.append(row)
+        run.epoch, run.position = run.epoch + 1, 0
+        run.loss_sum.zero_()
+        if run.device.type == "cpu" or steps.save_is_due:
+            steps.save()
+        report(
+            f"{run.spec.method} k={run.spec.k} seed {run.spec.seed}, epoch {run.epoch}/{run.spec.epochs}: "
+            f"loss {row['train_loss']:.3f}, test {row['test_accuracy']:.2f} %, {run.seconds:.0f} s"
+        )
+
+
+def measure(run: Run) -> tuple[Tensor, Tensor]:
+    """Test and validation accuracy in per cent, on the device; the last epoch's, which counts, in float32."""
+    last = run.epoch + 1 == run.spec.epochs
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=uses_bfloat16(run) and not last):
+        test = share_correct(run.model, run.evaluation.test)
+        held_out = run.evaluation.validation
+        return test, share_correct(run.model, held_out) if held_out else torch.tensor(math.nan)
+
+
+def progress(run: Run) -> str:
+    """One line: where the run is and how long it will take."""
+    done, spec = run.epoch + run.position / run.n_images, run.spec
+    left = run.seconds / done * (spec.epochs - done)
+    return (
+        f"{spec.method} k={spec.k} seed {spec.seed}: {done:.2f} of {spec.epochs} epochs, about {left / 60:.0f} min left"
+    )
+
+
+def check_finite(run: Run) -> None:
+    """Raise TrainingDiverged if the loss of this epoch is not finite."""
+    if not torch.isfinite(run.loss_sum):
+        raise TrainingDiverged(
+            f"the loss is {float(run.loss_sum)} in epoch {run.epoch + 1} before image {run.position}: "
+            f"lower the learning rate ({float(run.optimizer.param_groups[0]['lr']):g}) or check the teacher's signals"
+        )
+
+
+def check_weights(run: Run) -> None:
+    """Raise TrainingDiverged if the last step, whose loss came before it, left a tensor that is not finite."""
+    finite = torch.stack([value.isfinite().all() for value in run.model.state_dict().values()])
+    if not finite.all():
+        name = list(run.model.state_dict())[int(finite.int().argmin())]
+        raise TrainingDiverged(f"{name} is not finite after epoch {run.epoch + 1}: lower the learning rate")
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: ImageSet, batch_size: int | None = None) -> Tensor:
+    """Logits of all `images`, (N, 10), with the model in evaluation mode.
+
+    Args:
+        batch_size: 50 on the CPU, where small batches fit into the cache, and 2,000 on a GPU.
+    """
+    model.eval()
+    batch_size = batch_size or (2000 if images.pixels.is_cuda else 50)
+    return torch.cat([model(images.images(slice(at, at + batch_size))) for at in range(0, len(images), batch_size)])
+
+
+def share_correct(model: nn.Module, images: ImageSet) -> Tensor:
+    """Top-1 accuracy in per cent, a tensor on the device."""
+    return 100 * (predict(model, images).argmax(1) == images.labels).double().mean()
+
+
+def accuracy(model: nn.Module, images: ImageSet) -> float:
+    """Top-1 accuracy in per cent."""
+    return float(share_correct(model, images))
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write everything that a resume needs; a reader sees the old checkpoint or the new one."""
+    if run.checkpoint is None:
+        return
+    content = {
+        "run_id": run.spec.run_id,
+        "spec": asdict(run.spec),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "generator": {run.device.type: run.generator},
+        **{name: getattr(run, name) for name in ("epoch", "position", "loss_sum", "seconds", "curve")},
+    }
+    buffer = io.BytesIO()  # torch.save to a full disk gives no OSError, writing bytes does
+    torch.save(content, buffer)
+    with replacing(run.checkpoint) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(run: Run) -> None:
+    """Put the run back as it was saved.
+
+    Raises:
+        ValueError: the checkpoint is unreadable, or of another run or architecture.
+    """
+    try:
+        content = torch.load(run.checkpoint, map_location=run.device, weights_only=True)
+        run_id, saved_spec = content["run_id"], content["spec"]
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise ValueError(
+            f"the checkpoint {run.checkpoint} is damaged ({type(error).__name__}): delete it to start the run afresh"
+        ) from error
+    if run_id != run.spec.run_id:
+        raise ValueError(
+            f"the checkpoint {run.checkpoint} is of run {run_id} {saved_spec}, not of {run.spec.run_id}: "
+            "resume it with its own spec, or give another checkpoint"
+        )
+    models.load_state(run.model, content["model"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    state = content["generator"].get(run.device.type)
+    run.generator = state.cpu() if state is not None else None
+    for name in ("epoch", "position", "loss_sum", "seconds", "curve"):
+        setattr(run, name, content[name])

@@ -1,0 +1,334 @@
+"""The loop: a run ends the same alone, beside others, cut off, or recorded; and a budget is kept."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kdig_utils import engine, models, training
+from kdig_utils.cifar10 import ImageSet, first_of_each_class
+from kdig_utils.engine import Pace, Run, Steps, Trained, fit, train_together
+from kdig_utils.runs import RunSpec, TeacherSpec
+from kdig_utils.training import student_run, teacher_run
+
+IMAGES = 50
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.fixture(scope="module")
+def train(sample_train: ImageSet) -> ImageSet:
+    return sample_train.subset(first_of_each_class(sample_train.labels, IMAGES // 10))
+
+
+@pytest.fixture(scope="module")
+def held_out(sample_test: ImageSet) -> ImageSet:
+    return sample_test.subset(torch.arange(40))
+
+
+def small(method: str = "student", **changed: object) -> RunSpec:
+    return RunSpec(method, **{"k": 17, "epochs": 2, "batch_size": 16, **changed})
+
+
+DIFFERENT = (
+    small(seed=1),
+    small("student", seed=2, epochs=3),
+    small("student", seed=3, k=15, epochs=1),
+    small("student", seed=4, train_fraction=0.8, learning_rate=1e-2),
+)
+
+
+def same(first: Trained, second: Trained) -> bool:
+    """Bit for bit: weights, statistics, and every number of the curve but the seconds."""
+    curves = [trained.curve.drop(columns="seconds") for trained in (first, second)]
+    return models.weights_sha256(first.model) == models.weights_sha256(second.model) and curves[0].equals(curves[1])
+
+
+# Side by side
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 4])
+def test_each_run_ends_beside_others_as_it_ends_alone(train: ImageSet, held_out: ImageSet, at_once: int) -> None:
+    """Bit for bit, with other methods' k, epochs, learning rates and numbers of images beside it."""
+    alone = {spec.run_id: fit(student_run(spec, train, held_out)) for spec in DIFFERENT}
+    together = list(train_together((student_run(spec, train, held_out) for spec in DIFFERENT), at_once))
+    assert {run.spec.run_id for run in together} == set(alone)
+    assert all(same(run.trained, alone[run.spec.run_id]) for run in together)
+    print(f"{len(together)} runs, {at_once} at once")
+
+
+def test_a_run_is_handed_over_before_another_one_starts(train: ImageSet, held_out: ImageSet) -> None:
+    made = []
+
+    def runs() -> Iterator[Run]:
+        for spec in DIFFERENT:
+            made.append(spec.run_id)
+            yield student_run(spec, train, held_out)
+
+    for finished, _run in enumerate(train_together(runs(), at_once=2), start=1):
+        assert len(made) <= finished + 1
+    assert len(made) == len(DIFFERENT)
+
+
+def test_runs_side_by_side_share_the_time(train: ImageSet, held_out: ImageSet) -> None:
+    started = time.monotonic()
+    runs = list(train_together((student_run(small(seed=seed), train, held_out) for seed in range(3)), at_once=3))
+    assert 0 < sum(run.seconds for run in runs) < time.monotonic() - started
+
+
+def test_runs_with_dropout_are_refused_beside_others(train: ImageSet, held_out: ImageSet) -> None:
+    """They draw from the one global generator, so each would end otherwise than alone."""
+    runs = (teacher_run(TeacherSpec(seed=seed, epochs=1), train, held_out) for seed in range(2))
+    with pytest.raises(ValueError, match=r"dropout shares its random numbers.*train it alone"):
+        list(train_together(runs, at_once=2))
+
+
+# The budget
+
+
+def test_nothing_starts_after_the_deadline(train: ImageSet, held_out: ImageSet) -> None:
+    assert not list(train_together(iter([student_run(small(), train, held_out)]), deadline=time.monotonic() - 1))
+
+
+def test_runs_cut_off_by_the_deadline_go_on_bit_for_bit(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
+    specs = [small(seed=seed, epochs=4) for seed in range(2)]
+
+    def runs() -> Iterator[Run]:
+        return (student_run(spec, train, held_out, None, tmp_path / f"{spec.run_id}.pt") for spec in specs)
+
+    turns, finished = 0, []
+    while len(finished) < 2:
+        turns += 1
+        finished = list(train_together(runs(), at_once=2, deadline=time.monotonic() + 0.15))
+        assert turns < 100
+    assert turns > 1
+    for run in finished:
+        assert same(run.trained, fit(student_run(run.spec, train, held_out)))
+    print(f"{turns} calls of 0.15 s")
+
+
+def paced(seconds_left: float, an_epoch: float, epochs: int = 10) -> Pace:
+    pace = Pace(time.monotonic() + seconds_left)
+    pace.seconds, pace.epochs = an_epoch, epochs
+    return pace
+
+
+def waiting(train: ImageSet, held_out: ImageSet, done: list[int]) -> list[Steps]:
+    runs = [student_run(small(seed=seed, epochs=10), train, held_out) for seed in range(len(done))]
+    for run, epoch in zip(runs, done, strict=True):
+        run.epoch = epoch
+    return [Steps(run, print) for run in runs]
+
+
+def test_runs_that_would_not_end_make_way_for_those_that_do(train: ImageSet, held_out: ImageSet) -> None:
+    """Four runs of ten seconds an epoch, eight epochs left, 170 seconds: two end, the two most advanced."""
+    steps = waiting(train, held_out, [2, 5, 4, 3])
+    pace = paced(170, an_epoch=10)
+    kept = engine.put_aside(steps, pace, print)
+    assert [each.run.epoch for each in kept] == [5, 4]
+    assert engine.put_aside(kept, paced(1, an_epoch=10), print)[0].run.epoch == 5  # one always goes on
+    assert engine.put_aside(steps, Pace(math.inf), print) == steps
+
+
+def test_another_run_starts_only_if_it_ends_beside_the_others(train: ImageSet, held_out: ImageSet) -> None:
+    """It takes ten epochs of ten seconds, and slows down each run beside it."""
+    active = waiting(train, held_out, [0])
+    assert paced(201, an_epoch=10).another_ends(active)
+    assert not paced(199, an_epoch=10).another_ends(active)
+    assert paced(101, an_epoch=10).another_ends([])
+    assert not paced(99, an_epoch=10).another_ends([])
+    assert Pace(time.monotonic() + 1).another_ends([])  # nothing is known yet
+
+
+# Steps
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(n=st.integers(1, 5000), batch=st.integers(2, 300), done=st.integers(0, 20), recorded=st.booleans())
+def test_pieces_cover_the_rest_of_an_epoch_once(n: int, batch: int, done: int, recorded: bool) -> None:
+    position = min(done * batch, n // batch * batch)
+    steps = Steps.__new__(Steps)
+    steps.run = Run(small(batch_size=batch), nn.Linear(1, 1), None, None, n, None)
+    steps.stream = object() if recorded else None
+    pieces = steps.pieces(position)
+    assert sum(count * size for count, size in pieces) == n - position
+    assert all(size == batch for _count, size in pieces[:-1])
+    assert len(set(pieces)) <= 3  # as many recordings are made
+
+
+def test_warming_up_leaves_no_trace(train: ImageSet, held_out: ImageSet) -> None:
+    """Steps on the live network move weights, statistics and optimiser; put back, the run ends as if without them."""
+    whole = fit(student_run(small(), train, held_out))
+    run = student_run(small(), train, held_out)
+    steps = Steps(run, print)
+    model, optimizer = engine.copied(run.model.state_dict()), []
+    steps.load_epoch()
+    for _step in range(3):
+        steps.step(16)
+    assert not torch.equal(run.model.state_dict()["features.0.1.running_mean"], model["features.0.1.running_mean"])
+    engine.restore(run, model, optimizer)
+    run.loss_sum.zero_()
+    assert same(fit(run), whole)
+
+
+class FakeGraph:
+    """What a recording does, without a GPU: `replay` makes the steps that were made while it was recorded."""
+
+    recording = None
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 0)
+
+    def replay(self) -> None:
+        for steps, size in self.calls:
+            STEP(steps, size)
+
+
+STEP = Steps.step
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU play a GPU that records: streams do nothing, a recording notes the calls of `step`."""
+
+    def noted(steps: Steps, size: int) -> None:
+        if FakeGraph.recording is not None:
+            FakeGraph.recording.calls.append((steps, size))
+            steps.place.zero_()
+        STEP(steps, size)  # a real recording computes nothing, so this is the harder case
+
+    @contextlib.contextmanager
+    def graph(recorded: FakeGraph, pool: object, stream: object) -> Iterator[None]:
+        FakeGraph.recording = recorded
+        yield
+        FakeGraph.recording = None
+
+    def recording_steps(steps: Steps, run: Run, report: object) -> None:
+        INIT(steps, run, report)
+        steps.stream = FakeStream()
+        steps.graphs = {} if run.finished else engine.record(steps)
+
+    monkeypatch.setattr(Steps, "__init__", recording_steps)
+    monkeypatch.setattr(Steps, "step", noted)
+    for name, fake in {
+        "CUDAGraph": FakeGraph, "graph": graph, "synchronize": lambda device: None,
+        "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device: None,
+        "mem_get_info": lambda device: (1, 1),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Steps, "bytes", 0, raising=False)
+    monkeypatch.setattr(torch.random, "fork_rng", FORK_ON_CPU)
+
+
+@contextlib.contextmanager
+def FORK_ON_CPU(devices: object = ()) -> Iterator[None]:
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+INIT = Steps.__init__
+
+
+class FakeStream:
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("n_images", [50, 48, 10])
+def test_replayed_run_ends_as_a_called_one(
+    train: ImageSet, held_out: ImageSet, request: pytest.FixtureRequest, n_images: int
+) -> None:
+    """With the recording machinery of a GPU, played by the CPU: warm-up, recordings of every kind, restoration."""
+    few = train.subset(torch.arange(n_images))
+    specs = [small(seed=seed, batch_size=4) for seed in range(2)]
+    called = [fit(student_run(spec, few, held_out)) for spec in specs]
+    request.getfixturevalue("fake_gpu")
+    replayed = list(train_together((student_run(spec, few, held_out) for spec in specs), at_once=2))
+    assert all(same(run.trained, alone) for run, alone in zip(replayed, called, strict=True))
+
+
+@pytest.mark.slow
+@NEEDS_GPU
+def test_recorded_on_a_gpu_it_ends_near_the_cpu(train: ImageSet, held_out: ImageSet) -> None:
+    """The same draws, the same losses, another arithmetic."""
+    spec = small(precision="float32", batch_size=8)
+    alone = fit(student_run(spec, train, held_out))
+    on_gpu = fit(student_run(spec, train, held_out, device="cuda"))
+    assert on_gpu.curve["train_loss"].to_numpy() == pytest.approx(alone.curve["train_loss"].to_numpy(), rel=1e-3)
+
+
+@pytest.mark.slow
+@NEEDS_GPU
+def test_recorded_side_by_side_on_a_gpu_each_ends_near_itself_alone(train: ImageSet, held_out: ImageSet) -> None:
+    specs = [small(seed=seed, precision="float32", batch_size=8) for seed in range(3)]
+    alone = [fit(student_run(spec, train, held_out, device="cuda")).curve["train_loss"].tolist() for spec in specs]
+    runs = list(train_together((student_run(spec, train, held_out, device="cuda") for spec in specs), at_once=3))
+    for run, losses in zip(sorted(runs, key=lambda run: run.spec.seed), alone, strict=True):
+        assert run.trained.curve["train_loss"].tolist() == pytest.approx(losses, rel=1e-3)
+
+
+# The teacher's schedule
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "cosine"])
+def test_learning_rate_rises_to_the_highest_and_falls_to_nearly_nothing(name: str) -> None:
+    rates, momenta = training.schedule(TeacherSpec(epochs=10, learning_rate=0.1, schedule=name), steps_an_epoch=20)
+    top = rates.index(max(rates))
+    assert len(rates) == 200
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] < 1e-3 * max(rates)
+    assert (momenta is None) == (name == "cosine")
+
+
+def test_one_cycle_is_pytorchs_own() -> None:
+    rates, momenta = training.schedule(TeacherSpec(epochs=3), steps_an_epoch=7)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=21)
+    for rate, momentum in zip(rates, momenta, strict=True):
+        assert (rate, momentum) == (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        with contextlib.suppress(ValueError):  # one step more than there are
+            scheduler.step()
+
+
+def test_teacher_by_cosine_learns_and_resumes(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
+    few = train.subset(torch.arange(16))
+    spec = TeacherSpec(epochs=2, batch_size=8, schedule="cosine", cutout=8)
+    whole = fit(teacher_run(spec, few, held_out))
+    first = teacher_run(spec, few, held_out, None, tmp_path / "t.pt")
+    with pytest.raises(InterruptedError):
+        fit(first, report=stop)
+    resumed = fit(teacher_run(spec, few, held_out, None, tmp_path / "t.pt"))
+    assert same(whole, resumed)
+
+
+def stop(_line: str) -> None:
+    raise InterruptedError
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("change", [{"schedule": "linear"}, {"cutout": -1}, {"cutout": 33}, {"precision": "half"}])
+def test_wrong_teacher_settings_name_value_and_remedy(change: dict) -> None:
+    (value,) = change.values()
+    with pytest.raises(ValueError, match=rf"{value}.*(choose|give)"):
+        dataclasses.replace(TeacherSpec(), **change)
+
+
+def test_wrong_precision_of_a_student_names_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="unknown precision 'int8': choose one of native, float32"):
+        small(precision="int8")
