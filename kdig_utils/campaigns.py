@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdig_utils import models
+from kdig_utils.overlay import PAIRINGS
 from kdig_utils.paths import replacing
 from kdig_utils.runs import METHODS, Ledger, RunSpec, spec_of
 
@@ -59,6 +60,22 @@ def monte_carlo() -> list[RunSpec]:
     return [RunSpec(method, seed=seed, train_fraction=0.8) for seed in range(RESAMPLES) for method in RESAMPLED_METHODS]
 
 
+def alignment() -> list[RunSpec]:
+    """The controls of the alignment laboratory, k = 5: what is blended in, and what the teacher is asked about.
+
+    `matched`, `shuffled` and no overlay at all are in the ablation and in pairing.
+    """
+    blended = [
+        RunSpec(method, seed=seed, pairing=control)
+        for seed in range(SEEDS)
+        for method in ("ig", "kd_ig")
+        for control in PAIRINGS
+        if control not in ("matched", "shuffled")
+    ]
+    asked = [RunSpec("kd", seed=seed, answers="online") for seed in range(SEEDS)]
+    return sorted(blended + asked, key=lambda spec: spec.seed)
+
+
 def precision() -> list[RunSpec]:
     """The control of the engine: the first seeds of two methods of the ablation again, in float32."""
     return [
@@ -73,6 +90,7 @@ CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
     "pairing": pairing,
     "compression": compression,
     "monte-carlo": monte_carlo,
+    "alignment": alignment,
     "precision": precision,
 }
 

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAIRINGS = ("matched", "shuffled")
+from kdig_utils.cifar10 import MEAN
+
+# What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
+# noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey.
+PAIRINGS = ("matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform", "mixup-grey")
+UNMOVED = ("index-matched", "shuffled")
 PADDING = 4
+MEAN_GREY = sum(MEAN) / len(MEAN)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
         images: (N, 3, 32, 32) in [0, 1].
         maps: attribution maps, (N, 32, 32), not negative; already those that belong to the pairing.
         batch: the draws of this batch, on the same device.
-        pairing: `matched` moves the map with its image; `shuffled` leaves it where it is, as the released scripts do.
+        pairing: one of `PAIRINGS`. Those in `UNMOVED` leave the map where it is while the image moves, as the
+            released scripts do; `uniform` blends in mean grey instead of any map.
 
     Raises:
         ValueError: unknown pairing, or images and maps of other shapes.
@@ -131,7 +138,9 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
         )
     # Scaled before it is cropped: the padding is then the map's lowest value, and the crop cannot change the scale.
     scaled = scale_map(maps.unsqueeze(1), batch.powers)
-    if pairing == "matched":
+    if pairing == "uniform":
+        scaled = torch.full_like(scaled, MEAN_GREY)
+    elif pairing not in UNMOVED:
         scaled = crop_and_flip(scaled, batch.shifts, batch.flips)
     cropped = crop_and_flip(images, batch.shifts, batch.flips)
     return torch.where(batch.overlaid.view(-1, 1, 1, 1), blend(cropped, scaled), cropped)
@@ -146,9 +155,9 @@ def check_pairing(pairing: str) -> None:
 def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
     """For each image, the position of the image whose teacher signal it gets, (N,).
 
-    `matched`: its own. `shuffled`: a fixed random permutation, as if the store were saved in shuffled order.
+    `shuffled`: a fixed random permutation, as if the store were saved in shuffled order. All others: its own.
     """
     check_pairing(pairing)
-    if pairing == "matched":
+    if pairing != "shuffled":
         return torch.arange(n_images)
     return torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))

@@ -16,6 +16,7 @@ from kdig_utils import losses, models, overlay
 from kdig_utils.paths import explaining, replacing, repository_root
 
 SCHEDULES = ("one_cycle", "cosine")
+ANSWERS = ("stored", "online")
 PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 
@@ -47,13 +48,15 @@ class RunSpec(Spec):
         alpha: weight of the distillation loss, in [0, 1].
         gamma: weight of the attention loss.
         overlay_probability: share of images that get their map, in [0, 1].
-        pairing: `matched`, or `shuffled` as in the authors' released scripts.
+        pairing: what is blended onto an image, one of `overlay.PAIRINGS`: its own map (`matched`), or another image's
+            signals (`shuffled`) as in the authors' released scripts, or a control.
         train_fraction: share of the training images, drawn stratified with `seed`.
         validation_images: training images held out to choose on; 0 trains on all.
         teacher_sha256: the teacher whose signals are used; empty for methods that use none.
         n_steps: evaluations along the path for the IG maps.
         data_md5: the identity of the training images.
         precision: `native`, bfloat16 on a GPU that computes in it and float32 elsewhere, or `float32`.
+        answers: the teacher's logits for distillation: `stored`, of the whole image, or `online`, of the very crop.
 
     Raises:
         ValueError: a value outside its range; the message names it and what is allowed.
@@ -76,6 +79,7 @@ class RunSpec(Spec):
     n_steps: int = 50
     data_md5: str = ""
     precision: str = "native"
+    answers: str = "stored"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -92,6 +96,8 @@ class RunSpec(Spec):
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
         check_validation(self.validation_images)
         check_precision(self.precision)
+        if self.answers not in ANSWERS:
+            raise ValueError(f"unknown answers {self.answers!r}: choose one of {', '.join(ANSWERS)}")
         if self.n_steps < 1:
             raise ValueError(f"n_steps = {self.n_steps} is too few: the paper uses 50")
         if not 0 < self.train_fraction <= 1:

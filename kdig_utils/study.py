@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from kdig_utils import artifacts, cifar10, models, paths, signals, training
+from kdig_utils import artifacts, cifar10, controls, models, paths, signals, training
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.engine import Report, Run, Trained, train_together
 from kdig_utils.models import Student, Teacher
@@ -201,8 +202,15 @@ class Study:
 
     def _student_run(self, spec: RunSpec, loss: Callable[..., Tensor] | None = None) -> Run:
         signals, checkpoint = self._signals_of(spec), self._checkpoint(spec.run_id)
+        teacher = self.teacher.to(self.device) if spec.answers == "online" else None
         return training.student_run(
-            spec, **self._on_device, signals=signals, checkpoint=checkpoint, device=self.device, loss=loss
+            spec,
+            **self._on_device,
+            signals=signals,
+            checkpoint=checkpoint,
+            device=self.device,
+            teacher=teacher,
+            loss=loss,
         )
 
     def _train(
@@ -233,13 +241,26 @@ class Study:
             return None
         # Only attention transfer looks at the tap: the other methods share one store.
         tap = models.attention_tap(spec.k if spec.uses("at") else 5)
-        if tap not in self._signals_on_device:
+        key = (tap, spec.pairing == "gradient")
+        if key not in self._signals_on_device:
             found = self.signals if tap == models.attention_tap(5) else self.signals_for(tap)
-            self._signals_on_device[tap] = found.to(self.device)
-        return self._signals_on_device[tap]
+            found = self.with_saliency(found) if spec.pairing == "gradient" else found
+            self._signals_on_device[key] = found.to(self.device)
+        return self._signals_on_device[key]
+
+    def with_saliency(self, found: TeacherSignals) -> TeacherSignals:
+        """The same signals with the teacher's plain gradients in place of IG maps, computed now or earlier."""
+        path = self.folder / "signals" / f"{self._teacher_sha256[:12]}_saliency.npy"
+        if not path.is_file():
+            print_line(f"plain gradients of {len(self.train):,} images")
+            maps = controls.saliency_maps(self.teacher.to(self.device), self.train)
+            with paths.replacing(path) as part, part.open("wb") as file:
+                np.save(file, maps.numpy())
+        maps = torch.from_numpy(np.load(path))
+        return dataclasses.replace(found, maps=maps, manifest={**found.manifest, "maps": "saliency"})
 
     @cached_property
-    def _signals_on_device(self) -> dict[int, TeacherSignals]:
+    def _signals_on_device(self) -> dict[tuple[int, bool], TeacherSignals]:
         return {}
 
     def _record(self, spec: RunSpec | TeacherSpec, trained: Trained, campaign: str) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kdig_utils import losses, models
 from kdig_utils.cifar10 import ImageSet, stratified_split
+from kdig_utils.controls import control_maps
 from kdig_utils.engine import Evaluation, Report, Run, Trained, fit
 from kdig_utils.overlay import EpochDraws, crop_and_flip, cutout, overlay, signal_positions
 from kdig_utils.runs import RunSpec, TeacherSpec
@@ -69,6 +70,7 @@ def student_run(
     signals: TeacherSignals | None = None,
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
+    teacher: nn.Module | None = None,
     loss: Callable[..., Tensor] | None = None,
 ) -> Run:
     """The student that `spec` describes, ready to be trained, alone or beside others; arguments as in `train_student`.
@@ -76,19 +78,22 @@ def student_run(
     Images and signals that are on `device` already are shared between runs and not copied.
 
     Args:
+        teacher: in evaluation mode, on `device`; asked only if the spec's answers are `online`.
         loss: in place of `student_loss`: the same function, compiled.
     """
     check_signals(spec, signals, train)
+    if spec.answers == "online" and teacher is None:
+        raise ValueError("answers = 'online' asks the teacher about each crop: pass the teacher")
     positions, validation = training_positions(train.labels.cpu(), spec)
     images, teacher_signals = chosen(train, positions).to(device), None
     if signals is not None and spec.uses_teacher:
-        teacher_signals = paired_signals(signals, positions, spec).to(device)
+        teacher_signals = paired_signals(signals, train, positions, spec).to(device)
     model = models.student(spec.k, spec.seed).to(device, memory_format=torch.channels_last)
     on_gpu = images.pixels.is_cuda
     optimizer = torch.optim.Adam(model.parameters(), lr=spec.learning_rate, fused=True, capturable=on_gpu)
 
     def batch_loss(batch: EpochDraws) -> Tensor:
-        return (loss or student_loss)(model, images, teacher_signals, batch, spec)
+        return (loss or student_loss)(model, images, teacher_signals, batch, spec, teacher)
 
     evaluation = Evaluation(test.to(device), chosen(train, validation).to(device) if len(validation) else None)
     return Run(spec, model, optimizer, batch_loss, len(images), evaluation, checkpoint)
@@ -174,6 +179,11 @@ def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet
         raise ValueError(
             f"the spec names teacher {spec.teacher_sha256[:12]}, the signals are of {found[:12]}: compute its signals"
         )
+    if (spec.pairing == "gradient") != (signals.manifest.get("maps") == "saliency"):
+        raise ValueError(
+            f"pairing {spec.pairing!r} blends in {'plain gradients' if spec.pairing == 'gradient' else 'IG maps'}, the "
+            "signals hold the others: pass those that controls.saliency_maps or signals.compute_signals make"
+        )
     if spec.uses("at") and tap != models.attention_tap(spec.k):
         raise ValueError(
             f"attention transfer at k = {spec.k} compares block {models.attention_tap(spec.k)}, the signals hold block "
@@ -182,26 +192,39 @@ def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet
 
 
 def student_loss(
-    model: models.Student, images: ImageSet, signals: TeacherSignals | None, batch: EpochDraws, spec: RunSpec
+    model: models.Student,
+    images: ImageSet,
+    signals: TeacherSignals | None,
+    batch: EpochDraws,
+    spec: RunSpec,
+    teacher: nn.Module | None = None,
 ) -> Tensor:
     """The paper's loss of one batch: a pure function of student, batch and spec (paper, section 3).
 
-    `signals` holds, row by row, what the image at that position gets from the teacher under the spec's pairing.
+    `signals` holds, row by row, what the image at that position gets from the teacher under the spec's pairing;
+    `teacher` is asked about the crop where the answers are `online`.
     """
     pixels, labels = images.images(batch.order), images.labels[batch.order]
-    teacher = signals.rows(batch.order) if signals is not None else None
+    told = signals.rows(batch.order) if signals is not None else None
     if spec.uses("ig"):
-        inputs = overlay(pixels, teacher.maps.float(), batch, spec.pairing)
+        inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
     else:
         inputs = crop_and_flip(pixels, batch.shifts, batch.flips)
     logits, features = models.logits_and_features(model, inputs, models.attention_tap(spec.k))
     alpha = spec.alpha if spec.uses("kd") else 0.0
     loss = (1 - alpha) * F.cross_entropy(logits, labels)
     if spec.uses("kd"):
-        loss = loss + alpha * losses.distillation_loss(logits, teacher.logits, spec.temperature)
+        answers = told.logits if spec.answers == "stored" else asked(teacher, pixels, batch)
+        loss = loss + alpha * losses.distillation_loss(logits, answers, spec.temperature)
     if spec.uses("at"):
-        loss = loss + spec.gamma * losses.attention_loss(features, teacher.attention)
+        loss = loss + spec.gamma * losses.attention_loss(features, told.attention)
     return loss
+
+
+@torch.no_grad()
+def asked(teacher: nn.Module, images: Tensor, batch: EpochDraws) -> Tensor:
+    """The teacher's logits of the very crops that the student sees, without overlay, (N, 10)."""
+    return teacher(crop_and_flip(images, batch.shifts, batch.flips))
 
 
 def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Tensor, Tensor]:
@@ -214,8 +237,8 @@ def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Ten
     return rest[drawn], validation
 
 
-def paired_signals(signals: TeacherSignals, positions: Tensor, spec: RunSpec) -> TeacherSignals:
-    """The rows of `signals` for the images at `positions` under the spec's pairing.
+def paired_signals(signals: TeacherSignals, train: ImageSet, positions: Tensor, spec: RunSpec) -> TeacherSignals:
+    """The rows of `signals` for the images at `positions` of `train` under the spec's pairing.
 
     The released scripts save maps in one shuffled order, logits and attention maps in another: two permutations.
     """
@@ -224,4 +247,5 @@ def paired_signals(signals: TeacherSignals, positions: Tensor, spec: RunSpec) ->
     maps_of = signal_positions(len(signals.logits), spec.pairing, seed=2 * spec.seed)[positions]
     answers_of = signal_positions(len(signals.logits), spec.pairing, seed=2 * spec.seed + 1)[positions]
     maps, answers = signals.rows(maps_of), signals.rows(answers_of)
-    return TeacherSignals(answers.logits, maps.maps, answers.attention, maps.error, signals.manifest)
+    blended = control_maps(spec.pairing, maps.maps, train, positions, spec.seed)
+    return TeacherSignals(answers.logits, blended, answers.attention, maps.error, signals.manifest)

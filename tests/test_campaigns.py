@@ -14,7 +14,14 @@ from kdig_utils import campaigns, models, study
 from kdig_utils.runs import METHODS, Ledger, RunSpec, TeacherSpec
 from kdig_utils.study import open_study
 
-RUNS = {"ablation": 8 * 10, "pairing": 7 * 10, "compression": 8 * 4 * 3, "monte-carlo": 60 * 4, "precision": 2 * 3}
+RUNS = {
+    "ablation": 8 * 10,
+    "pairing": 7 * 10,
+    "compression": 8 * 4 * 3,
+    "monte-carlo": 60 * 4,
+    "precision": 2 * 3,
+    "alignment": (2 * 6 + 1) * 10,
+}
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_probability_outside_its_range_is_named(probability: float) -> None:
         draw_epoch(10, probability, seed=0, epoch=0)
 
 
-@pytest.mark.parametrize("pairing", ["Matched", "random", ""])
+@pytest.mark.parametrize("pairing", ["Matched", "noise", ""])
 def test_unknown_pairing_is_named(pairing: str) -> None:
     with pytest.raises(ValueError, match="matched, shuffled"):
         overlay(random_images(2), torch.zeros(2, 32, 32), draws(2), pairing)

@@ -454,12 +454,12 @@ def test_all_images_are_trained_on_by_default(sample_train: ImageSet) -> None:
 
 def test_matched_signals_are_rows_of_the_images_themselves(train: ImageSet, signals: TeacherSignals) -> None:
     positions = torch.tensor([7, 3, 50])
-    found = training.paired_signals(signals, positions, small())
+    found = training.paired_signals(signals, train, positions, small())
     assert all(torch.equal(a, b) for a, b in zip(found.tensors(), signals.rows(positions).tensors(), strict=True))
 
 
 def test_shuffled_signals_come_from_two_permutations(train: ImageSet, signals: TeacherSignals) -> None:
-    found = training.paired_signals(signals, torch.arange(IMAGES), small(pairing="shuffled"))
+    found = training.paired_signals(signals, train, torch.arange(IMAGES), small(pairing="shuffled"))
     sources = [
         [int(torch.nonzero((whole == row).flatten(1).all(1))) for row in part]
         for part, whole in (
