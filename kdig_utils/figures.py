@@ -5,6 +5,7 @@ import io
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import seaborn as sns
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
@@ -52,11 +53,18 @@ def show(figure: Figure, alt: str, caption: str) -> None:
     """
     if not alt.strip() or not caption.strip():
         raise ValueError(f"a figure needs an alternative text and a caption, got {alt!r} and {caption!r}: write both")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    display(Image(data=png(figure), format="png", alt=alt))
     plt.close(figure)
-    display(Image(data=buffer.getvalue(), format="png", alt=alt))
     display(Markdown(f"*{caption}*"))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, chosen for it and dithered: a third of the bytes, and nobody sees it."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, facecolor="white")
+    with PIL.Image.open(drawn) as image:
+        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
