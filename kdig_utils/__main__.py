@@ -113,7 +113,7 @@ def unpack(arguments: argparse.Namespace) -> int:
     """Put the runs of a pack, brought back from another machine, into the ledger, their files beside it."""
     study = open_study(arguments.profile)
     added = campaigns.unpack(arguments.file, study.ledger, study.folders)
-    print(f"{len(added)} runs added to {study.ledger.path.name}: {' '.join(added) or 'they were all there'}")
+    print(f"{len(added)} runs added to {study.ledger.path.name}: {' '.join(added) or 'none of its runs was new'}")
     return 0
 
 

@@ -374,6 +374,7 @@ def record(steps: Steps) -> dict[tuple[int, int], "torch.cuda.CUDAGraph"]:
     model, optimizer = copied(run.model.state_dict()), [copied(state) for state in run.optimizer.state.values()]
     loss_sum = run.loss_sum.clone()
     kinds = sorted({*steps.pieces(0), (1, min(run.spec.batch_size, run.n_images))}, reverse=True)
+    steps.stream.wait_stream(torch.cuda.current_stream(run.device))
     with torch.random.fork_rng(devices=[run.device]):
         with torch.cuda.stream(steps.stream):
             steps.load_epoch()
