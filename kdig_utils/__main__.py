@@ -10,12 +10,13 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from kdig_utils import artifacts, campaigns, cifar10, engine, models, overlay, paths, publishing, training
 from kdig_utils.runs import METHODS, SCHEDULES, Ledger, RunSpec, TeacherSpec
 from kdig_utils.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
-from kdig_utils.study import PROFILES, Study, open_study, print_now_and_then
+from kdig_utils.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
 
 EXPECTED_ERRORS = (ValueError, KeyError, RuntimeError)  # and OSError: what the package raises on bad input
 MALLOC_PARAMETERS = (-1, -2, -3)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of glibc's mallopt
@@ -50,6 +51,8 @@ def teacher(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     row = study.run(dataclasses.replace(spec, data_md5=study.train.md5), arguments.campaign, initial)
     print(finished(row))
+    if arguments.pack:
+        print(packed(study, row.to_frame().T, arguments.pack, "teacher"))
     return 0
 
 
@@ -104,8 +107,7 @@ def campaign(arguments: argparse.Namespace) -> int:
     print("\n".join(ledger_lines(done)))
     print(f"{arguments.name}: {len(done)} of {len(run_ids)} runs done")
     if arguments.pack:
-        pieces = campaigns.pack(study.ledger, done["run_id"], study.files(done), arguments.pack, arguments.name)
-        print("packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pieces))
+        print(packed(study, done, arguments.pack, arguments.name))
     return 0
 
 
@@ -200,6 +202,12 @@ def student_study(n_steps: int) -> Study:
     return study
 
 
+def packed(study: Study, rows: pd.DataFrame, folder: Path, name: str) -> str:
+    """Pack the runs of these ledger rows with their files; say what was written."""
+    pieces = campaigns.pack(study.ledger, rows["run_id"], study.files(rows), folder, name)
+    return "packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pieces)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a training step frees: else a CPU loses half its time to page faults."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -210,7 +218,11 @@ def keep_freed_memory() -> None:
 
 EXAMPLES = {
     data: ("data", "data    # with KDIG_DATA=FOLDER in the environment: checks the files there"),
-    teacher: ("teacher", "teacher --epochs 4 --learning-rate 0.04 --initial teacher.safetensors"),
+    teacher: (
+        "teacher --epochs 50 --validation-images 5000 --cutout 16    # a candidate, judged by validation",
+        "teacher --pack out    # the recipe, on all images",
+        "teacher --epochs 4 --schedule one_cycle --learning-rate 0.04 --initial teacher.safetensors",
+    ),
     signals: ("signals", "signals --n-steps 8"),
     train: (
         "train --method kd_ig",
@@ -267,12 +279,17 @@ def command_line() -> argparse.ArgumentParser:
 
 def add_teacher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--epochs", type=int, default=TeacherSpec.epochs, help="default: %(default)s")
-    command.add_argument("--learning-rate", type=float, default=TeacherSpec.learning_rate, help="default: %(default)s")
-    command.add_argument("--batch-size", type=int, default=TeacherSpec.batch_size, help="default: %(default)s")
-    command.add_argument("--schedule", default=TeacherSpec.schedule, help=f"of {' '.join(SCHEDULES)}; %(default)s")
-    command.add_argument("--cutout", type=int, default=0, help="side of the square that is cut out; default: 0, none")
-    command.add_argument("--label-smoothing", type=float, default=TeacherSpec.label_smoothing, help="%(default)s")
+    command.add_argument("--epochs", type=int, default=TEACHER_RECIPE.epochs, help="default: %(default)s")
+    command.add_argument(
+        "--learning-rate", type=float, default=TEACHER_RECIPE.learning_rate, help="default: %(default)s"
+    )
+    command.add_argument("--batch-size", type=int, default=TEACHER_RECIPE.batch_size, help="default: %(default)s")
+    command.add_argument("--schedule", default=TEACHER_RECIPE.schedule, help=f"of {' '.join(SCHEDULES)}; %(default)s")
+    command.add_argument(
+        "--cutout", type=int, default=TEACHER_RECIPE.cutout, help="side of the square; default: %(default)s"
+    )
+    command.add_argument("--label-smoothing", type=float, default=TEACHER_RECIPE.label_smoothing, help="%(default)s")
+    command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
     command.add_argument("--initial", type=Path, metavar="FILE", help="safetensors to start from; else random weights")
 
 

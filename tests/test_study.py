@@ -154,7 +154,7 @@ def test_full_is_the_papers_settings() -> None:
     full = open_study("full")
     assert full.specs == tuple(RunSpec(method) for method in MAIN_METHODS)
     assert full.n_steps == 50
-    assert full.teacher_spec == TeacherSpec()
+    assert full.teacher_spec == study.TEACHER_RECIPE
     assert full.ledger.path == paths.ledger_path()
 
 
