@@ -97,6 +97,7 @@ def campaign(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.budget_minutes
     specs, loss = campaigns.specs(arguments.name), None
     if arguments.compiled:
+        torch._dynamo.config.cache_size_limit = 128  # each method, k and size of batch is compiled for itself
         loss = torch.compile(training.student_loss, dynamic=False)
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)

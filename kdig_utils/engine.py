@@ -2,13 +2,16 @@
 
 All random numbers of an epoch are drawn at its start from (seed, epoch) into buffers that keep their place, and a step
 reads where it is from a counter on the device. So a step is the same whether Python calls it or a GPU replays a
-recording of it (a CUDA graph), and a run ends as it would have ended alone.
+recording of it (a CUDA graph), and a run ends as it would have ended alone: bit for bit on the CPU, and on a GPU as
+far as its libraries add up in the same order.
 """
 
 import contextlib
 import io
 import math
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,9 +30,11 @@ Report = Callable[[str], None]
 CHECK_EVERY = 50  # steps on the CPU between two looks at loss and clock
 SAVE_EVERY_SECONDS = 60.0
 STEPS_A_GRAPH = 10  # a replay costs the host as much for ten steps as for one
+PIECES_AHEAD = 3  # of a run, queued on the GPU: enough to keep it busy, few enough to stop at a deadline
 WARM_UP_STEPS = 3  # before a recording: libraries choose their kernels, the optimiser makes its state
 SIDE_BY_SIDE = {"cpu": 1, "cuda": 6}  # runs at once, if nobody says otherwise
-MEMORY_MARGIN = 1.2  # another run starts if the free memory is this many times what the largest one took
+MEMORY_MARGIN = 1.2  # another run starts if the free memory is this many times what the largest one took,
+MEMORY_RESERVE = 1_500_000_000  # and this many bytes, which the evaluation of a network takes
 
 
 class TrainingDiverged(RuntimeError):
@@ -153,7 +158,7 @@ def train_together(
         for steps in [steps for steps in active if steps.run.finished]:
             active.remove(steps)
             yield steps.run
-        active = put_aside(active, pace, report)
+        active, steps = put_aside(active, pace, report), None  # nothing holds the recordings of a finished run now
 
 
 class Pace:
@@ -205,8 +210,9 @@ def has_room(active: list["Steps"]) -> bool:
     """Whether the GPU has the memory for one more run like the largest active one; always true elsewhere."""
     if not active or active[0].stream is None:
         return True
+    torch.cuda.empty_cache()  # the pools of finished runs count as taken until then
     free, _total = torch.cuda.mem_get_info(active[0].run.device)
-    return free > MEMORY_MARGIN * max(steps.bytes for steps in active)
+    return free > MEMORY_MARGIN * max(steps.bytes for steps in active) + MEMORY_RESERVE
 
 
 def check_generators(active: list["Steps"]) -> None:
@@ -224,10 +230,9 @@ def train_round(active: list["Steps"], deadline: float, report: Report) -> None:
             turns = [turn for turn in turns if next(turn, None) is not None]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        whole = [steps for steps in active if steps.run.position == steps.run.n_images]
-        for steps in whole:
+        for steps in active:
             steps.clock(len(active))
-        finish_epochs(whole, report)
+        finish_epochs([steps for steps in active if steps.run.position == steps.run.n_images], report)
 
 
 @contextlib.contextmanager
@@ -260,6 +265,9 @@ class Steps:
 
     def __init__(self, run: Run, report: Report) -> None:
         self.run, device = run, run.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.backends.cudnn.allow_tf32 = False  # where the spec says float32, it is float32
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         run.loss_sum = run.loss_sum.to(device)
         if run.checkpoint is not None and run.checkpoint.is_file():
@@ -335,8 +343,13 @@ class Steps:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
         with torch.cuda.stream(self.stream):  # does nothing for None
             self.load_epoch()
+        queued: deque[torch.cuda.Event] = deque()
         for steps, size in self.pieces(self.run.position):
             self.advance(steps, size)
+            if self.stream is not None:
+                queued.append(self.stream.record_event())
+                if len(queued) > PIECES_AHEAD:
+                    queued.popleft().synchronize()
             if self.run.device.type == "cpu" and (self.run.position // self.run.spec.batch_size) % CHECK_EVERY == 0:
                 self.look(share, report)
             yield True
@@ -376,7 +389,8 @@ def record(steps: Steps) -> dict[tuple[int, int], "torch.cuda.CUDAGraph"]:
     kinds = sorted({*steps.pieces(0), (1, min(run.spec.batch_size, run.n_images))}, reverse=True)
     steps.stream.wait_stream(torch.cuda.current_stream(run.device))
     with torch.random.fork_rng(devices=[run.device]):
-        with torch.cuda.stream(steps.stream):
+        with torch.cuda.stream(steps.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # of these very steps
             steps.load_epoch()
             for size in sorted({size for _steps, size in kinds}):
                 for _step in range(WARM_UP_STEPS):
@@ -488,10 +502,10 @@ def predict(model: nn.Module, images: ImageSet, batch_size: int | None = None) -
     """Logits of all `images`, (N, 10), with the model in evaluation mode.
 
     Args:
-        batch_size: 50 on the CPU, where small batches fit into the cache, and 2,000 on a GPU.
+        batch_size: 50 on the CPU, where small batches fit into the cache, and 500 on a GPU.
     """
     model.eval()
-    batch_size = batch_size or (2000 if images.pixels.is_cuda else 50)
+    batch_size = batch_size or (500 if images.pixels.is_cuda else 50)
     return torch.cat([model(images.images(slice(at, at + batch_size))) for at in range(0, len(images), batch_size)])
 
 
@@ -543,6 +557,9 @@ def load_checkpoint(run: Run) -> None:
         )
     models.load_state(run.model, content["model"])
     run.optimizer.load_state_dict(content["optimizer"])
+    for group in run.optimizer.param_groups:
+        if "capturable" in group:  # belongs to the device, not to the checkpoint, which may come from another one
+            group["capturable"] = run.device.type == "cuda"
     state = content["generator"].get(run.device.type)
     run.generator = state.cpu() if state is not None else None
     for name in ("epoch", "position", "loss_sum", "seconds", "curve"):

@@ -223,7 +223,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in {
         "CUDAGraph": FakeGraph, "graph": graph, "synchronize": lambda device: None,
         "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device: None,
-        "mem_get_info": lambda device: (1, 1),
+        "mem_get_info": lambda device: (10**12, 10**12), "empty_cache": lambda: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Steps, "bytes", 0, raising=False)
@@ -242,6 +242,12 @@ INIT = Steps.__init__
 
 class FakeStream:
     def wait_stream(self, other: object) -> None:
+        pass
+
+    def record_event(self) -> "FakeStream":
+        return self
+
+    def synchronize(self) -> None:
         pass
 
 
