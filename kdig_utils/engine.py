@@ -390,7 +390,7 @@ def record(steps: Steps) -> dict[tuple[int, int], "torch.cuda.CUDAGraph"]:
     steps.stream.wait_stream(torch.cuda.current_stream(run.device))
     with torch.random.fork_rng(devices=[run.device]):
         with torch.cuda.stream(steps.stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # of these very steps
+            warnings.filterwarnings("ignore", ".* constructed with capturable=True")  # about these very steps
             steps.load_epoch()
             for size in sorted({size for _steps, size in kinds}):
                 for _step in range(WARM_UP_STEPS):
