@@ -13,7 +13,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kdig_utils import artifacts, campaigns, cifar10, engine, models, overlay, paths, publishing, training
+from kdig_utils import (
+    artifacts,
+    campaigns,
+    cifar10,
+    engine,
+    hyperparameters,
+    models,
+    overlay,
+    paths,
+    publishing,
+    training,
+)
 from kdig_utils.runs import METHODS, SCHEDULES, Ledger, RunSpec, TeacherSpec
 from kdig_utils.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
 from kdig_utils.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
@@ -95,7 +106,7 @@ def train(arguments: argparse.Namespace) -> int:
 def campaign(arguments: argparse.Namespace) -> int:
     """Train the next runs of a campaign side by side, as many as end within the budget; then say what is left."""
     deadline = time.monotonic() + 60 * arguments.budget_minutes
-    specs, loss = campaigns.specs(arguments.name), None
+    specs, loss = campaign_specs(arguments.name), None
     if arguments.compiled:
         torch._dynamo.config.cache_size_limit = 128  # each method, k and size of batch is compiled for itself
         loss = torch.compile(training.student_loss, dynamic=False)
@@ -110,6 +121,39 @@ def campaign(arguments: argparse.Namespace) -> int:
     if arguments.pack:
         print(packed(study, done, arguments.pack, arguments.name))
     return 0
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
+    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    keep_freed_memory()
+    study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
+    options = {
+        "at_once": arguments.at_once or engine.SIDE_BY_SIDE[study.device.type],
+        "deadline": deadline,
+        "report": print_now_and_then(arguments.report_seconds),
+    }
+    rows = hyperparameters.search(study, arguments.method, arguments.trials, arguments.storage, **options)
+    under_way = hyperparameters.trials_under_way(study, arguments.method, arguments.storage)
+    if not under_way and time.monotonic() < deadline:
+        rows = hyperparameters.confirm(study, arguments.method, **options)
+    print(hyperparameters.choices(rows).round(2).to_string() if len(rows) else "no trial is finished yet")
+    done, fresh = (~rows["fresh"]).sum(), rows["fresh"].sum()
+    print(f"search {arguments.method}: {done} of {arguments.trials} trials, {fresh} runs with fresh seeds")
+    return 0
+
+
+def campaign_specs(name: str) -> list[RunSpec]:
+    """The runs of a campaign; those of `answers` wait for what validation prefers."""
+    if name != "answers":
+        return campaigns.specs(name)
+    preferred = hyperparameters.preferred(Ledger(paths.ledger_path()).read())
+    if preferred is None:
+        raise ValueError(
+            "the campaign answers needs the alpha that validation prefers: run "
+            "`python -m kdig_utils search --method kd` first"
+        )
+    return campaigns.answers(**preferred)
 
 
 def unpack(arguments: argparse.Namespace) -> int:
@@ -235,6 +279,11 @@ EXAMPLES = {
         "campaign pairing --budget-minutes 9 --at-once 8 --pack out",
         "campaign compression --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
     ),
+    search: (
+        "search --method kd --trials 30 --budget-minutes 240",
+        "search --method kd_ig --storage postgresql://me@host/search --budget-minutes 9    # one of several workers",
+        "search --method kd --trials 4 --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
+    ),
     unpack: ("unpack out/ablation.tar.*",),
     reproduce: ("reproduce", "reproduce --profile smoke --only 03,06", "reproduce --profile full --resume"),
     store: ("store",),
@@ -269,6 +318,7 @@ def command_line() -> argparse.ArgumentParser:
         command.add_argument("--validation-images", type=int, default=0, help="held out; default: %(default)s")
         command.add_argument("--campaign", default="main", help="its name in the ledger; default: %(default)s")
     add_campaign_options(commands[campaign])
+    add_search_options(commands[search])
     commands[unpack].add_argument("file", nargs="+", type=Path, metavar="FILE", help="all pieces of a pack")
     commands[unpack].add_argument("--profile", default="full", help="whose ledger; default: %(default)s")
     add_reproduce_options(commands[reproduce])
@@ -304,11 +354,23 @@ def add_student_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_campaign_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", metavar="NAME", help=f"of {' '.join(campaigns.CAMPAIGNS)}")
+    command.add_argument("name", metavar="NAME", help=f"of {' '.join(campaigns.CAMPAIGNS)} answers")
     command.add_argument("--budget-minutes", type=float, required=True, help="from now on, teacher signals included")
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
     command.add_argument("--compiled", action="store_true", help="with torch.compile; takes a minute a method first")
     command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
+    command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
+    command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
+
+
+def add_search_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", required=True, help=f"of {' '.join(METHODS[1:])}")
+    command.add_argument(
+        "--trials", type=int, default=hyperparameters.TRIALS, help="of all workers together; default: %(default)s"
+    )
+    command.add_argument("--storage", metavar="URL", help="an Optuna storage; default: an SQLite file in the workspace")
+    command.add_argument("--budget-minutes", type=float, required=True, help="from now on, teacher signals included")
+    command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
     command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
 

@@ -76,6 +76,14 @@ def alignment() -> list[RunSpec]:
     return sorted(blended + asked, key=lambda spec: spec.seed)
 
 
+def answers(alpha: float, temperature: float) -> list[RunSpec]:
+    """Stored, shuffled and online answers where distillation is heard: at the setting that validation prefers."""
+    ways = ({"pairing": "matched"}, {"pairing": "shuffled"}, {"answers": "online"})
+    return [
+        RunSpec("kd", seed=seed, alpha=alpha, temperature=temperature, **way) for seed in range(SEEDS) for way in ways
+    ]
+
+
 def precision() -> list[RunSpec]:
     """The control of the engine: the first seeds of two methods of the ablation again, in float32."""
     return [

@@ -69,6 +69,20 @@ def test_monte_carlo_draws_four_fifths_afresh_for_each_seed() -> None:
     assert len({spec.seed for spec in specs}) == 60
 
 
+def test_answers_are_compared_at_one_setting_seed_by_seed() -> None:
+    specs = campaigns.answers(alpha=0.5, temperature=4.0)
+    assert {(spec.method, spec.alpha, spec.temperature) for spec in specs} == {("kd", 0.5, 4.0)}
+    ways = {(spec.pairing, spec.answers) for spec in specs}
+    assert ways == {("matched", "stored"), ("shuffled", "stored"), ("matched", "online")}
+    assert len({spec.run_id for spec in specs}) == 3 * 10
+
+
+def test_answers_wait_for_the_search(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line.paths, "ledger_path", lambda: ledger.path)
+    with pytest.raises(ValueError, match="needs the alpha that validation prefers: run"):
+        command_line.campaign_specs("answers")
+
+
 def test_unknown_campaign_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown campaign 'all': choose one of ablation, pairing"):
         campaigns.specs("all")

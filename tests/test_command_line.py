@@ -12,7 +12,8 @@ from kdig_utils.cifar10 import ImageSet
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
 
 COMMANDS = (
-    "data", "teacher", "signals", "train", "campaign", "unpack", "reproduce", "status", "publish", "readme", "links",
+    "data", "teacher", "signals", "train", "campaign", "search", "unpack", "reproduce", "status", "publish", "readme",
+    "links",
 )  # fmt: skip
 
 
