@@ -164,6 +164,14 @@ def unpack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def latency(arguments: argparse.Namespace) -> int:
+    """Time teacher and student in every runtime at hand; needs no data set."""
+    from kdig_utils import court
+
+    court.run(arguments.student, arguments.patience, arguments.json)
+    return 0
+
+
 def reproduce(arguments: argparse.Namespace) -> int:
     """Run the notebooks in a profile with papermill."""
     try:
@@ -285,6 +293,7 @@ EXAMPLES = {
         "search --method kd --trials 4 --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
     ),
     unpack: ("unpack out/ablation.tar.*",),
+    latency: ("latency", "latency --json my_device.json", "latency --patience 300    # time for every export"),
     reproduce: ("reproduce", "reproduce --profile smoke --only 03,06", "reproduce --profile full --resume"),
     store: ("store",),
     status: ("status",),
@@ -321,6 +330,7 @@ def command_line() -> argparse.ArgumentParser:
     add_search_options(commands[search])
     commands[unpack].add_argument("file", nargs="+", type=Path, metavar="FILE", help="all pieces of a pack")
     commands[unpack].add_argument("--profile", default="full", help="whose ledger; default: %(default)s")
+    add_latency_options(commands[latency])
     add_reproduce_options(commands[reproduce])
     commands[publish].add_argument("run", nargs="+", metavar="RUN_ID", help="as in the ledger; status lists them")
     for command in (commands[readme], commands[links]):
@@ -373,6 +383,14 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
     command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
+
+
+def add_latency_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--student", default="kd_ig_k5", help="a network of artifacts/; default: %(default)s")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    command.add_argument(
+        "--patience", type=float, default=20.0, metavar="SECONDS", help="for exports, and for opening; default: 20"
+    )
 
 
 def add_reproduce_options(command: argparse.ArgumentParser) -> None:

@@ -1,12 +1,15 @@
 """How long a network takes on this machine: at steady state, the networks in turn, with an interval for their ratio.
 
-Eager PyTorch in float32 on the CPU. Times depend on the machine and on what else it does; multiply-accumulates do not.
+Times depend on the machine and on what else it does; multiply-accumulates do not.
 """
 
 import contextlib
+import json
+import multiprocessing
 import platform
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +19,16 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from kdig_utils import models
+from kdig_utils import models, paths
 
-WARM_UP_WINDOW = 3  # calls whose medians are compared
+WARM_UP_CALLS = 3  # calls whose medians are compared
 WARM_UP_CHANGE = 0.05  # medians closer than this are steady
 WARM_UP_SECONDS = 2.0
 LEAST_ROUNDS = 10
+BLOCK_CALLS = 12  # in a row, before the next network has its turn
+UNSETTLED_CALLS = 3  # of a block: they bring the weights back into the caches
+
+Times = Callable[[int], Sequence[float]]  # milliseconds of so many calls in a row
 
 
 class Speedup(NamedTuple):
@@ -34,11 +41,22 @@ class Speedup(NamedTuple):
 
 def processor() -> str:
     """The model name of this machine's CPU."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> list[str]:
+    """The instructions of this CPU that matter to a network, as the system names them; empty where it does not say."""
+    wanted = r"avx2|fma|avx512f|avx512_vnni|avx_vnni|avx512_bf16|amx_int8|neon|asimd|asimddp|i8mm|sve"
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [flag for flag in flags if re.fullmatch(wanted, flag)]
+
+
+def _cpuinfo(key: str) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def sizes(networks: Mapping[str, nn.Module]) -> pd.DataFrame:
@@ -58,42 +76,55 @@ def sizes(networks: Mapping[str, nn.Module]) -> pd.DataFrame:
 def call_times(network: nn.Module, images: Tensor, calls: int) -> np.ndarray:
     """Milliseconds of each of `calls` calls, the first included, without any warm-up."""
     network.eval()
-    return np.array([_call_time(network, images) for _call in range(calls)])
+    times = []
+    for _call in range(calls):
+        start = time.perf_counter_ns()
+        network(images)
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    return np.array(times)
 
 
-def _call_time(network: nn.Module, images: Tensor) -> float:
-    start = time.perf_counter_ns()
-    network(images)
-    return (time.perf_counter_ns() - start) / 1e6
-
-
-def steady_times(networks: Mapping[str, nn.Module], images: Tensor, seconds: float) -> pd.DataFrame:
-    """Milliseconds a call, after warming up; one column a network, one row a round.
-
-    In each round each network is called once: a slow moment of the machine meets all of them.
-
-    Args:
-        images: one batch, (N, 3, 32, 32) in [0, 1].
-        seconds: time for the rounds, without the warm-up; at least ten rounds are made.
-    """
-    for network in networks.values():
-        warm_up(network, images)
-    rounds, end = [], time.perf_counter() + seconds
-    with torch.inference_mode():
-        while len(rounds) < LEAST_ROUNDS or time.perf_counter() < end:
-            rounds.append({name: _call_time(network, images) for name, network in networks.items()})
-    return pd.DataFrame(rounds)
-
-
-def warm_up(network: nn.Module, images: Tensor) -> None:
-    """Call until the median of three calls is within 5 % of that of the three before, for two seconds at most."""
+def warm_up(times: Times, calls: int = WARM_UP_CALLS) -> None:
+    """Call until the median of `calls` calls is within 5 % of that of those before, for two seconds at most."""
     end = time.perf_counter() + WARM_UP_SECONDS
-    before = np.median(call_times(network, images, WARM_UP_WINDOW))
+    before = np.median(times(calls))
     while time.perf_counter() < end:
-        after = np.median(call_times(network, images, WARM_UP_WINDOW))
+        after = np.median(times(calls))
         if abs(after / before - 1) < WARM_UP_CHANGE:
             return
         before = after
+
+
+def interleave(
+    timed: Mapping[str, Times], seconds: float, calls: int = BLOCK_CALLS, least_rounds: int = LEAST_ROUNDS
+) -> pd.DataFrame:
+    """Let the networks take turns, after warming up: columns round, network, call, ms.
+
+    In each round each network is called `calls` times in a row, in an order drawn anew: a slow moment of the machine
+    meets all of them. The first calls of a block find the caches full of another network; `settled` leaves them out.
+
+    Args:
+        timed: for each network, what gives the milliseconds of so many calls in a row.
+        seconds: time for the rounds, without the warm-up; at least `least_rounds` are made.
+    """
+    for times in timed.values():
+        warm_up(times, min(calls, WARM_UP_CALLS))
+    order = np.random.default_rng(0)
+    rounds, end = [], time.perf_counter() + seconds
+    while len(rounds) < least_rounds or time.perf_counter() < end:
+        rounds.append({name: timed[name](calls) for name in order.permutation(list(timed))})
+    return pd.DataFrame(
+        {"round": number, "network": name, "call": call, "ms": ms}
+        for number, found in enumerate(rounds)
+        for name in timed
+        for call, ms in enumerate(found[name])
+    )
+
+
+def settled(times: pd.DataFrame) -> pd.DataFrame:
+    """The calls of each block that come after its unsettled ones: the first three, or the first of a short block."""
+    calls = times["call"].max() + 1
+    return times[times["call"] >= min(UNSETTLED_CALLS, calls // 2)]
 
 
 def measure(
@@ -103,7 +134,7 @@ def measure(
     threads: Sequence[int] | None = None,
     seconds: float = 2.0,
 ) -> pd.DataFrame:
-    """Latencies at steady state: columns network, batch_size, threads, round, ms.
+    """Latencies in eager PyTorch at steady state: columns network, batch_size, threads, round, ms.
 
     Args:
         images: at least as many as the largest batch.
@@ -120,11 +151,15 @@ def measure(
     parts = []
     for count in threads or sorted({1, torch.get_num_threads()}):
         for batch_size in batch_sizes:
+            timed = {name: _eager(network, images[:batch_size]) for name, network in networks.items()}
             with torch_threads(count):
-                times = steady_times(networks, images[:batch_size], seconds)
-            long = times.rename_axis("round").reset_index().melt("round", var_name="network", value_name="ms")
-            parts.append(long.assign(batch_size=batch_size, threads=count))
+                times = settled(interleave(timed, seconds, *((BLOCK_CALLS,) if batch_size == 1 else (2, 5))))
+            parts.append(times.assign(batch_size=batch_size, threads=count))
     return pd.concat(parts, ignore_index=True)[["network", "batch_size", "threads", "round", "ms"]]
+
+
+def _eager(network: nn.Module, images: Tensor) -> Times:
+    return lambda calls: call_times(network, images, calls)
 
 
 @contextlib.contextmanager
@@ -152,7 +187,7 @@ def speedup(latencies: pd.DataFrame, slow: str, fast: str, batch_size: int, thre
         ValueError: there are no latencies of these networks at this batch size and number of threads.
     """
     chosen = latencies[(latencies["batch_size"] == batch_size) & (latencies["threads"] == threads)]
-    rounds = chosen.pivot(index="round", columns="network", values="ms")
+    rounds = chosen.pivot_table(index="round", columns="network", values="ms", aggfunc="median")
     if rounds.empty or not {slow, fast} <= set(rounds.columns):
         setting = f"batch size {batch_size} and {threads} threads"
         raise ValueError(f"no latencies of {slow!r} and {fast!r} at {setting}: measure them first")
@@ -163,3 +198,40 @@ def speedup(latencies: pd.DataFrame, slow: str, fast: str, batch_size: int, thre
 
 def _ratio_of_medians(slow: np.ndarray, fast: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.median(slow, axis=axis) / np.median(fast, axis=axis)
+
+
+def first_calls(order: Sequence[str], batch: int, calls: int, processes: int) -> pd.DataFrame:
+    """The released protocol, many times over: columns process, order, network, call, ms.
+
+    Each time, in a process in which no network has run before, each network of `order` ("teacher" or "student", with
+    random weights) is called `calls` times, without a warm-up, one network after the other. The processes are copies
+    (forks) of one that has imported PyTorch and done nothing with it; Linux and macOS only.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        found = pool.starmap(_first_calls, [(tuple(order), batch, calls)] * processes, chunksize=1)
+    return pd.DataFrame(
+        {"process": number, "order": " first, ".join(order), "network": name, "call": call, "ms": ms}
+        for number, times in enumerate(found)
+        for name, of_network in times.items()
+        for call, ms in enumerate(of_network)
+    )
+
+
+def _first_calls(order: Sequence[str], batch: int, calls: int) -> dict[str, list[float]]:
+    make = {"teacher": models.teacher, "student": lambda: models.student(5)}
+    networks, images = {name: make[name]() for name in order}, torch.rand(batch, 3, 32, 32)
+    return {name: call_times(network, images, calls).tolist() for name, network in networks.items()}
+
+
+def submitted_first_calls() -> pd.DataFrame:
+    """The calls of all files in results/latency/first_calls, with the column `file`; empty where there are none."""
+    files = sorted((paths.repository_root() / "results" / "latency" / "first_calls").glob("*.csv"))
+    return pd.concat([pd.DataFrame(), *(pd.read_csv(path).assign(file=path.stem) for path in files)])
+
+
+def submitted() -> pd.DataFrame:
+    """The rows of all files in results/latency, with the column `file`; empty where there are none."""
+    files = sorted((paths.repository_root() / "results" / "latency").glob("*.json"))
+    return pd.DataFrame([{**row, "file": path.stem} for path in files for row in json.loads(path.read_text())])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdig_utils import latency, models
+from kdig_utils import cifar10, latency, models
 
 
 class Sleeps(nn.Module):
@@ -33,8 +33,8 @@ def test_the_first_call_is_kept_apart_from_the_steady_state(images):
     first, *later = latency.call_times(Sleeps(2, first=60), images, 6)
     assert first > 50
     assert np.median(later) < 30
-    steady = latency.steady_times({"a": Sleeps(2, first=60)}, images, seconds=0.01)
-    assert steady["a"].median() < 30
+    steady = latency.measure({"a": Sleeps(2, first=60)}, images, (4,), (1,), seconds=0.01)
+    assert steady["ms"].max() < 50
 
 
 def test_a_known_ratio_is_found(images):
@@ -46,7 +46,9 @@ def test_a_known_ratio_is_found(images):
 
 def test_networks_are_timed_in_turn(images):
     times = latency.measure({"a": Sleeps(0), "b": Sleeps(0)}, images, (1, 4), (1,), seconds=0)
-    assert times.groupby(["network", "batch_size"]).size().eq(latency.LEAST_ROUNDS).all()
+    assert times.groupby(["network", "batch_size"])["round"].nunique().to_dict() == {
+        (name, batch): rounds for name in "ab" for batch, rounds in ((1, latency.LEAST_ROUNDS), (4, 5))
+    }
     table = latency.summary(times)
     assert list(table["network"]) == ["a", "b", "a", "b"]
     assert (table["median_ms"] <= table["p95_ms"]).all()
@@ -83,3 +85,158 @@ def test_too_few_images_and_unmeasured_settings_are_named(images):
 
 def test_the_processor_has_a_name():
     assert latency.processor()
+
+
+def test_a_planted_ratio_lies_in_its_interval():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _repeat in range(40):
+        rounds = pd.DataFrame(
+            {"network": name, "round": range(40), "ms": ms * rng.lognormal(0, 0.1, 40)}
+            for name, ms in (("slow", 12.0), ("fast", 1.0))
+        ).explode(["round", "ms"])
+        times = rounds.astype({"ms": float, "round": int}).assign(batch_size=1, threads=1)
+        found = latency.speedup(times, "slow", "fast", 1, 1)
+        covered += found.low <= 12 <= found.high
+    assert covered >= 34  # 95 % of 40, less three standard deviations
+
+
+def test_a_slow_moment_meets_all_networks():
+    clock = iter(range(10**6))
+
+    def drifting(factor: float) -> latency.Times:
+        return lambda calls: [factor * (1 + next(clock) / 2000) for _call in range(calls)]
+
+    times = latency.settled(latency.interleave({"slow": drifting(3), "fast": drifting(1)}, 0, 12, 40))
+    found = latency.speedup(times.assign(batch_size=1, threads=1), "slow", "fast", 1, 1)
+    assert found.value == pytest.approx(3, rel=0.02)
+
+
+def test_the_first_calls_of_a_block_are_not_settled():
+    timed = {"a": lambda calls: [9.0, 9.0, 9.0] + [1.0] * (calls - 3)}
+    times = latency.interleave(timed, 0, 12, 3)
+    assert (latency.settled(times)["ms"] == 1).all()
+    assert len(latency.settled(times)) == 3 * 9
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    pytest.importorskip("onnxruntime")
+    from kdig_utils import court, runtimes
+
+    assert "sleeping" not in runtimes.OPENERS
+    kinds = (
+        ("eager", "fp32", "weights.safetensors", ""),
+        ("onnxruntime", "int8", "int8.onnx", "onnx"),
+        ("sleeping", "fp32", "weights.safetensors", ""),
+    )
+    networks = {"teacher": models.student(17).eval()}
+    test = cifar10.load_sample("test").subset(torch.arange(100))
+    return court.latency_rows(networks, test, (1,), (1, 4), kinds, seconds=0.2, patience=120, report=lambda _line: None)
+
+
+def test_every_setting_has_a_row(rows):
+    assert len(rows) == 2 * 3
+    settings = {(row["model"], row["runtime"], row["precision"], row["batch"], row["threads"]) for row in rows}
+    assert len(settings) == len(rows)
+
+
+def test_rows_of_the_schema(rows):
+    good = [row for row in rows if row["status"] == "ok"]
+    assert len(good) == 4
+    for row in good:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert 0 <= row["accuracy"] <= 100
+        assert row["accuracy_images"] == 100
+        assert row["bytes"] > 0
+        assert row["load_ms"] > 0
+        assert row["peak_mb"] > 10
+        assert 0 < row["predicted_ms"] < row["p50_ms"]
+    eager = next(row for row in good if (row["model"], row["runtime"]) == ("teacher", "eager"))
+    assert eager["speedup"] == 1
+    assert eager["agreement"] == 100
+    assert eager["max_difference"] == 0
+
+
+def test_what_cannot_be_had_is_said_in_its_row(rows):
+    words = {row["runtime"]: row["status"] for row in rows if row["status"] != "ok"}
+    assert "sleeping" in words["sleeping"]
+    assert all("p50_ms" not in row for row in rows if row["status"] != "ok")
+
+
+def test_rows_survive_the_file_and_the_table(rows, tmp_path):
+    import json
+
+    from kdig_utils import court
+
+    court.write(rows, tmp_path / "here.json")
+    again = json.loads((tmp_path / "here.json").read_text())
+    assert [row["p50_ms"] for row in again if "p50_ms" in row] == pytest.approx(
+        [row["p50_ms"] for row in rows if "p50_ms" in row], rel=1e-3
+    )
+    assert "sleeping" in court.table(again)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("ModuleNotFoundError: No module named 'openvino'", "pip install openvino"),
+        ("ModuleNotFoundError: No module named 'executorch.exir'", "pip install executorch"),
+        ("InvalidCxxCompiler: No working C++ compiler found", "install one"),
+    ],
+)
+def test_errors_say_what_to_do(error, words):
+    from kdig_utils import court
+
+    assert words in court.in_words(error)
+
+
+def test_a_runtime_that_is_not_installed_gives_words(tmp_path, monkeypatch):
+    from kdig_utils import court
+
+    (tmp_path / "openvino.py").write_text("raise ModuleNotFoundError(\"No module named 'openvino'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    np.save(tmp_path / "pixels.npy", np.zeros((2, 3, 32, 32), np.uint8))
+    process = court.Process()
+    try:
+        with pytest.raises(RuntimeError, match="openvino is not installed: pip install openvino"):
+            process.open(court.Variant("student", 5, "openvino", "fp32", "fp32.onnx"), tmp_path, 1, 60)
+    finally:
+        process.close()
+
+
+def test_a_dead_process_gives_words():
+    from kdig_utils import court
+
+    process = court.Process()
+    process.process.kill()
+    with pytest.raises(RuntimeError, match="the process ended with status -9"):
+        process.ask("times", batch=1, calls=1)
+    process.close()
+
+
+def test_the_machine_is_described():
+    from kdig_utils import court
+
+    facts = court.machine()
+    assert facts["cpus"] >= 1
+    assert "perf_counter" in facts["clock"]
+    assert f"torch {torch.__version__.partition('+')[0]}" in facts["versions"]
+
+
+def test_first_calls_come_from_fresh_processes():
+    times = latency.first_calls(("student", "teacher"), 1, 2, 2)
+    assert len(times) == 2 * 2 * 2
+    assert times["order"].unique().tolist() == ["student first, teacher"]
+    assert (times["ms"] > 0).all()
+
+
+def test_an_export_that_fails_is_said_in_words(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from kdig_utils import court
+
+    (tmp_path / "teacher").mkdir()
+    words = court.export({}, [court.Variant("teacher", 0, "executorch", "int8", "int8.pte", "onnx")], tmp_path, 60)
+    assert "the export failed" in words["teacher", "onnx"]
+    assert "no weights at" in words["teacher", "onnx"]
