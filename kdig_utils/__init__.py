@@ -2,9 +2,13 @@
 
 The modules follow the way of the data, and import only what stands before them:
 
-`paths` → `cifar10` → `models` → `integrated_gradients` → `losses` → `signals` → `overlay` → `controls` → `runs`
-→ `engine` → `training` → `artifacts` → `study` → `campaigns`, `latency`, `claims`, `figures` → `publishing`
-→ `status`, `reproduce` → the command line `python -m kdig_utils`.
+- images and networks: `paths` → `cifar10` → `models`
+- the teacher's reasons: `integrated_gradients` → `secants` → `attribution` → `losses` → `signals`
+- training: `overlay` → `controls` → `runs` → `engine` → `training` → `profiling` → `artifacts` → `study` → `campaigns`
+- evidence: `claims` → `comparisons` → `variance` → `frontier` → `hyperparameters` → `laboratory` → `faithfulness`
+  → `robustness` → `explanations` → `prose`
+- the edge: `latency` → `roofline` → `exporting` → `runtimes` → `browser` → `court`
+- the book: `figures` → `publishing` → `status`, `reproduce` → the command line `python -m kdig_utils`
 """
 
 __version__ = "0.1.0"

@@ -26,6 +26,8 @@ COMPRESSION_SEEDS = 3
 RESAMPLES = 60
 SWEPT_METHODS = ("student", "kd", "ig", "kd_ig")
 RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
+COMPONENT_SEEDS = 3
+COMPONENT_DRAWS = 12
 PRECISION_SEEDS = 3
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file
 PACK_FILES = 8
@@ -76,6 +78,15 @@ def alignment() -> list[RunSpec]:
     return sorted(blended + asked, key=lambda spec: spec.seed)
 
 
+def components() -> list[RunSpec]:
+    """Each of twelve draws of images trained with each of three seeds: which of the two moves the accuracy."""
+    return [
+        RunSpec("kd_ig", seed=seed, sample_seed=draw, train_fraction=0.8)
+        for seed in range(COMPONENT_SEEDS)
+        for draw in range(COMPONENT_DRAWS)
+    ]
+
+
 def answers(alpha: float, temperature: float) -> list[RunSpec]:
     """Stored, shuffled and online answers where distillation is heard: at the setting that validation prefers."""
     ways = ({"pairing": "matched"}, {"pairing": "shuffled"}, {"answers": "online"})
@@ -99,6 +110,7 @@ CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
     "compression": compression,
     "monte-carlo": monte_carlo,
     "alignment": alignment,
+    "components": components,
     "precision": precision,
 }
 

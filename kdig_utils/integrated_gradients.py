@@ -42,10 +42,10 @@ def integrated_gradients(
         ValueError: unknown `method`, `n_steps` below 1, a target outside the classes, or inputs or baselines
             that are not finite.
     """
-    _check_finite(inputs, "inputs")
+    check_finite(inputs, "inputs")
     alphas, weights = quadrature(method, n_steps)
     baselines = torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
-    _check_finite(baselines, "baselines")
+    check_finite(baselines, "baselines")
     difference, total = inputs - baselines, torch.zeros_like(inputs)
     image, step = torch.arange(len(inputs)).repeat_interleave(n_steps), torch.arange(n_steps).repeat(len(inputs))
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
@@ -136,7 +136,7 @@ def _blurred(images: Tensor, sigma: float = 4.0) -> Tensor:
 def _input_gradients(forward_func: Callable[[Tensor], Tensor], points: Tensor, targets: Tensor) -> Tensor:
     points = points.detach().requires_grad_()
     with torch.enable_grad():
-        outputs = forward_func(points)
+        outputs = forward_func(points.clone())  # a clone: a model may overwrite its input
         if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]:
             raise ValueError(f"target {targets.tolist()} is outside the {outputs.shape[1]} outputs of the model")
         return torch.autograd.grad(outputs.gather(1, targets.unsqueeze(1)).sum(), points)[0]
@@ -146,7 +146,8 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).view(-1, *[1] * (like.dim() - 1))
 
 
-def _check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise ValueError if rows of `values`, (N, …), hold NaN or infinity; the message counts them."""
     bad = int((~values.isfinite()).flatten(1).any(1).sum())
     if bad:
         raise ValueError(

@@ -50,13 +50,14 @@ class RunSpec(Spec):
         overlay_probability: share of images that get their map, in [0, 1].
         pairing: what is blended onto an image, one of `overlay.PAIRINGS`: its own map (`matched`), or another image's
             signals (`shuffled`) as in the authors' released scripts, or a control.
-        train_fraction: share of the training images, drawn stratified with `seed`.
+        train_fraction: share of the training images, drawn stratified with `sample_seed`.
         validation_images: training images held out to choose on; 0 trains on all.
         teacher_sha256: the teacher whose signals are used; empty for methods that use none.
         n_steps: evaluations along the path for the IG maps.
         data_md5: the identity of the training images.
         precision: `native`, bfloat16 on a GPU that computes in it and float32 elsewhere, or `float32`.
         answers: the teacher's logits for distillation: `stored`, of the whole image, or `online`, of the very crop.
+        sample_seed: of the draw of training images; None takes `seed`. Two seeds tell two sources of chance apart.
 
     Raises:
         ValueError: a value outside its range; the message names it and what is allowed.
@@ -80,6 +81,7 @@ class RunSpec(Spec):
     data_md5: str = ""
     precision: str = "native"
     answers: str = "stored"
+    sample_seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

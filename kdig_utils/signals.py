@@ -7,6 +7,7 @@ teacher (SHA-256), the data (MD5) and the settings. Each row is the signal of th
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from kdig_utils import cifar10
+from kdig_utils.attribution import attribute
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.integrated_gradients import (
     attribution_map,
@@ -31,6 +33,11 @@ from kdig_utils.models import Teacher, logits_and_features, weights_sha256
 from kdig_utils.paths import check_writable, replacing
 
 SIGNALS = ("logits", "maps", "attention", "error")
+# How maps in [0, 1] are stored, and by how much a stored value may differ: half of the largest spacing
+# (a uint8 is read as float16, which rounds once more).
+QUANTISATION_ERROR = {"float16": 2**-12, "uint8": 1 / 510 + 2**-12}
+# Images a batch, and points of the path in one pass: a CPU wants its caches to hold them, a GPU wants many.
+BATCHES = {"cpu": (64, 32), "cuda": (2048, 2048)}
 
 
 @dataclass(frozen=True)
@@ -42,19 +49,33 @@ class SignalSettings:
         method: the quadrature.
         baseline: `mean_colour` is the paper's, zeros after normalisation.
         tap: index of the feature block whose attention map is kept (9 for k = 5).
+        error: None takes `n_steps` of `method`; a number asks `attribution.attribute` for this relative error instead.
+        storage: of the maps, one of `QUANTISATION_ERROR`.
 
     Raises:
-        ValueError: unknown quadrature or baseline, or too few steps; a store is never begun with such settings.
+        ValueError: unknown quadrature, baseline or storage, too few steps or an error out of range; a store is never
+            begun with such settings.
     """
 
     n_steps: int = 50
     method: str = "gausslegendre"
     baseline: str = "mean_colour"
     tap: int = 9
+    error: float | None = None
+    storage: str = "float16"
 
     def __post_init__(self) -> None:
         quadrature(self.method, self.n_steps)
         check_baseline(self.baseline)
+        if self.error is not None and not 0 < self.error < 1:
+            raise ValueError(f"error = {self.error} is not a relative error: choose one above 0 and below 1, as 0.05")
+        if self.storage not in QUANTISATION_ERROR:
+            raise ValueError(f"unknown storage {self.storage!r}: choose one of {', '.join(QUANTISATION_ERROR)}")
+
+    def identity(self) -> dict:
+        """What a manifest keeps: every setting, but those that came later only where they differ from before."""
+        later = {"error": None, "storage": "float16"}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)
@@ -63,9 +84,10 @@ class TeacherSignals:
 
     Attributes:
         logits: (N, 10), float32.
-        maps: attribution maps divided by their maximum, (N, 32, 32), float16 in [0, 1].
+        maps: attribution maps divided by their maximum, (N, 32, 32), float16 in [0, 1]; within `QUANTISATION_ERROR`.
         attention: attention maps of unit length, (N, H·W), float32.
-        error: relative completeness error of each map, (N,), float32: |delta| / |F(x) - F(x')|.
+        error: relative completeness error of each map, (N,), float32: |delta| / |F(x) - F(x')|; of maps that were
+            asked for by `SignalSettings.error`, the estimated error that was reached (`Attribution.error`).
         manifest: teacher, data, settings and the index of each image.
     """
 
@@ -92,13 +114,14 @@ def compute_signals(
     images: ImageSet,
     folder: Path,
     settings: SignalSettings = SignalSettings(),
-    batch_size: int = 64,
+    batch_size: int | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherSignals:
     """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
 
     Args:
-        report: called after each batch with the number of images done and in all.
+        batch_size: images between two flushes; None takes what suits the device (`BATCHES`; the GPU's was not run yet).
+        report: called after each batch with the number of images done and in all; `print_progress` makes one.
 
     Raises:
         ValueError: the folder holds the signals of another teacher, other images or other settings.
@@ -107,9 +130,10 @@ def compute_signals(
     teacher = copy.deepcopy(teacher).eval()
     # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
     folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
-    arrays = _open_store(folder, _shapes(teacher, len(images), settings.tap), manifest)
+    arrays = _open_store(folder, _shapes(teacher, len(images), settings), manifest)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     device = next(teacher.parameters()).device
+    batch_size = batch_size or BATCHES.get(device.type, BATCHES["cpu"])[0]
     for positions in remaining.split(batch_size) if len(remaining) else ():  # split makes one empty part of nothing
         rows = _signals_of_batch(
             teacher, folded, images.images(positions).to(device), images.labels[positions].to(device), settings
@@ -126,7 +150,7 @@ def compute_signals(
 def open_signals(
     teacher: Teacher, images: ImageSet, folder: Path, settings: SignalSettings = SignalSettings()
 ) -> TeacherSignals:
-    """Open a finished store, memory-mapped.
+    """Open a finished store, memory-mapped; maps stored as uint8 are turned into float16 in memory.
 
     Raises:
         FileNotFoundError: there is no store, or it is not finished.
@@ -141,7 +165,10 @@ def open_signals(
         raise FileNotFoundError(
             f"{missing} of {len(images)} images have no signals in {folder}: run `python -m kdig_utils signals` again"
         )
-    return TeacherSignals(**{name: torch.from_numpy(array) for name, array in arrays.items()}, manifest=manifest)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if settings.storage == "uint8":
+        tensors["maps"] = (tensors["maps"].float() / 255).half()
+    return TeacherSignals(**tensors, manifest=manifest)
 
 
 @torch.no_grad()
@@ -149,33 +176,67 @@ def _signals_of_batch(
     teacher: Teacher, folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings
 ) -> dict[str, Tensor]:
     logits, features = logits_and_features(teacher, images, settings.tap)
-    baselines = baseline(settings.baseline, images, cifar10.MEAN)
-    attributions = integrated_gradients(
-        folded, images, baselines, labels, settings.n_steps, settings.method, internal_batch_size=32
-    )
-    rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
-    error = (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
+    attributions, error = _attributions(folded, images, labels, settings)
     maps = attribution_map(attributions)
     scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-    return {"logits": logits, "maps": scaled.half(), "attention": attention_map(features), "error": error}
+    return {
+        "logits": logits,
+        "maps": _stored(scaled, settings.storage),
+        "attention": attention_map(features),
+        "error": error,
+    }
+
+
+def _attributions(folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings) -> tuple[Tensor, Tensor]:
+    """Attributions of a batch, and the error of each."""
+    baselines = baseline(settings.baseline, images, cifar10.MEAN)
+    size = BATCHES.get(images.device.type, BATCHES["cpu"])[1]
+    if settings.error is not None:
+        found = attribute(folded, images, baselines, labels, settings.error, internal_batch_size=size)
+        return found.attributions, found.error
+    attributions = integrated_gradients(folded, images, baselines, labels, settings.n_steps, settings.method, size)
+    rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return attributions, (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
+
+
+def _stored(maps: Tensor, storage: str) -> Tensor:
+    return (maps * 255).round().to(torch.uint8) if storage == "uint8" else maps.half()
+
+
+def print_progress(step: int = 1000, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """A report for `compute_signals`: a line about each `step` images, with the speed and the time that is left."""
+    started = clock()
+    state = {"first": None, "printed": 0}
+
+    def report(done: int, total: int) -> None:
+        if state["first"] is None:  # the first batch may hold rows of an earlier call
+            state["first"] = (done, clock())
+        if done // step > state["printed"] // step or done == total:
+            before, since = state["first"] if done > state["first"][0] else (0, started)
+            speed = (done - before) / max(clock() - since, 1e-9)
+            minutes, seconds = divmod(round((total - done) / speed), 60)
+            print(f"{done:,} of {total:,} images, {speed:.1f} images/s, {minutes} min {seconds:02d} s left", flush=True)
+            state["printed"] = done
+
+    return report
 
 
 def _manifest(teacher: nn.Module, images: ImageSet, settings: SignalSettings) -> dict:
     return {
         "teacher_sha256": weights_sha256(teacher),
         "data_md5": images.md5,
-        "settings": asdict(settings),
+        "settings": settings.identity(),
         "indices": images.indices.tolist(),
     }
 
 
-def _shapes(teacher: Teacher, n: int, tap: int) -> dict[str, tuple[tuple[int, ...], type]]:
+def _shapes(teacher: Teacher, n: int, settings: SignalSettings) -> dict[str, tuple[tuple[int, ...], type]]:
     device = next(teacher.parameters()).device
     with torch.inference_mode():
-        _logits, features = logits_and_features(teacher, torch.zeros(1, 3, 32, 32, device=device), tap)
+        _logits, features = logits_and_features(teacher, torch.zeros(1, 3, 32, 32, device=device), settings.tap)
     return {
         "logits": ((n, 10), np.float32),
-        "maps": ((n, 32, 32), np.float16),
+        "maps": ((n, 32, 32), np.uint8 if settings.storage == "uint8" else np.float16),
         "attention": ((n, features[0, 0].numel()), np.float32),
         "error": ((n,), np.float32),
         "done": ((n,), np.bool_),
@@ -226,6 +287,6 @@ def _checked_manifest(folder: Path, expected: dict) -> dict:
 
 def _difference(found: object, expected: object) -> str:
     if isinstance(found, dict) and isinstance(expected, dict):
-        other = [key for key in expected if found.get(key) != expected[key]]
-        return ", ".join(f"{key} = {found.get(key)} instead of {expected[key]}" for key in other)
+        other = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+        return ", ".join(f"{key} = {found.get(key)} instead of {expected.get(key)}" for key in other)
     return f"{str(found)[:12]} instead of {str(expected)[:12]}"

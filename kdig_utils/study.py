@@ -97,7 +97,7 @@ class Study:
         settings = SignalSettings(n_steps=self.n_steps, tap=tap)
         folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}_{tap}"
         teacher = self.teacher.to(self.device)
-        return signals.compute_signals(teacher, self.train, folder, settings, report=print_every(1000))
+        return signals.compute_signals(teacher, self.train, folder, settings, report=signals.print_progress(1000))
 
     def students(self) -> pd.DataFrame:
         """The ledger rows of the main campaign's students; outside `published`, what is missing is trained first."""
@@ -321,15 +321,5 @@ def print_now_and_then(seconds: float) -> Report:
         if time.monotonic() - printed >= seconds:
             print_line(line)
             printed = time.monotonic()
-
-    return report
-
-
-def print_every(step: int) -> Callable[[int, int], None]:
-    """A report for `compute_signals` that prints a line each `step` images."""
-
-    def report(done: int, total: int) -> None:
-        if done % step < 64 or done == total:
-            print_line(f"teacher signals: {done:,} of {total:,} images")
 
     return report

@@ -233,7 +233,8 @@ def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Ten
     if spec.train_fraction == 1:
         return rest, validation
     each_class = int(spec.train_fraction * int(labels[rest].bincount().min()))
-    drawn, _left = stratified_split(labels[rest], each_class * len(labels.unique()), spec.seed)
+    seed = spec.seed if spec.sample_seed is None else spec.sample_seed
+    drawn, _left = stratified_split(labels[rest], each_class * len(labels.unique()), seed)
     return rest[drawn], validation
 
 

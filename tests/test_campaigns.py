@@ -21,6 +21,7 @@ RUNS = {
     "monte-carlo": 60 * 4,
     "precision": 2 * 3,
     "alignment": (2 * 6 + 1) * 10,
+    "components": 12 * 3,
 }
 
 

@@ -233,3 +233,45 @@ def test_store_is_memory_mapped_and_writing_to_it_changes_nothing(
 def test_wrong_settings_are_refused_before_a_store_is_begun(wrong: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         SignalSettings(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"error": 1.5}, {"storage": "int4"}])
+def test_wrong_accuracy_and_storage_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        SignalSettings(**wrong)
+
+
+def test_quantisation_stays_within_the_stated_error() -> None:
+    maps = torch.rand(4, 32, 32, generator=torch.Generator().manual_seed(0))
+    maps[0, 0, :2] = torch.tensor([0.0, 1.0])
+    half, byte = (signals._stored(maps, storage) for storage in ("float16", "uint8"))
+    assert float((half.float() - maps).abs().max()) <= signals.QUANTISATION_ERROR["float16"]
+    decoded = (byte.float() / 255).half().float()
+    assert float((decoded - maps).abs().max()) <= signals.QUANTISATION_ERROR["uint8"]
+    assert float((decoded - maps).abs().max()) > signals.QUANTISATION_ERROR["float16"]
+
+
+def test_asking_for_an_error_gives_nearly_the_maps_of_many_steps_in_bytes(
+    teacher: models.Teacher, images: ImageSet, tmp_path: Path
+) -> None:
+    few = images.subset(torch.arange(2))
+    settings = SignalSettings(error=0.05, storage="uint8")
+    found = compute_signals(teacher, few, tmp_path, settings)
+    fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(n_steps=60))
+    assert (tmp_path / "maps.npy").stat().st_size < 2 * 32 * 32 + 200
+    assert found.maps.dtype == torch.float16
+    assert found.manifest["settings"]["error"] == 0.05
+    apart = (found.maps.float() - fine.maps.float()).flatten(1).norm(dim=1) / fine.maps.float().flatten(1).norm(dim=1)
+    assert float(apart.max()) < 0.25  # of random weights; the map of another image is more than 0.5 away
+    assert float((found.maps[0].float() - fine.maps[1].float()).norm() / fine.maps[1].float().norm()) > 0.5
+    assert float(found.error.max()) <= 0.05
+    with pytest.raises(ValueError, match=r"error = 0\.05 instead of None"):
+        open_signals(teacher, few, tmp_path, SignalSettings())
+
+
+def test_progress_tells_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 10.0, 20.0, 20.0, 30.0])
+    report = signals.print_progress(100, clock=lambda: next(times))
+    report(100, 1000)
+    report(200, 1000)
+    assert "200 of 1,000 images, 10.0 images/s, 1 min 20 s left" in capsys.readouterr().out

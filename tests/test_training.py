@@ -446,6 +446,15 @@ def test_train_fraction_is_drawn_stratified_and_fresh_for_each_seed(sample_train
     assert not first[0].equal(other[0])
 
 
+def test_seed_and_draw_of_images_can_be_told_apart(sample_train: ImageSet) -> None:
+    def drawn(seed: int, sample_seed: int | None) -> set[int]:
+        spec = RunSpec("kd", train_fraction=0.8, seed=seed, sample_seed=sample_seed)
+        return set(training.training_positions(sample_train.labels, spec)[0].tolist())
+
+    assert drawn(1, 5) == drawn(2, 5) == drawn(5, None)
+    assert drawn(1, 5) != drawn(1, 6)
+
+
 def test_all_images_are_trained_on_by_default(sample_train: ImageSet) -> None:
     positions, validation = training.training_positions(sample_train.labels, RunSpec("kd"))
     assert positions.equal(torch.arange(1000))

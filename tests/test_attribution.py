@@ -1,0 +1,300 @@
+"""Integrated Gradients under contract: exact integrals, an error that is the error, and no silent wrong map."""
+
+import pytest
+import torch
+from captum.attr import IntegratedGradients
+from torch import Tensor, nn
+
+from kdig_utils import artifacts, cifar10
+from kdig_utils.attribution import (
+    OUTPUTS,
+    attribute,
+    expected_attribution,
+    graded_points,
+    secant_attributions,
+)
+from kdig_utils.integrated_gradients import baseline, integrated_gradients
+from kdig_utils.secants import NotASecantNetwork, SecantNetwork
+
+
+class Formula(nn.Module):
+    """A model with one output, from a function of the features, (N, d) to (N,)."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function(inputs).unsqueeze(1)
+
+
+def relu_network(seed: int = 0, depth: int = 3, width: int = 16) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Linear(4, width)]
+        for _ in range(depth - 1):
+            layers += [nn.ReLU(inplace=True), nn.Linear(width, width)]
+        return nn.Sequential(*layers, nn.ReLU6(), nn.Linear(width, 3)).double().eval()
+
+
+def pairs(seed: int = 0, n: int = 5, d: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+
+
+def distance(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).abs().flatten(1).sum(1) / expected.abs().flatten(1).sum(1)
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    sample = cifar10.load_sample("train")
+    images = sample.images(slice(0, 2))
+    return artifacts.load("teacher"), images, baseline("mean_colour", images), sample.labels[:2]
+
+
+# Known integrals
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x[:, 0] ** 3 + 2 * x[:, 1], lambda x: (x[:, 0] ** 3, 2 * x[:, 1])),
+        (lambda x: x[:, 0] * x[:, 1], lambda x: (x[:, 0] * x[:, 1] / 2, x[:, 0] * x[:, 1] / 2)),
+    ],
+    ids=["polynomial", "product"],
+)
+def test_polynomials_by_hand(function, expected) -> None:
+    inputs = pairs(d=2)[0]
+    found = attribute(Formula(function), inputs, error=1e-6)
+    assert found.rule == "gradient"
+    assert bool(found.converged.all())
+    assert torch.allclose(found.attributions, torch.stack(expected(inputs), 1), atol=1e-9)
+
+
+def test_sigmoid_by_hand_also_when_saturated() -> None:
+    """F = σ(w·x): each feature gets its share of the exponent's rise, times the rise of F, however steep."""
+    inputs, baselines = pairs(1)
+    for steepness in (1, 100):
+        layer = nn.Linear(4, 1, bias=False).double()
+        layer.weight.data = steepness * torch.tensor([[1.0, -2.0, 0.5, 1.5]], dtype=torch.float64)
+        model, w = nn.Sequential(layer, nn.Sigmoid()).eval(), layer.weight[0].detach()
+        rise = (model(inputs) - model(baselines)).detach()
+        expected = (inputs - baselines) * w / ((inputs - baselines) @ w).unsqueeze(1) * rise
+        found = attribute(model, inputs, baselines, error=0.001)
+        assert found.rule == "secant"
+        assert torch.allclose(found.attributions, expected, atol=1e-6)
+
+
+def test_one_hidden_layer_of_relus_is_exact_with_one_interval() -> None:
+    """One layer of kinks is integrated exactly: the secant is the mean of the derivative along a straight line."""
+    network, (inputs, baselines) = relu_network(depth=1), pairs(2)
+    found = secant_attributions(SecantNetwork(network), inputs, baselines, torch.zeros(5, dtype=torch.long), 1)
+    expected = integrated_gradients(network, inputs, baselines, 0, 20_000, "riemann_middle", 4096)
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_units_that_stand_still_pass_the_gradient_on() -> None:
+    """ReLU(x₁ - x₂ + 1) with both moving alike: a secant would be 0 / 0, the answer is (d, -d)."""
+    layer = nn.Linear(2, 1).double()
+    layer.weight.data, layer.bias.data = torch.tensor([[1.0, -1.0]]).double(), torch.ones(1).double()
+    for activation in (nn.ReLU(), nn.SiLU()):
+        model = nn.Sequential(layer, activation).eval()
+        found = attribute(model, torch.full((1, 2), 3.0, dtype=torch.float64)).attributions[0]
+        slope = 1.0 if isinstance(activation, nn.ReLU) else 0.9276705118714869
+        assert found.tolist() == pytest.approx([3 * slope, -3 * slope])
+
+
+# The rule
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_secants_are_complete_with_any_number_of_steps(steps: int, output: str) -> None:
+    network, (inputs, baselines) = relu_network(), pairs(3)
+    targets = torch.tensor([0, 1, 2, 0, 1])
+    function = {
+        "logit": lambda z: z,
+        "log_probability": lambda z: z.log_softmax(1),
+        "probability": lambda z: z.softmax(1),
+    }
+    found = secant_attributions(SecantNetwork(network), inputs, baselines, targets, steps, output)
+    ends = [function[output](network(x)).gather(1, targets[:, None])[:, 0].detach() for x in (inputs, baselines)]
+    assert torch.allclose(found.sum(1), ends[0] - ends[1], atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Tanh(), nn.LeakyReLU(0.1)])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_secants_converge_to_a_fine_reference(activation: nn.Module, output: str) -> None:
+    network, (inputs, baselines) = relu_network(1), pairs(4)
+    network[1] = activation
+    targets = torch.zeros(5, dtype=torch.long)
+    found = attribute(network, inputs, baselines, 0, 0.002, output)
+    function = {
+        "logit": lambda z: z,
+        "log_probability": lambda z: z.log_softmax(1),
+        "probability": lambda z: z.softmax(1),
+    }
+    expected = integrated_gradients(
+        lambda x: function[output](network(x)), inputs, baselines, targets, 4000, "riemann_middle", 4096
+    )
+    assert found.rule == "secant"
+    assert float(distance(found.attributions, expected).max()) < 0.004
+
+
+def test_streaming_along_the_path_changes_nothing() -> None:
+    network, (inputs, baselines) = SecantNetwork(relu_network()), pairs(5)
+    targets = torch.zeros(5, dtype=torch.long)
+    whole = secant_attributions(network, inputs, baselines, targets, 12, internal_batch_size=1000)
+    for size in (1, 5, 12, 25):
+        assert torch.allclose(
+            secant_attributions(network, inputs, baselines, targets, 12, "logit", size), whole, atol=1e-12
+        )
+
+
+def test_points_grow_towards_the_input() -> None:
+    points = graded_points(14)
+    assert points[0] == 0
+    assert points[-1] == 1
+    assert bool((points.diff().diff() > 0).all())
+
+
+def test_memory_does_not_grow_with_images_or_steps() -> None:
+    network, rows = SecantNetwork(relu_network()), []
+    advance = network.advance
+    network.advance = lambda entrance, left, images: rows.append(len(entrance)) or advance(entrance, left, images)
+    inputs, _ = pairs(6, n=40)
+    secant_attributions(network, inputs, torch.zeros(1, 4), torch.zeros(40, dtype=torch.long), 50)
+    assert max(rows) <= 32
+    assert sum(rows) == 40 * 50
+
+
+# The contract
+
+
+@pytest.mark.parametrize("error", [0.1, 0.02])
+def test_asked_for_error_is_reached_and_true(error: float) -> None:
+    network, (inputs, baselines) = relu_network(2, depth=5), pairs(7, n=12)
+    found = attribute(network, inputs, baselines, 1, error)
+    expected = integrated_gradients(network, inputs, baselines, 1, 20_000, "riemann_middle", 4096)
+    assert bool(found.converged.all())
+    assert bool((found.error <= error).all())
+    assert bool((distance(found.attributions, expected) <= 2 * error).all())
+    assert float(distance(found.attributions, expected).median()) <= error
+
+
+def test_what_was_not_reached_is_marked() -> None:
+    network, (inputs, baselines) = relu_network(2, depth=5), pairs(7, n=12)
+    found = attribute(network, inputs, baselines, 1, 1e-4, max_steps=8)
+    assert not bool(found.converged.all())
+    assert torch.equal(found.converged, found.error <= 1e-4)
+    assert bool((found.evaluations == 12).all())
+
+
+def test_output_that_hardly_changes_has_a_finite_error() -> None:
+    """F = relu(x₁) - relu(x₂) with x₁ = x₂: the rise is 0, the attributions are not."""
+    layer = nn.Linear(2, 1, bias=False).double()
+    layer.weight.data = torch.tensor([[1.0, -1.0]]).double()
+    found = attribute(nn.Sequential(nn.ReLU(), layer).eval(), torch.ones(1, 2, dtype=torch.float64))
+    assert found.attributions.tolist() == [[1.0, -1.0]]
+    assert bool(found.converged.all())
+    nothing = attribute(relu_network(), torch.ones(1, 4, dtype=torch.float64), 1.0)
+    assert bool(nothing.converged.all())
+    assert torch.equal(nothing.attributions, torch.zeros(1, 4, dtype=torch.float64))
+
+
+def test_each_input_as_if_it_were_alone() -> None:
+    network, (inputs, baselines) = relu_network(3), pairs(8)
+    targets = torch.tensor([0, 1, 2, 1, 0])
+    together = attribute(network, inputs, baselines, targets)
+    for i in range(5):
+        alone = attribute(network, inputs[i : i + 1], baselines[i : i + 1], targets[i : i + 1])
+        assert torch.allclose(alone.attributions[0], together.attributions[i], atol=1e-10)
+        assert int(alone.evaluations) == int(together.evaluations[i])
+
+
+def test_a_set_of_baselines_gives_the_mean() -> None:
+    network, (inputs, baselines) = relu_network(4), pairs(9)
+    found = expected_attribution(network, inputs, baselines[:3], 2, error=0.01)
+    single = [attribute(network, inputs, baselines[k : k + 1], 2, error=0.01) for k in range(3)]
+    assert torch.allclose(found.attributions, sum(part.attributions for part in single) / 3)
+    rise = (network(inputs) - network(baselines[:3]).mean(0)).detach()[:, 2]
+    assert torch.allclose(found.attributions.sum(1), rise, atol=1e-9)
+
+
+def test_real_teacher_against_captum_at_300_steps(real) -> None:
+    teacher, images, baselines, labels = real
+    found = attribute(teacher, images, baselines, labels, error=0.02)
+    captum = IntegratedGradients(teacher).attribute(images, baselines, labels, n_steps=300, internal_batch_size=32)
+    assert found.rule == "secant"
+    assert bool(found.converged.all())
+    assert float(distance(found.attributions, captum).max()) < 0.03
+    assert float(found.completeness.max()) < 0.01
+
+
+# What has no one answer is refused, and what has no secant is integrated by gradients
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5)])
+def test_training_mode_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"training mode.*eval"):
+        attribute(nn.Sequential(layer, nn.Linear(4, 2)).double(), pairs()[0])
+
+
+def test_chance_and_dependence_on_the_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="two outputs for one input"):
+        attribute(Formula(lambda x: x.sum(1) + torch.randn(len(x))), pairs()[0])
+    with pytest.raises(ValueError, match="rest of its batch"):
+        attribute(Formula(lambda x: (x - x.mean(0)).pow(2).sum(1)), pairs()[0])
+
+
+def test_overwriting_its_input_does_no_harm() -> None:
+    inputs = pairs()[0]
+    before = inputs.clone()
+    found = attribute(Formula(lambda x: x.relu_().sum(1)), inputs)
+    assert torch.allclose(found.attributions, before.clamp_min(0))
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Softmax(1), nn.LayerNorm(4), nn.Sequential(nn.Unflatten(1, (1, 4)), nn.MaxPool1d(2), nn.Flatten())]
+)
+def test_operations_without_a_secant_fall_back_to_gradients(layer: nn.Module) -> None:
+    network, (inputs, baselines) = nn.Sequential(layer, nn.LazyLinear(2)).double(), pairs()
+    network(inputs)
+    found = attribute(network.eval(), inputs, baselines, error=0.05)
+    assert found.rule == "gradient"
+    rise = (network(inputs) - network(baselines))[:, 0].detach()
+    assert bool(((found.attributions.sum(1) - rise).abs() <= 0.05 * rise.abs()).logical_or(~found.converged).all())
+
+
+def test_value_that_is_overwritten_and_used_again_is_no_secant_network() -> None:
+    class Overwrites(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = 2 * x
+            return nn.functional.relu(z, inplace=True) + z
+
+    with pytest.raises(NotASecantNetwork, match="overwrites"):
+        SecantNetwork(Overwrites())
+    assert torch.allclose(attribute(Overwrites(), torch.ones(1, 1)).attributions, torch.tensor([[4.0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"error": 0.0}, "error = 0.0"),
+        ({"output": "loss"}, "'loss'.*logit"),
+        ({"max_steps": 2}, "max_steps = 2"),
+        ({"target": 3}, "outside the 3"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attribute(relu_network(), pairs()[0], **settings)
+
+
+def test_inputs_and_outputs_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ValueError, match="1 of 1 inputs hold NaN"):
+        attribute(relu_network(), torch.full((1, 4), float("nan"), dtype=torch.float64))
+    with pytest.raises(ValueError, match="output holds NaN"):
+        attribute(Formula(lambda x: x.sum(1).log()), -torch.ones(1, 4))
