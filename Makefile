@@ -12,7 +12,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALL_LOG := $(VENV)/install.log
-# The environment takes 6.2 GB; while it is made, the downloaded packages lie beside it.
+# The environment takes 6.8 GB; while it is made, the downloaded packages lie beside it.
 NEEDED_GB := 10
 STEPS := $(if $(filter reproduce,$(MAKECMDGOALS)),4,3)
 
@@ -63,7 +63,7 @@ $(INSTALLED): pyproject.toml requirements.txt
 	  echo "1/$(STEPS) Making the virtual environment $(VENV) with $$($$python --version)"
 	  $$python -m venv --clear $(VENV)
 	fi
-	echo "2/$(STEPS) Installing the requirements into $(VENV), 6.2 GB, some minutes; details in $(INSTALL_LOG)"
+	echo "2/$(STEPS) Installing the requirements into $(VENV), 6.8 GB, some minutes; details in $(INSTALL_LOG)"
 	mkdir -p $(VENV)/tmp
 	if ! TMPDIR=$(CURDIR)/$(VENV)/tmp $(PYTHON) -m pip install --retries 2 --progress-bar off -r requirements.txt 2>&1 \
 	  | tee $(INSTALL_LOG) | sed -u -n -e 's#^ *Downloading \([^ ]*/\)\?\([^ /]*whl\) (\(.*\)).*#  downloading \2, \3#p' \

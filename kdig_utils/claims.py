@@ -1,11 +1,12 @@
 """The paper's claims, each with the number, our measure of it, and what would settle it, written down before the runs.
 
-`claims.yml` lists them; every number of the paper is looked up in `paper.json`, so that none is typed twice.
+`claims.yml` lists them; every number of the paper is looked up in `paper.json`, so that none is typed twice. What each
+verdict means is fixed in `judge`.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -18,12 +19,18 @@ from statsmodels.stats.multitest import multipletests
 
 from kdig_utils import models
 from kdig_utils.artifacts import model_for
+from kdig_utils.paths import repository_root
+from kdig_utils.runs import RunSpec
 
 VERDICTS = ("reproduced", "reproduced with reservations", "not reproduced", "not testable here", "not run yet")
 REPRODUCED, RESERVATIONS, NOT_REPRODUCED, NOT_TESTABLE, NOT_RUN = VERDICTS
 SIGNIFICANCE = 0.05
-# What a spec must share with paper.json's `training` to be a run at the paper's settings.
-TRAINING = ("epochs", "batch_size", "learning_rate", "alpha", "temperature", "gamma", "overlay_probability")
+RELEASED_PAIRING = "shuffled"  # as the authors' scripts pair (paper.json, released_code)
+# Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
+# are RunSpec's defaults: a field added later is compared as well.
+FREE_FIELDS = frozenset(
+    ("method", "k", "seed", "pairing", "teacher_sha256", "data_md5", "train_fraction", "validation_images", "n_steps")
+)
 
 
 class Estimate(NamedTuple):
@@ -46,11 +53,12 @@ class Claim:
         group: the question that it belongs to, a key of `groups()`.
         text: what is claimed, for a reader.
         source: where.
-        value: path into paper.json, as `headline.kd_accuracy`; two paths mean their difference; of a list, its mean.
+        value: path into paper.json, as `headline.kd_accuracy`; two paths mean their difference, for a latency_ratio
+            their quotient; of a list, its mean.
         measure: one of `MEASURES`.
         unit: of the number.
         methods: the methods whose runs or networks are measured; two for a difference.
-        settings: what a run must have to count, besides paper.json's `training`.
+        settings: what a run must have to count, besides the paper's values of the other fields of its spec.
         seeds: runs of each method that are needed.
         tolerance: the largest distance from the paper's number that counts as the same, in its unit.
         chapter: the notebook that shows it.
@@ -84,7 +92,14 @@ class Claim:
     def claimed(self) -> float:
         """The paper's number."""
         first, *second = (float(np.mean(lookup(path))) for path in self.value)
-        return first - second[0] if second else first
+        if not second:
+            return first
+        return first / second[0] if self.measure == "latency_ratio" else first - second[0]
+
+    @property
+    def depends_on_pairing(self) -> bool:
+        """Whether its runs take anything from a teacher, so that it matters which image a signal belongs to."""
+        return "pairing" in self.settings and set(self.methods) != {"student"}
 
 
 @cache
@@ -94,17 +109,19 @@ def paper() -> dict:
 
 
 def lookup(path: str) -> float | list:
-    """The value at a dotted path of paper.json, list positions included.
+    """The value at a dotted path of paper.json, list positions included; a key may hold a dot, as `2.19`.
 
     Raises:
         KeyError: there is no such path.
     """
-    found = paper()
-    for step in path.split("."):
-        try:
-            found = found[int(step)] if isinstance(found, list) else found[step]
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise KeyError(f"paper.json has no {path!r}: nothing at {step!r}") from error
+    found, rest = paper(), path
+    while rest:
+        names = map(str, range(len(found))) if isinstance(found, list) else found if isinstance(found, dict) else ()
+        step = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+        if step is None:
+            raise KeyError(f"paper.json has no {path!r}: nothing at {rest!r}")
+        found = found[int(step)] if isinstance(found, list) else found[step]
+        rest = rest[len(step) + 1 :]
     return found
 
 
@@ -133,25 +150,57 @@ def _claim(entry: dict, content: dict) -> Claim:
     return Claim(**{**merged, "value": tuple(value), "methods": tuple(merged["methods"]), "settings": settings})
 
 
-def scorecard(ledger: pd.DataFrame, measured: Mapping[str, Estimate] | None = None) -> pd.DataFrame:
+def scorecard(ledger: pd.DataFrame, speedups: Mapping[int, tuple[float, float, float]] | None = None) -> pd.DataFrame:
     """One row a claim, with the paper's number, ours, and the verdict.
 
     Args:
         ledger: as `Ledger.read()` returns it.
-        measured: estimates that no ledger holds, by measure: `latency_ratio`, from `latency.speedup`.
+        speedups: teacher's over student's time and its interval, by the student's k, from `latency.speedup`.
 
     Returns:
         The fields of `Claim`, and claimed; value, low, high, p, runs, best (of the runs that count, else NaN);
         p_holm, corrected over the differences that were tested; verdict; reason; short, the figure of the runs that do
-        not count, with their budget in words in short_budget (NaN and empty if there are none).
+        not count, with their budget in words in short_budget (NaN and empty if there are none); released_value and
+        released_verdict, from runs that pair as the released scripts do (NaN and empty if there are not enough).
     """
     table = with_teacher_accuracy(ledger)
-    rows = [_measured_row(claim, table, measured or {}) for claim in claims()]
-    for row, p_holm in zip(rows, _holm([row["p"] for row in rows]), strict=True):
+    table["other_settings"] = [other_settings(row) for _index, row in table.iterrows()]
+    rows = _judged([_measured_row(claim, table, speedups or {}) for claim in claims()])
+    released = _judged([_measured_row(as_released(claim), table, {}) for claim in claims() if claim.depends_on_pairing])
+    by_name = {row["name"]: row for row in released}
+    return pd.DataFrame([weigh_pairing(row, by_name.get(row["name"])) for row in rows])
+
+
+def as_released(claim: Claim) -> Claim:
+    """The same claim on runs that pair images and signals as the authors' released scripts do."""
+    return replace(claim, settings={**claim.settings, "pairing": RELEASED_PAIRING})
+
+
+def weigh_pairing(row: dict, released: dict | None) -> dict:
+    """The row of `scorecard` with what the released pairing gives; if only one pairing agrees, reservations apply."""
+    if released is None or released["verdict"] == NOT_RUN:
+        return row | {"released_value": np.nan, "released_verdict": ""}
+    row = row | {"released_value": released["value"], "released_verdict": released["verdict"]}
+    if {row["verdict"], released["verdict"]} == {REPRODUCED, NOT_REPRODUCED}:
+        row["reason"] += f"; {released['verdict']} with the released pairing"
+        row["verdict"] = RESERVATIONS
+    return row
+
+
+def _judged(rows: list[dict]) -> list[dict]:
+    for row, p_holm in zip(rows, _holm_over_tests(rows), strict=True):
         row["p_holm"] = p_holm
         row["verdict"], reason = judge(row)
         row["reason"] = row["reason"] or reason
-    return pd.DataFrame(rows)
+    return rows
+
+
+def _holm_over_tests(rows: list[dict]) -> list[float]:
+    """Holm's correction over the tests, not the claims: two claims on one comparison are one test."""
+    tests = [(row["methods"], row["k"], row["settings"].get("train_images")) for row in rows]
+    distinct = {test: row["p"] for test, row in zip(tests, rows, strict=True) if np.isfinite(row["p"])}
+    corrected = dict(zip(distinct, _holm(list(distinct.values())), strict=True))
+    return [corrected[test] if np.isfinite(row["p"]) else np.nan for test, row in zip(tests, rows, strict=True)]
 
 
 def effects(runs: Mapping[str, list[float]], pairs: list[tuple[str, str]]) -> pd.DataFrame:
@@ -177,19 +226,23 @@ def _holm(p_values: list[float]) -> np.ndarray:
 
 
 def with_teacher_accuracy(ledger: pd.DataFrame) -> pd.DataFrame:
-    """The ledger with the column teacher_accuracy, in per cent: NaN if the run's teacher is not in the ledger."""
+    """The ledger with teacher_accuracy, in per cent, and above_teacher, in points; NaN without the run's teacher."""
     teachers = ledger[ledger["method"] == "teacher"].drop_duplicates("weights_sha256")
     accuracy = teachers.set_index("weights_sha256")["test_accuracy"]
-    return ledger.assign(teacher_accuracy=ledger["teacher_sha256"].map(accuracy).astype(float))
+    found = ledger["teacher_sha256"].map(accuracy).astype(float)
+    return ledger.assign(teacher_accuracy=found, above_teacher=ledger["test_accuracy"].astype(float) - found)
 
 
-def _measured_row(claim: Claim, table: pd.DataFrame, measured: Mapping[str, Estimate]) -> dict:
+def _measured_row(claim: Claim, table: pd.DataFrame, speedups: Mapping[int, tuple[float, float, float]]) -> dict:
     row = {**asdict(claim), "claimed": claim.claimed, "reason": "", "short": np.nan, "short_budget": ""}
     if claim.measure in LEDGER_MEASURES:
         return row | _from_ledger(claim, table)
     if claim.measure in MODEL_MEASURES:
         return row | Estimate(MODEL_MEASURES[claim.measure](claim.methods[0], claim.k))._asdict()
-    return row | Estimate(*measured.get(claim.measure, (np.nan,)))._asdict()
+    if claim.measure in PAPER_MEASURES:
+        return row | Estimate(PAPER_MEASURES[claim.measure]())._asdict()
+    timed = speedups.get(claim.k, (np.nan,)) if claim.measure == "latency_ratio" else (np.nan,)
+    return row | Estimate(*timed)._asdict()
 
 
 def _from_ledger(claim: Claim, table: pd.DataFrame) -> dict:
@@ -198,14 +251,23 @@ def _from_ledger(claim: Claim, table: pd.DataFrame) -> dict:
     candidates = table[table["method"].isin(claim.methods) & of_size].copy()
     candidates["lacks"] = [shortfall(run, claim) for _index, run in candidates.iterrows()]
     counting = candidates[candidates["lacks"] == ""]
-    by_method = [accuracies(counting, method) for method in claim.methods]
+    by_method = _by_method(claim, counting)
     if min(map(len, by_method)) >= claim.seeds:
         return LEDGER_MEASURES[claim.measure](by_method)._asdict()
     return Estimate(np.nan)._asdict() | _short(claim, candidates)
 
 
+def _by_method(claim: Claim, runs: pd.DataFrame) -> list[np.ndarray]:
+    column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
+    return [accuracies(runs, method, column) for method in claim.methods]
+
+
 def shortfall(run: pd.Series, claim: Claim) -> str:
-    """What a ledger row lacks to count as a test of `claim`, in words; empty if it counts."""
+    """What a row of the ledger lacks to count as a test of `claim`, in words; empty if it counts.
+
+    Args:
+        run: a row with the columns that `with_teacher_accuracy` adds, and other_settings.
+    """
     lacks = [
         f"{run[name]:,.0f} {name.replace('_', ' ')}, not {claim.settings[name]:,}"
         for name in ("train_images", "test_images")
@@ -222,9 +284,7 @@ def _teacher_lacks(run: pd.Series, claim: Claim) -> list[str]:
 
 
 def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
-    spec, wanted, settings = json.loads(run["spec"]), paper()["training"], claim.settings
-    other = [name for name in TRAINING if spec[name] != wanted[name]]
-    lacks = [f"{name.replace('_', ' ')} {spec[name]:g}, not {wanted[name]:g}" for name in other]
+    settings, lacks = claim.settings, [run["other_settings"]] if run["other_settings"] else []
     if run["method"] != "student" and run["pairing"] != settings["pairing"]:
         lacks.append(f"pairing {run['pairing']}, not {settings['pairing']}")
     if run["method"] != "student" and not run["teacher_accuracy"] >= settings["teacher_accuracy"]:
@@ -233,9 +293,19 @@ def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
     return lacks
 
 
-def accuracies(runs: pd.DataFrame, method: str) -> np.ndarray:
-    """Test accuracies of a method's runs, in per cent, one a seed."""
-    return runs[runs["method"] == method].sort_values("seed").drop_duplicates("seed")["test_accuracy"].to_numpy(float)
+def other_settings(run: pd.Series, ignoring: Collection[str] = ()) -> str:
+    """The fields of a student's spec, but those in `ignoring`, that are not the paper's, in words; empty if none."""
+    if run["method"] == "teacher":
+        return ""
+    spec = json.loads(run["spec"])
+    compared = [field for field in fields(RunSpec) if field.name not in {*FREE_FIELDS, *ignoring}]
+    other = [field for field in compared if spec.get(field.name, field.default) != field.default]
+    return "; ".join(f"{field.name.replace('_', ' ')} {spec[field.name]}, not {field.default}" for field in other)
+
+
+def accuracies(runs: pd.DataFrame, method: str, column: str = "test_accuracy") -> np.ndarray:
+    """Test accuracies of a method's runs, in per cent, or another column of them, one a seed."""
+    return runs[runs["method"] == method].sort_values("seed").drop_duplicates("seed")[column].to_numpy(float)
 
 
 def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
@@ -249,7 +319,7 @@ def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
         missing = [method for method in claim.methods if method not in set(candidates["method"])]
         return {"reason": f"no run of {' and '.join(missing)}" if missing else "no budget in common"}
     largest = complete[-1]
-    values = [accuracies(largest, method) for method in claim.methods]
+    values = _by_method(claim, largest)
     first, *second = (float(value.mean()) for value in values)
     return {
         "short": first - second[0] if second else first,
@@ -280,6 +350,11 @@ def difference(by_method: list[np.ndarray]) -> Estimate:
     return Estimate(value, float(low), float(high), p=float(test.pvalue), runs=runs)
 
 
+def no_difference(by_method: list[np.ndarray]) -> Estimate:
+    """The same without its p-value: whether two methods are alike is read from the interval."""
+    return difference(by_method)._replace(p=np.nan)
+
+
 @cache
 def _size(method: str, k: int) -> tuple[int, int]:
     model = model_for(method, k)
@@ -290,53 +365,178 @@ LEDGER_MEASURES: dict[str, Callable[[list[np.ndarray]], Estimate]] = {
     "mean": mean,
     "best": mean,
     "teacher": mean,
+    "teacher_gap": mean,
     "difference": difference,
+    "no_difference": no_difference,
 }
 MODEL_MEASURES: dict[str, Callable[[str, int], float]] = {
     "parameters": lambda method, k: float(_size(method, k)[0]),
     "million_macs": lambda method, k: _size(method, k)[1] / 1e6,
     "compression_factor": lambda method, k: _size("teacher", 0)[0] / _size(method, k)[0],
 }
-MEASURES = (*LEDGER_MEASURES, *MODEL_MEASURES, "latency_ratio", "authors_device")
+# A sentence of the paper against the list beside it.
+PAPER_MEASURES: dict[str, Callable[[], float]] = {
+    "least_factor": lambda: min(lookup("literature_on_cifar10.factors")),
+    "largest_factor": lambda: max(lookup("literature_on_cifar10.factors")),
+    "least_change": lambda: min(lookup("literature_on_cifar10.accuracy_changes")),
+    "largest_change": lambda: max(lookup("literature_on_cifar10.accuracy_changes")),
+}
+OUT_OF_REACH = {
+    "authors_device": "needs the authors' machine",
+    "other_work": "needs another group's networks and recipe",
+}
+MEASURES = (*LEDGER_MEASURES, *MODEL_MEASURES, *PAPER_MEASURES, *OUT_OF_REACH, "latency_ratio")
 
 
 def judge(row: Mapping) -> tuple[str, str]:
-    """The verdict of a row of the scorecard, and the reason in words. The rules were fixed before the runs.
+    """The verdict of a row of the scorecard, and the reason in words. The rules were fixed before any run counted.
 
-    A difference is reproduced if Welch's test shows it after Holm's correction and its size agrees; with reservations
-    if it is shown only without the correction, or in another size. A best of n is reproduced if the mean of our runs
-    agrees with it; with reservations if only our own best of n does. Any other number is reproduced if ours lies within
-    the tolerance; with reservations if only its interval reaches there. A better teacher than the paper's is welcome.
+    Reproduced:
+        a number within the tolerance of the paper's (of a teacher, also above it); a best of n if the mean of our runs
+        is; a difference if Welch's test shows it after Holm's correction and its size is; no difference if its whole
+        95 % interval is.
+    Reproduced with reservations, whichever applies first:
+        - a number is within the tolerance, but its interval reaches beyond twice the tolerance: too few runs;
+        - a number is outside, but its interval reaches within: chance may explain it;
+        - a best of n: only our own best is within the tolerance, the mean is not;
+        - a difference is shown, but in another size, or only without the correction;
+        - no difference: the estimate is within the tolerance, its interval reaches beyond;
+        - reproduced with one pairing, not reproduced with the other (`weigh_pairing`).
+    Not testable here: needs what only others have. Not run yet: no run, or not enough of them, with the settings.
+    Not reproduced: anything else.
     """
-    if row["measure"] == "authors_device":
-        return NOT_TESTABLE, "needs the authors' machine"
+    if row["measure"] in OUT_OF_REACH:
+        return NOT_TESTABLE, OUT_OF_REACH[row["measure"]]
     if np.isnan(row["value"]):
         return NOT_RUN, "not measured"
-    if row["measure"] == "difference":
-        return _judge_difference(row)
+    return RULES.get(row["measure"], _judge_number)(row)
+
+
+def _judge_number(row: Mapping) -> tuple[str, str]:
     gap, tolerance = row["value"] - row["claimed"], row["tolerance"]
     words = f"{gap:+.3g}, tolerance {tolerance:g}" if gap else "exactly"
-    if abs(gap) <= tolerance or (row["measure"] == "teacher" and gap > 0):
+    if row["measure"] == "teacher" and gap > 0:
         return REPRODUCED, words
-    if row["measure"] == "best":
-        agrees = abs(row["best"] - row["claimed"]) <= tolerance
-        words = f"best of {row['runs']}: {row['best']:.2f}, mean {row['value']:.2f}"
-        return (RESERVATIONS if agrees else NOT_REPRODUCED), words
+    if _within(row, tolerance):
+        wide = row["low"] < row["claimed"] - 2 * tolerance or row["high"] > row["claimed"] + 2 * tolerance
+        return (RESERVATIONS, f"{words}, but the interval is wide") if wide else (REPRODUCED, words)
     reaches = row["low"] <= row["claimed"] + tolerance and row["high"] >= row["claimed"] - tolerance
     return (RESERVATIONS if reaches else NOT_REPRODUCED), words
+
+
+def _judge_best(row: Mapping) -> tuple[str, str]:
+    if _within(row, row["tolerance"]):
+        return _judge_number(row)
+    agrees = abs(row["best"] - row["claimed"]) <= row["tolerance"]
+    words = f"best of {row['runs']}: {row['best']:.2f}, mean {row['value']:.2f}"
+    return (RESERVATIONS if agrees else NOT_REPRODUCED), words
 
 
 def _judge_difference(row: Mapping) -> tuple[str, str]:
     words = f"{row['low']:+.2f} to {row['high']:+.2f}, p = {row['p']:.2g}, corrected {row['p_holm']:.2g}"
     if row["p"] >= SIGNIFICANCE or row["value"] * row["claimed"] <= 0:
         return NOT_REPRODUCED, words
-    agrees = abs(row["value"] - row["claimed"]) <= row["tolerance"]
-    return (REPRODUCED if agrees and row["p_holm"] < SIGNIFICANCE else RESERVATIONS), words
+    shown = row["p_holm"] < SIGNIFICANCE
+    return (REPRODUCED if shown and _within(row, row["tolerance"]) else RESERVATIONS), words
+
+
+def _judge_no_difference(row: Mapping) -> tuple[str, str]:
+    words = f"{row['low']:+.2f} to {row['high']:+.2f}, tolerance {row['tolerance']:g}"
+    if not _within(row, row["tolerance"]):
+        return NOT_REPRODUCED, words
+    lowest, highest = row["claimed"] - row["tolerance"], row["claimed"] + row["tolerance"]
+    return (REPRODUCED if lowest <= row["low"] and row["high"] <= highest else RESERVATIONS), words
+
+
+def _within(row: Mapping, tolerance: float) -> bool:
+    return bool(abs(row["value"] - row["claimed"]) <= tolerance)
+
+
+RULES: dict[str, Callable[[Mapping], tuple[str, str]]] = {
+    "best": _judge_best,
+    "difference": _judge_difference,
+    "no_difference": _judge_no_difference,
+}
 
 
 def written(value: float, unit: str) -> str:
     """A number of the scorecard with its unit, as tables show it; empty if there is none."""
     if np.isnan(value):
         return ""
-    digits = {"%": ".2f", "points": "+.2f", "×": ".1f", "M": ".2f", "ms": ".0f", "": ",.0f"}[unit]
+    if unit in ("×", "ms"):
+        return f"{round(value, 2):.10g} {unit}"
+    digits = {"%": ".2f", "points": "+.2f", "M": ".2f", "": ",.0f"}[unit]
     return f"{value:{digits}} {unit}".rstrip()
+
+
+def reasons(row: Mapping) -> str:
+    """One paragraph on a row of the scorecard: what is claimed, what we have, how it was judged, where it is shown."""
+    said = f"The paper gives {written(row['claimed'], row['unit'])} ({row['source']})."
+    parts = [said, _evidence(row), _judgement(row), _pairing_in_words(row)]
+    return " ".join([*filter(None, parts), f"Shown in {chapter_link(row['chapter'])}."])
+
+
+def chapter_link(chapter: str) -> str:
+    """A Markdown link from one notebook to another, or its number in words if the chapter is not there yet."""
+    number = f"chapter {chapter[:2]}"
+    exists = (repository_root() / "notebooks" / f"{chapter}.ipynb").is_file()
+    return f"[{number}]({chapter}.ipynb)" if exists else f"{number}, which is not written yet"
+
+
+def _evidence(row: Mapping) -> str:
+    if row["verdict"] == NOT_TESTABLE:
+        return f"That {row['reason']}: a number to know, not one that we can test."
+    if row["verdict"] == NOT_RUN:
+        return _what_is_missing(row)
+    ours, spread = written(row["value"], row["unit"]), ""
+    if np.isfinite(row["low"]):
+        spread = f", 95 % interval {written(row['low'], row['unit'])} to {written(row['high'], row['unit'])}"
+    runs = f", {row['runs']} runs a method" if row["runs"] > 1 else ""
+    return f"{EVIDENCE.get(row['measure'], 'Our runs give')} {ours}{spread}{runs}."
+
+
+EVIDENCE = {
+    **dict.fromkeys(MODEL_MEASURES, "We count, from the architecture,"),
+    **dict.fromkeys(PAPER_MEASURES, "The list beside that sentence gives, as paper.json records it,"),
+    "latency_ratio": "This machine, at steady state with 64 images, gives",
+    "teacher": "Our teacher reaches",
+}
+
+
+def _what_is_missing(row: Mapping) -> str:
+    if row["measure"] == "latency_ratio":
+        return "It was not timed in this session."
+    short = f" Shorter runs ({row['short_budget']}) gave {written(row['short'], row['unit'])}, which tests nothing."
+    return f"No run settles it yet: {row['reason']}." + (short if row["short_budget"] else "") + f" {_price(row)}"
+
+
+def _price(row: Mapping) -> str:
+    if row["measure"] == "teacher":
+        return f"It takes one teacher trained for {row['settings']['epochs']} epochs, or one that gets there sooner."
+    methods, images = " and ".join(f"`{method}`" for method in row["methods"]), row["settings"]["train_images"]
+    epochs = paper()["training"]["epochs"]
+    return f"It takes {row['seeds']} runs of {methods} with k = {row['k']}, {epochs} epochs and {images:,} images."
+
+
+def _judgement(row: Mapping) -> str:
+    if row["verdict"] in (NOT_RUN, NOT_TESTABLE):
+        return ""
+    return f"{TESTS.get(row['measure'], TESTS['mean'])} Hence *{row['verdict']}* ({row['reason']})."
+
+
+TESTS = {
+    "mean": "It is the same if within the tolerance, and surely so if its interval stays within twice the tolerance.",
+    "best": "A best of n depends on n, so the mean of our runs has to lie within the tolerance of it.",
+    "teacher": "A teacher within the tolerance, or better, will do.",
+    "difference": "It needs Welch's test, Holm's correction over all differences tested, and the size.",
+    "no_difference": "That two methods are alike needs the whole interval within the tolerance.",
+    **dict.fromkeys((*MODEL_MEASURES, *PAPER_MEASURES), "It should be the same to the last digit printed."),
+    "latency_ratio": "It may be off by a fifth, as machines differ.",
+}
+
+
+def _pairing_in_words(row: Mapping) -> str:
+    if not row["released_verdict"]:
+        return ""
+    found = written(row["released_value"], row["unit"])
+    return f"Paired as in the released scripts, the runs give {found}: {row['released_verdict']}."

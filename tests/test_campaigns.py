@@ -188,7 +188,7 @@ def test_a_pack_that_is_not_whole_changes_nothing(
     assert not home.exists()
 
 
-@pytest.mark.parametrize("name", ["../escape.csv", "curves/../../0123456789ab.csv", "/tmp/x.csv", "other/x.csv"])
+@pytest.mark.parametrize("name", ["../escape.csv", "curves/../../0123456789ab.csv", "/x.csv", "other/x.csv"])
 def test_a_pack_writes_nowhere_else(ledger: Ledger, tmp_path: Path, name: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:

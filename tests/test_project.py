@@ -198,7 +198,8 @@ def distribution_names(requirements: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_a_module_imports_only_what_the_package_requires(path: Path) -> None:
-    extras = {"reproduce": "book", "latency": "edge"}.get(path.stem)
+    edge = dict.fromkeys(("latency", "exporting", "runtimes", "roofline", "court", "browser"), "edge")
+    extras = {"reproduce": "book", **edge}.get(path.stem)
     required = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extras] if extras else [])
     known = {IMPORT_NAMES.get(name, name) for name in distribution_names(required)} | {"kdig_utils"}
     installed_with_papermill = {"nbclient"} if extras == "book" else set()

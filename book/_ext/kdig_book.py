@@ -1,20 +1,30 @@
-"""What the book needs beyond Jupyter Book: a table of what was run, alternative texts, a badge of its own."""
+"""What the book needs beyond Jupyter Book: what was run, numbers that are checked, alternative texts, a local badge."""
 
 import hashlib
+import re
 from base64 import b64decode
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import nbformat
 import pandas as pd
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from kdig_utils import claims, prose
 from kdig_utils.runs import METHODS, Ledger
+
+logger = logging.getLogger(__name__)
 
 REMOTE_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LOCAL_BADGE = "/book/figures/colab-badge.svg"
 SETTINGS = ["method", "epochs", "k", "pairing", "train_fraction", "test_images", "campaign"]
+SCORECARD = "notebooks/16_scorecard"
+CHAPTER_LINK = re.compile(r"([\w./-]+)\.ipynb")
 HEADINGS = (
     "method",
     "accuracy",
@@ -64,9 +74,65 @@ class LedgerStatus(SphinxDirective):
     """`{ledger-status}`: what the ledger holds when the book is built, and what it does not."""
 
     def run(self) -> list[nodes.Node]:
+        return [table(HEADINGS, summary(ledger_of(self.env)))]
+
+
+def ledger_of(env: BuildEnvironment) -> pd.DataFrame:
+    """The ledger of the book that is being built; the page is built again when it changes."""
+    path = Path(env.srcdir) / "results" / "runs.csv"
+    env.note_dependency(str(path))
+    return Ledger(path).read()
+
+
+@cache
+def verdicts(path: Path, _modified: float) -> pd.Series:
+    """The verdict of each claim by its name, from the ledger at `path`, without any timing."""
+    return claims.scorecard(Ledger(path).read()).set_index("name")["verdict"]
+
+
+class QuotedNumber(SphinxRole):
+    """`{ledger}`, `{paper}`, `{claim}`: a number that is checked against its source; a contradiction is a warning."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        try:
+            shown = prose.quoted(self.name, self.text, ledger_of(self.env), self.verdicts)
+        except prose.Contradiction as error:
+            logger.warning(str(error), location=self.get_location())
+            shown = self.text
+        text = nodes.inline("", shown, classes=["kdig-number"])
+        return [self.linked(text) if self.name == "claim" else text], []
+
+    def verdicts(self) -> pd.Series:
         path = Path(self.env.srcdir) / "results" / "runs.csv"
-        self.env.note_dependency(str(path))
-        return [table(HEADINGS, summary(Ledger(path).read()))]
+        return verdicts(path, path.stat().st_mtime if path.is_file() else 0.0)
+
+    def linked(self, text: nodes.inline) -> nodes.Node:
+        """The text with a link to the scorecard, if the book has one and this is another page."""
+        if not (Path(self.env.srcdir) / f"{SCORECARD}.ipynb").is_file() or self.env.docname == SCORECARD:
+            return text
+        return link_to_page(self.env.docname, f"/{SCORECARD}", text)
+
+
+def link_to_page(docname: str, target: str, *content: nodes.Node) -> addnodes.pending_xref:
+    """A link from the page `docname` that Sphinx resolves, and warns of if there is no page `target`."""
+    to = {"refdomain": "std", "reftype": "doc", "reftarget": target, "refexplicit": True, "refwarn": True}
+    return addnodes.pending_xref("", *content, refdoc=docname, **to)
+
+
+def follow_links_in_outputs(app: Sphinx, doctree: nodes.document) -> None:
+    """Let a link to a notebook in a cell's output lead to its page; myst-nb follows only those in Markdown cells."""
+    for link in list(doctree.findall(nodes.reference)):
+        found = CHAPTER_LINK.fullmatch(link.get("refuri", ""))
+        if found:
+            content = nodes.inline("", "", *link.children, classes=["doc"])
+            link.replace_self(link_to_page(app.env.docname, found[1], content))
+
+
+def check_typed_numbers(app: Sphinx, docname: str, _source: list[str]) -> None:
+    """Warn of each accuracy on the page that is typed and checked by nobody."""
+    path = Path(app.env.doc2path(docname))
+    for message in prose.unexplained(path, Path(app.srcdir)):
+        logger.warning(message, location=docname)
 
 
 def use_local_badges(app: Sphinx, doctree: nodes.document) -> None:
@@ -95,9 +161,32 @@ def describe_figures(app: Sphinx, doctree: nodes.document) -> None:
         image["alt"] = texts.get(PurePosixPath(image["uri"]).stem, image.get("alt", ""))
 
 
+def without_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:
+    """Leave out sphinx-thebe's scripts: the theme adds them twice, which is an error on each page; none uses them."""
+    scripts = context.get("script_files", [])
+    context["script_files"] = [
+        script for script in scripts if "thebe" not in f"{script.filename} {script.attributes}".lower()
+    ]
+
+
+def serve_networks(app: Sphinx, error: Exception | None) -> None:
+    """Put what `book/try_it.md` runs in the reader's browser beside the pages; without a network, the reason why."""
+    if error is None and app.builder.format == "html":
+        from kdig_utils import browser  # slow to import, and needed only now
+
+        if missing := browser.write_site(Path(app.outdir) / "_static" / "try_it"):
+            logger.info("try_it: no networks in the browser: %s", missing)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directive, and what is done to images before Sphinx collects them."""
+    """Register directive, roles and the check of sources, and what is done to images before Sphinx collects them."""
     app.add_directive("ledger-status", LedgerStatus)
+    for role in ("ledger", "paper", "claim"):
+        app.add_role(role, QuotedNumber())
+    app.connect("source-read", check_typed_numbers)
+    app.connect("doctree-read", follow_links_in_outputs, priority=100)
     app.connect("doctree-read", use_local_badges, priority=100)
     app.connect("doctree-read", describe_figures, priority=100)
+    app.connect("html-page-context", without_thebe, priority=900)
+    app.connect("build-finished", serve_networks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
