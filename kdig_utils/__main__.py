@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import math
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from kdig_utils import (
     campaigns,
     cifar10,
     engine,
+    explanations,
     hyperparameters,
     models,
     overlay,
@@ -164,6 +166,20 @@ def unpack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def explain(arguments: argparse.Namespace) -> int:
+    """Measure the explanations of every run whose weights are here; goes on where it stopped."""
+    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    keep_freed_memory()
+    study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
+    effort = dataclasses.replace(
+        explanations.Effort(), images=arguments.images, mosaics=arguments.images, corrupted=arguments.images // 2
+    )
+    path = arguments.table or explanations.table_path(study)
+    table = explanations.explain_runs(study, effort, path, deadline, print)
+    print(f"{path.name}: {table.loc[table['run_id'] != '', 'run_id'].nunique()} networks explained")
+    return 0
+
+
 def latency(arguments: argparse.Namespace) -> int:
     """Time teacher and student in every runtime at hand; needs no data set."""
     from kdig_utils import court
@@ -293,6 +309,7 @@ EXAMPLES = {
         "search --method kd --trials 4 --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
     ),
     unpack: ("unpack out/ablation.tar.*",),
+    explain: ("explain --profile published", "explain --images 1000 --budget-minutes 9 --table explanations.csv"),
     latency: ("latency", "latency --json my_device.json", "latency --patience 300    # time for every export"),
     reproduce: ("reproduce", "reproduce --profile smoke --only 03,06", "reproduce --profile full --resume"),
     store: ("store",),
@@ -330,6 +347,7 @@ def command_line() -> argparse.ArgumentParser:
     add_search_options(commands[search])
     commands[unpack].add_argument("file", nargs="+", type=Path, metavar="FILE", help="all pieces of a pack")
     commands[unpack].add_argument("--profile", default="full", help="whose ledger; default: %(default)s")
+    add_explain_options(commands[explain])
     add_latency_options(commands[latency])
     add_reproduce_options(commands[reproduce])
     commands[publish].add_argument("run", nargs="+", metavar="RUN_ID", help="as in the ledger; status lists them")
@@ -383,6 +401,13 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
     command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
+
+
+def add_explain_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", type=int, default=100, help="explained, a multiple of 20; default: %(default)s")
+    command.add_argument("--budget-minutes", type=float, default=math.inf, help="no network starts later")
+    command.add_argument("--table", type=Path, metavar="FILE", help="default: explanations.csv beside the ledger")
+    command.add_argument("--profile", default="full", help="published uses the repository's images; default: full")
 
 
 def add_latency_options(command: argparse.ArgumentParser) -> None:

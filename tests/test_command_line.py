@@ -13,7 +13,7 @@ from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
 
 COMMANDS = (
     "data", "teacher", "signals", "train", "campaign", "search", "unpack", "reproduce", "status", "publish", "readme",
-    "links", "latency",
+    "links", "latency", "explain",
 )  # fmt: skip
 
 
