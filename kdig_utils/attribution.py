@@ -55,6 +55,7 @@ def attribute(
     output: str = "logit",
     max_steps: int = 512,
     internal_batch_size: int = 32,
+    compiled: bool = False,
 ) -> Attribution:
     """Integrated Gradients of `inputs` to within a relative `error`, with as few evaluations as each input needs.
 
@@ -67,6 +68,8 @@ def attribute(
         output: one of `OUTPUTS`; the last two are of the softmax over the classes.
         max_steps: steps after which an input is given up and marked as not converged.
         internal_batch_size: points of the path in one forward and backward pass; bounds the memory.
+        compiled: let torch.compile fuse elementwise work of the secant rule; the first call then takes seconds longer,
+            so it pays from some hundred images on. See `secants.compiles`.
 
     Raises:
         ValueError: batch norm in training mode, active dropout, an output that is not deterministic or depends on the
@@ -78,7 +81,7 @@ def attribute(
     check_finite(baselines, "baselines")
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     check_model(model, inputs, baselines, targets)
-    rule = _rule(model, inputs, output, error, internal_batch_size)
+    rule = _rule(model, inputs, output, error, internal_batch_size, compiled)
     ends = (
         _values(model, points, targets, output, internal_batch_size) for points in (inputs, baselines.expand_as(inputs))
     )
@@ -127,7 +130,7 @@ def secant_attributions(
     targets: Tensor,
     steps: int,
     output: str = "logit",
-    internal_batch_size: int = 32,
+    internal_batch_size: int = 24,
 ) -> Tensor:
     """Integrated Gradients by the secants of `steps` graded intervals, the shape of `inputs`.
 
@@ -214,11 +217,16 @@ class _GradientRule:
 
 
 def _rule(
-    model: Callable[[Tensor], Tensor], inputs: Tensor, output: str, error: float, internal_batch_size: int
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    output: str,
+    error: float,
+    internal_batch_size: int,
+    compiled: bool,
 ) -> _SecantRule | _GradientRule:
     try:
         half = half_pays(inputs.device) and inputs.dtype == torch.float32 and error >= HALF_ERROR
-        network = SecantNetwork(model, half)
+        network = SecantNetwork(model, half, compiled)
         with torch.no_grad():
             expected, found = model(inputs[:1].clone()), network.values(network.entrance(inputs[:1]))[0]
         if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):

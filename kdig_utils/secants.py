@@ -67,7 +67,7 @@ class SecantNetwork:
         model: affine layers and elementwise nonlinearities in evaluation mode, (N, …) to (N, classes).
         half: backpropagate in bfloat16 (the values and the secants stay in float32). The multipliers then carry a
             relative rounding error of about one per cent at random; twice as fast on a processor with AVX512-BF16.
-        compiled: fuse the elementwise work of ReLU and ReLU6 with torch.compile, which needs a C++ compiler.
+        compiled: fuse the elementwise work of ReLU and ReLU6 with torch.compile; ask `compiles` first.
 
     Raises:
         NotASecantNetwork: it cannot be traced, or has an operation that is neither affine nor elementwise.
@@ -275,6 +275,18 @@ def _clamp_secant(z: Tensor, before: Tensor, low: float, high: float, dtype: tor
 def _compiled() -> tuple[Callable, Callable]:
     """The two elementwise kernels, compiled on first use in some seconds; needs a C++ compiler."""
     return torch.compile(_clamp_secant, dynamic=True), torch.compile(torch.mul, dynamic=True)
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether torch.compile works here: tried once, on two numbers, in the seconds that the kernels need anyway."""
+    secant, product = _compiled()
+    two = torch.ones(2, 2)
+    try:
+        product(two, secant(two, two, 0.0, 6.0, two.dtype)[1])
+    except Exception:  # no C++ compiler, no headers of Python, an unknown system: each fails in its own way
+        return False
+    return True
 
 
 def _fused_secant(z: Tensor, left: Tensor, images: int, low: float, high: float, dtype: torch.dtype) -> tuple:

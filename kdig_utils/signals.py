@@ -31,6 +31,7 @@ from kdig_utils.integrated_gradients import (
 from kdig_utils.losses import attention_map
 from kdig_utils.models import Teacher, logits_and_features, weights_sha256
 from kdig_utils.paths import check_writable, replacing
+from kdig_utils.secants import compiles
 
 SIGNALS = ("logits", "maps", "attention", "error")
 # How maps in [0, 1] are stored, and by how much a stored value may differ: half of the largest spacing
@@ -38,6 +39,7 @@ SIGNALS = ("logits", "maps", "attention", "error")
 QUANTISATION_ERROR = {"float16": 2**-12, "uint8": 1 / 510 + 2**-12}
 # Images a batch, and points of the path in one pass: a CPU wants its caches to hold them, a GPU wants many.
 BATCHES = {"cpu": (64, 32), "cuda": (2048, 2048)}
+COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,16 @@ def compute_signals(
     arrays = _open_store(folder, _shapes(teacher, len(images), settings), manifest)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     device = next(teacher.parameters()).device
+    compiled = settings.error is not None and len(images) >= COMPILE_FROM and device.type == "cpu" and compiles()
     batch_size = batch_size or BATCHES.get(device.type, BATCHES["cpu"])[0]
     for positions in remaining.split(batch_size) if len(remaining) else ():  # split makes one empty part of nothing
         rows = _signals_of_batch(
-            teacher, folded, images.images(positions).to(device), images.labels[positions].to(device), settings
+            teacher,
+            folded,
+            images.images(positions).to(device),
+            images.labels[positions].to(device),
+            settings,
+            compiled,
         )
         for name, values in rows.items():
             arrays[name][positions] = values.cpu().numpy()
@@ -173,10 +181,10 @@ def open_signals(
 
 @torch.no_grad()
 def _signals_of_batch(
-    teacher: Teacher, folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings
+    teacher: Teacher, folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, compiled: bool
 ) -> dict[str, Tensor]:
     logits, features = logits_and_features(teacher, images, settings.tap)
-    attributions, error = _attributions(folded, images, labels, settings)
+    attributions, error = _attributions(folded, images, labels, settings, compiled)
     maps = attribution_map(attributions)
     scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
     return {
@@ -187,12 +195,16 @@ def _signals_of_batch(
     }
 
 
-def _attributions(folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings) -> tuple[Tensor, Tensor]:
+def _attributions(
+    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, compiled: bool
+) -> tuple[Tensor, Tensor]:
     """Attributions of a batch, and the error of each."""
     baselines = baseline(settings.baseline, images, cifar10.MEAN)
     size = BATCHES.get(images.device.type, BATCHES["cpu"])[1]
     if settings.error is not None:
-        found = attribute(folded, images, baselines, labels, settings.error, internal_batch_size=size)
+        found = attribute(
+            folded, images, baselines, labels, settings.error, internal_batch_size=size, compiled=compiled
+        )
         return found.attributions, found.error
     attributions = integrated_gradients(folded, images, baselines, labels, settings.n_steps, settings.method, size)
     rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)

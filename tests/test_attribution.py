@@ -1,5 +1,7 @@
 """Integrated Gradients under contract: exact integrals, an error that is the error, and no silent wrong map."""
 
+import copy
+
 import pytest
 import torch
 from captum.attr import IntegratedGradients
@@ -14,7 +16,7 @@ from kdig_utils.attribution import (
     secant_attributions,
 )
 from kdig_utils.integrated_gradients import baseline, integrated_gradients
-from kdig_utils.secants import NotASecantNetwork, SecantNetwork
+from kdig_utils.secants import NotASecantNetwork, SecantNetwork, compiles
 
 
 class Formula(nn.Module):
@@ -230,6 +232,64 @@ def test_real_teacher_against_captum_at_300_steps(real) -> None:
     assert bool(found.converged.all())
     assert float(distance(found.attributions, captum).max()) < 0.03
     assert float(found.completeness.max()) < 0.01
+
+
+def test_real_teacher_against_double_precision(real) -> None:
+    """The gradients of the reference are in float64: neither its sums nor a flipped ReLU6 owe anything to rounding."""
+    teacher, images, baselines, labels = real
+    image, start, label = images[:1], baselines[:1], labels[:1]
+    found = attribute(teacher, image, start, label, error=0.05)
+    precise = copy.deepcopy(teacher).double()
+    reference = integrated_gradients(precise, image.double(), start.double(), label, 96, "riemann_middle", 32)
+    assert bool(found.converged.all())
+    assert float(distance(found.attributions, reference)) < 0.05 + 0.02  # 96 midpoints are about 0.02 off themselves
+    single = integrated_gradients(teacher, image, start, label, 96, "riemann_middle", 32)
+    assert float(distance(single, reference)) < 1e-3
+
+
+# The engines
+
+
+def test_compiled_kernels_give_the_same_numbers(real) -> None:
+    """Fused elementwise work is the same arithmetic: equal to within a few units of the last place."""
+    if not compiles():
+        pytest.skip("torch.compile does not work here: it needs a C++ compiler")
+    teacher, images, baselines, labels = real
+    plain, fused = (
+        secant_attributions(SecantNetwork(teacher, compiled=compiled), images, baselines[:1], labels, 6)
+        for compiled in (False, True)
+    )
+    assert float(distance(fused, plain).max()) < 1e-5
+    asked = [attribute(teacher, images, baselines, labels, 0.3, compiled=compiled) for compiled in (False, True)]
+    assert torch.equal(asked[0].evaluations, asked[1].evaluations)
+    assert float(distance(asked[1].attributions, asked[0].attributions).max()) < 0.01
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_bfloat16_backward_costs_less_than_one_per_cent(real, steps: int) -> None:
+    teacher, images, baselines, labels = real
+    plain, half = (
+        secant_attributions(SecantNetwork(teacher, half), images, baselines[:1], labels, steps)
+        for half in (False, True)
+    )
+    apart = distance(half, plain)
+    assert float(apart.max()) < 0.01
+    assert float(apart.min()) > 1e-5  # it was in use
+    with torch.no_grad():
+        rise = (teacher(images) - teacher(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
+    assert bool(((half.flatten(1).sum(1) - rise).abs() < 0.01 * half.abs().flatten(1).sum(1)).all())
+
+
+def test_compiled_kernels_serve_linear_layers_too() -> None:
+    if not compiles():
+        pytest.skip("torch.compile does not work here: it needs a C++ compiler")
+    network, (inputs, baselines) = relu_network().float(), (values.float() for values in pairs())
+    targets = torch.zeros(5, dtype=torch.long)
+    plain, fused = (
+        secant_attributions(SecantNetwork(network, compiled=compiled), inputs, baselines, targets, 8)
+        for compiled in (False, True)
+    )
+    assert torch.allclose(plain, fused, atol=1e-5)
 
 
 # What has no one answer is refused, and what has no secant is integrated by gradients
