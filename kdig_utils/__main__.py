@@ -414,7 +414,7 @@ def add_latency_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--student", default="kd_ig_k5", help="a network of artifacts/; default: %(default)s")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     command.add_argument(
-        "--patience", type=float, default=20.0, metavar="SECONDS", help="for exports, and for opening; default: 20"
+        "--patience", type=float, default=100.0, metavar="SECONDS", help="for everything; default: %(default)s"
     )
 
 

@@ -1,9 +1,12 @@
 """Networks as files for the edge: ONNX and ExecuTorch, in float32 and in 8 bits, calibrated on training images.
 
-As a program, `python -m kdig_utils.exporting FORMAT WEIGHTS K FOLDER`, it writes one network in a process of its own.
+As a program, `python -m kdig_utils.exporting WEIGHTS K FOLDER FORMAT...`, it writes one network in its own process.
 """
 
+import gc
+import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -211,7 +214,7 @@ def write_executorch_int8(model: nn.Module, folder: Path) -> None:
     quantise_executorch(model, folder / "int8.pte", calibration_images())
 
 
-FORMATS = {"onnx": write_onnx, "executorch_fp32": write_executorch_fp32, "executorch_int8": write_executorch_int8}
+FORMATS = {"onnx": write_onnx, "executorch_int8": write_executorch_int8, "executorch_fp32": write_executorch_fp32}
 
 
 def read_network(weights: Path, k: int) -> nn.Module:
@@ -219,6 +222,19 @@ def read_network(weights: Path, k: int) -> nn.Module:
     return artifacts.read_weights(models.student(k) if k else models.teacher(), weights)
 
 
+def write_all(weights: Path, k: int, folder: Path, names: list[str]) -> None:
+    """Write the formats in turn; after each, print one JSON line: its name, and "" or the error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an exporter prints goes elsewhere
+    for name in names:
+        try:
+            FORMATS[name](read_network(weights, k), folder)
+            error = ""
+        except Exception as raised:  # to be told in the rows of this format
+            error = f"{type(raised).__name__}: {raised}"
+        print(json.dumps([name, error]), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    _program, name, weights, k, folder = sys.argv
-    FORMATS[name](read_network(Path(weights), int(k)), Path(folder))
+    gc.disable()  # millions of small objects live until the end of this short process
+    write_all(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -169,42 +169,45 @@ def block(call: Call, calls: int) -> list[float]:
 
 
 class Served:
-    """A network opened in one runtime, with a call bound for each batch size."""
+    """A network opened in one runtime, for one batch size and number of threads at a time."""
 
-    def __init__(self, runtime: str, path: str, k: int, threads: int, pixels: str) -> None:
+    def __init__(self, runtime: str, path: str, k: int, pixels: str) -> None:
         self.open = OPENERS[runtime]
-        self.path, self.k, self.threads = Path(path), k, threads
-        self.pixels = np.load(pixels)
-        self.bound: dict[int, tuple[Bind, Call]] = {}
+        self.path, self.k, self.pixels = Path(path), k, np.load(pixels)
 
-    def load(self, batch: int) -> dict[str, float]:
-        """Open the file for `batch` images and call it four times.
+    def load(self, batch: int, threads: int) -> float:
+        """Open the file for `batch` images and so many threads; the milliseconds it took."""
+        start = time.perf_counter_ns()
+        self.bind = self.open(self.path, self.k, threads, batch)
+        loaded = (time.perf_counter_ns() - start) / 1e6
+        self.batch, self.call = batch, self.bind(self.pixels[:batch])
+        return loaded
+
+    def meet(self, batch: int, threads: int) -> dict[str, float]:
+        """The first opening of this process, and four calls.
 
         Returns:
             load_ms, first_ms, each_ms (the best of the calls after the first), peak_mb.
         """
-        start = time.perf_counter_ns()
-        bind = self.open(self.path, self.k, self.threads, batch)
-        loaded = (time.perf_counter_ns() - start) / 1e6
-        self.bound[batch] = bind, bind(self.pixels[:batch])
-        first, *later = self.times(batch, 4)
+        loaded = self.load(batch, threads)
+        first, *later = self.times(4)
         return {"load_ms": loaded, "first_ms": first, "each_ms": min(later), "peak_mb": peak_megabytes()}
 
-    def pin(self, cpu: int) -> None:
-        """Stay on one CPU, so that one thread means one."""
-        os.sched_setaffinity(0, {cpu})
+    def stay(self, cpus: list[int]) -> None:
+        """Use these CPUs only."""
+        os.sched_setaffinity(0, cpus)
 
-    def times(self, batch: int, calls: int) -> list[float]:
+    def times(self, calls: int) -> list[float]:
         """Milliseconds of each of `calls` calls in a row."""
-        return block(self.bound[batch][1], calls)
+        return block(self.call, calls)
 
-    def logits(self, batch: int, images: int) -> list[list[float]]:
+    def logits(self, images: int) -> list[list[float]]:
         """The logits of the first `images` images, in batches."""
-        bind, found = self.bound[batch][0], []
-        for start in range(0, images, batch):
-            part = self.pixels[start : min(start + batch, images)]
-            whole = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)])
-            found += np.array(bind(whole)(), dtype=float)[: len(part)].tolist()
+        found = []
+        for start in range(0, images, self.batch):
+            part = self.pixels[start : min(start + self.batch, images)]
+            whole = np.concatenate([part, np.zeros((self.batch - len(part), *part.shape[1:]), np.uint8)])
+            found += np.array(self.bind(whole)(), dtype=float)[: len(part)].tolist()
         return found
 
 

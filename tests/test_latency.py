@@ -198,10 +198,11 @@ def test_a_runtime_that_is_not_installed_gives_words(tmp_path, monkeypatch):
     (tmp_path / "openvino.py").write_text("raise ModuleNotFoundError(\"No module named 'openvino'\")")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     np.save(tmp_path / "pixels.npy", np.zeros((2, 3, 32, 32), np.uint8))
+    variant = court.Variant("student", 5, "openvino", "fp32", "fp32.onnx")
     process = court.Process()
     try:
         with pytest.raises(RuntimeError, match="openvino is not installed: pip install openvino"):
-            process.open(court.Variant("student", 5, "openvino", "fp32", "fp32.onnx"), tmp_path, 1, 60)
+            process.open(variant, tmp_path, tmp_path / "pixels.npy", 60)
     finally:
         process.close()
 
@@ -212,7 +213,7 @@ def test_a_dead_process_gives_words():
     process = court.Process()
     process.process.kill()
     with pytest.raises(RuntimeError, match="the process ended with status -9"):
-        process.ask("times", batch=1, calls=1)
+        process.ask("times", calls=1)
     process.close()
 
 
@@ -236,7 +237,51 @@ def test_an_export_that_fails_is_said_in_words(tmp_path):
     pytest.importorskip("onnxruntime")
     from kdig_utils import court
 
-    (tmp_path / "teacher").mkdir()
-    words = court.export({}, [court.Variant("teacher", 0, "executorch", "int8", "int8.pte", "onnx")], tmp_path, 60)
-    assert "the export failed" in words["teacher", "onnx"]
-    assert "no weights at" in words["teacher", "onnx"]
+    words = court._export(tmp_path, 5, ["onnx"], time.monotonic() + 60)
+    assert "the export failed" in words["onnx"]
+    assert "no weights at" in words["onnx"]
+
+
+def test_an_export_that_is_late_is_said_in_words(tmp_path):
+    from kdig_utils import court
+
+    assert court._export(tmp_path, 5, ["onnx"], time.monotonic()) == {"onnx": court.LATE}
+
+
+def test_what_was_exported_is_kept():
+    pytest.importorskip("onnxruntime")
+    from kdig_utils import court
+
+    variants = [court.Variant("student", 17, "onnxruntime", "int8", "int8.onnx", "onnx")]
+    networks = {"student": models.student(17).eval()}
+    folders, problems = court.export(networks, variants, time.monotonic() + 60)
+    assert problems == {}
+    written = (folders["student"] / "int8.onnx").stat().st_mtime_ns
+    again, problems = court.export(networks, variants, end=time.monotonic())  # no time to write anything
+    assert problems == {}
+    assert (again["student"] / "int8.onnx").stat().st_mtime_ns == written
+    with torch.no_grad():
+        next(networks["student"].parameters()).add_(1)
+    assert court.export(networks, variants, time.monotonic())[1] == {("student", "onnx"): court.LATE}
+
+
+def test_what_comes_too_late_is_left_out_in_words():
+    from kdig_utils import court
+
+    kinds = (("eager", "fp32", "weights.safetensors", ""), ("compile", "fp32", "weights.safetensors", ""))
+    test = cifar10.load_sample("test").subset(torch.arange(4))
+    networks = {"teacher": models.student(17).eval()}
+    rows = court.latency_rows(networks, test, (1,), (1, 4), kinds, patience=0, report=lambda _line: None)
+    assert [row["status"] for row in rows] == [court.LATE] * 4
+    assert all("p50_ms" not in row for row in rows)
+    assert court.LATE in court.table(rows)
+
+
+def test_compilation_is_asked_for_once():
+    from kdig_utils import court
+
+    compiled = court.Variant("student", 5, "compile", "fp32", "weights.safetensors")
+    assert court.status(compiled, 1, 1, {}) == "ok"
+    assert court.status(compiled, 64, 1, {}) == court.status(compiled, 1, 2, {}) == court.ONE_COMPILATION
+    # Why it is not there at all comes before why it was not tried again.
+    assert court.status(compiled, 64, 1, {(compiled.name,): "no compiler"}) == "no compiler"
