@@ -50,6 +50,7 @@ FINALISTS = 3  # settings with the highest validation accuracy that are trained 
 FRESH_SEEDS = range(1000, 1003)  # of the runs that measure a choice; the search counts its seeds from 0
 BEAT_SECONDS = 30.0  # between two signs of life of a trial under way
 GRACE_SECONDS = 600.0  # a trial without a sign of life for so long is given to another worker
+LOCK = ".hyperparameters.lock"
 LOCK_SECONDS = 60.0  # how long a worker waits for the others to let go of an SQLite file
 REPEATS = 2000
 
@@ -146,8 +147,10 @@ def search(
     _signals = study.signals  # may take long, and no trial is under way meanwhile
     unfinished: list[Trial] = []
     while not unfinished and time.monotonic() < deadline:
-        take_over_abandoned(proposals)
-        if not (asked := ask(proposals, base, n_trials, at_once)):
+        with FileLock(study.folder / LOCK):  # workers of one folder ask one after the other
+            take_over_abandoned(proposals)
+            asked = ask(proposals, base, n_trials, at_once)
+        if not asked:
             break
         with settled(proposals, study, asked, base) as unfinished:
             train(study, asked, base, at_once, deadline, signs_of_life(asked, report), loss)
@@ -166,7 +169,7 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
     paths.check_writable(study.folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Two workers that begin at the same time would both make the tables, and both enqueue the paper's setting.
-    with FileLock(study.folder / ".hyperparameters.lock"), warnings.catch_warnings():
+    with FileLock(study.folder / LOCK), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
         name = f"{base.method}_k{base.k}_{base.run_id}"

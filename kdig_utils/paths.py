@@ -92,7 +92,7 @@ def check_writable(folder: Path, needed: int = 0) -> None:
     """
     with replacing(folder / "write_test") as part:
         part.write_bytes(b"")
-    (folder / "write_test").unlink()
+    (folder / "write_test").unlink(missing_ok=True)  # another process may have asked at the same moment
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

@@ -173,15 +173,6 @@ def test_workspace_is_where_the_variable_points(tmp_path: Path, monkeypatch: pyt
     assert open_study("smoke").folder == tmp_path / "smoke"
 
 
-def test_progress_is_reported_each_step_and_at_the_end(capsys: pytest.CaptureFixture) -> None:
-    report = study.print_every(1000)
-    for done in range(64, 2500, 64):
-        report(done, 2500)
-    report(2500, 2500)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["1,024", "2,048", "2,500"]
-
-
 def test_model_for_a_method() -> None:
     assert models.count_parameters(artifacts.model_for("teacher", 0)) == 2_236_682
     assert models.count_parameters(artifacts.model_for("kd_ig", 5)) == 543_498
