@@ -203,20 +203,6 @@ def _holm_over_tests(rows: list[dict]) -> list[float]:
     return [corrected[test] if np.isfinite(row["p"]) else np.nan for test, row in zip(tests, rows, strict=True)]
 
 
-def effects(runs: Mapping[str, list[float]], pairs: list[tuple[str, str]]) -> pd.DataFrame:
-    """Differences of means with Welch's test, its 95 % interval, and Holm's correction over all `pairs`.
-
-    Args:
-        runs: accuracies of each method.
-        pairs: methods to compare, first minus second.
-
-    Returns:
-        Columns first, second, value, low, high, p, runs, best, p_holm.
-    """
-    rows = [{"first": a, "second": b, **difference([np.array(runs[a]), np.array(runs[b])])._asdict()} for a, b in pairs]
-    return pd.DataFrame(rows).assign(p_holm=_holm([row["p"] for row in rows]))
-
-
 def _holm(p_values: list[float]) -> np.ndarray:
     corrected = np.array(p_values, dtype=float)
     tested = np.isfinite(corrected)

@@ -26,7 +26,7 @@ from kdig_utils.engine import predict
 from kdig_utils.faithfulness import Mosaics
 from kdig_utils.integrated_gradients import attribution_map
 from kdig_utils.paths import explaining, replacing
-from kdig_utils.runs import METHODS, spec_of
+from kdig_utils.runs import spec_of
 from kdig_utils.study import Study
 
 COLUMNS = ("run_id", "method", "k", "seed", "measure", "value", "low", "high", "images")
@@ -383,8 +383,3 @@ def _over_seeds(values: pd.Series) -> tuple[float, float, float]:
     mean, error = values.mean(), stats.sem(values)
     half = error * stats.t.ppf(0.975, len(values) - 1)
     return mean, mean - half, mean + half
-
-
-def missing_methods(table: pd.DataFrame) -> list[str]:
-    """The methods of which no run is explained yet, in the book's order."""
-    return [method for method in METHODS if not (table["method"] == method).any()]

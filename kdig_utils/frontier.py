@@ -131,9 +131,3 @@ def literature() -> pd.DataFrame:
     return table.assign(teacher=table["accuracy"] - table["change"])[
         ["work", "factor", "change", "accuracy", "teacher"]
     ]
-
-
-def undominated(points: pd.DataFrame, value: str) -> pd.DataFrame:
-    """The frontier: points that no other beats in `value` at the same factor or a larger one, by growing factor."""
-    ordered = points.sort_values(["factor", value], ascending=[False, False])
-    return ordered[ordered[value] > ordered[value].cummax().shift(fill_value=-np.inf)].iloc[::-1]

@@ -320,15 +320,6 @@ def test_every_verdict_comes_with_a_paragraph_that_names_it_and_its_numbers():
     assert "Paired as in the released scripts" in claims.reasons(table.loc["kd_ig_over_student"])
 
 
-def test_effects_agree_with_scipy():
-    from scipy import stats
-
-    runs = {"a": drawn(91.0, 1), "b": drawn(91.4, 2)}
-    row = claims.effects(runs, [("b", "a")]).iloc[0]
-    assert row["p"] == pytest.approx(stats.ttest_ind(runs["b"], runs["a"], equal_var=False).pvalue)
-    assert row["value"] == pytest.approx(0.4)
-
-
 def test_a_claim_with_an_unknown_measure_or_a_negative_tolerance_is_refused():
     known = asdict(claims.claims()[0])
     with pytest.raises(ValueError, match="unknown measure 'guess'"):

@@ -6,8 +6,6 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as some
 from scipy import stats
 from torch import nn
 
@@ -99,11 +97,3 @@ def test_the_papers_sweep_and_the_literature_are_complete():
     assert list(works["factor"]) == claims.lookup("literature_on_cifar10.factors")
     assert set(works["work"]) == {"", "Bhardwaj 2019", "Gou 2023"}
     assert np.allclose((works["accuracy"] - works["teacher"]).dropna(), works.loc[works["work"] != "", "change"])
-
-
-@given(some.lists(some.tuples(some.integers(1, 9), some.integers(0, 9)), min_size=1))
-def test_a_point_is_on_the_frontier_if_no_other_is_at_least_as_small_and_as_good(pairs: list[tuple[int, int]]):
-    points = pd.DataFrame(pairs, columns=["factor", "accuracy"])
-    kept = set(map(tuple, frontier.undominated(points, "accuracy")[["factor", "accuracy"]].to_numpy().tolist()))
-    beaten = {p for p in pairs for q in pairs if q != p and q[0] >= p[0] and q[1] >= p[1]}
-    assert kept == set(pairs) - beaten
