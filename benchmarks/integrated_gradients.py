@@ -69,8 +69,8 @@ def ways(teacher: nn.Module, folded: nn.Module) -> dict[str, Way]:
             integrated_gradients(folded, x, x0, y, internal_batch_size=32),
             50,
         ),
-        "secants, 16 intervals": by_secants(exact, 16),
-        **{f"{fused}, {steps} intervals": by_secants(fast, steps) for steps in (16, 9, 6)},
+        "secants, 14 intervals": by_secants(exact, 14),
+        **{f"{fused}, {steps} intervals": by_secants(fast, steps) for steps in (14, 9, 6)},
         **{f"attribute(error={error}, compiled=True)": by_contract(error) for error in (0.1, 0.05)},
     }
 

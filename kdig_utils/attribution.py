@@ -130,7 +130,7 @@ def secant_attributions(
     targets: Tensor,
     steps: int,
     output: str = "logit",
-    internal_batch_size: int = 24,
+    internal_batch_size: int = 48,
 ) -> Tensor:
     """Integrated Gradients by the secants of `steps` graded intervals, the shape of `inputs`.
 

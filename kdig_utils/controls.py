@@ -70,8 +70,10 @@ def another(n_images: int, seed: int) -> Tensor:
 def saliency_maps(teacher: nn.Module, images: ImageSet, batch_size: int = 64) -> Tensor:
     """Plain gradients instead of integrated ones: |∂ logit of the true class / ∂ pixel|, summed over the colours.
 
+    Simonyan et al. (arXiv 1312.6034) take the largest colour; the sum is what the IG maps do.
+
     Returns:
-        Maps divided by their maximum, (N, 32, 32), float16, in memory (arXiv 1312.6034).
+        Maps divided by their maximum, (N, 32, 32), float16, in memory.
     """
     device = next(teacher.parameters()).device
     teacher.eval()

@@ -52,9 +52,10 @@ def export_onnx(model: nn.Module, path: Path) -> None:
 def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) -> None:
     """Write an ONNX file with 8-bit weights (a scale each channel) and activations (a scale each tensor).
 
-    Static quantisation as in Jacob et al. (arXiv 1712.05877): the scales come from the ranges that the calibration
-    images reach; weights are symmetric, biases have 32 bits. Input and output stay float32: `images` in [0, 1],
-    `logits`. Only what computes is kept: no names of layers, no shapes, no zero points that are zero.
+    Integer arithmetic as in Jacob et al. (arXiv 1712.05877), a scale each channel and no retraining as in
+    Krishnamoorthi (arXiv 1806.08342): the scales come from the ranges that the calibration images reach; weights are
+    symmetric, biases have 32 bits. Input and output stay float32: `images` in [0, 1], `logits`. Only what computes is
+    kept: no names of layers, no shapes, no zero points that are zero.
 
     Args:
         calibration_images: training images, (N, 3, 32, 32) in [0, 1].

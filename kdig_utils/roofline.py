@@ -1,7 +1,7 @@
 """What a network could take at best: the machine's peaks, the network's work and traffic, and where its time goes.
 
-The roofline model (Williams, Waterman and Patterson, 2009): a layer cannot be faster than its multiply-accumulates at
-the machine's peak, nor than its bytes at the machine's bandwidth.
+The roofline model (Williams, Waterman and Patterson 2009, doi 10.1145/1498765.1498785): a layer cannot be faster than
+its multiply-accumulates at the machine's peak, nor than its bytes at the machine's bandwidth.
 """
 
 import importlib.util

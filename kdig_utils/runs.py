@@ -124,8 +124,9 @@ class TeacherSpec(Spec):
     Attributes:
         initial_sha256: the weights it starts from; empty for random ones drawn from `seed`.
         learning_rate: the highest of the schedule.
-        schedule: `one_cycle`, which moves the momentum as well, from 0.95 to 0.85 and back (arXiv 1708.07120), or
-            `cosine`: a linear rise in the first 5 % of the steps, half a cosine down to zero, momentum 0.9.
+        schedule: `one_cycle` (arXiv 1708.07120), which moves the momentum as well, from 0.95 to 0.85 and back (arXiv
+            1803.09820), or `cosine`: a linear rise in the first 5 % of the steps, half a cosine down to zero, momentum
+            0.9.
         cutout: side of the square that is cut out of each training image, in pixels; 0 cuts nothing (arXiv 1708.04552).
         label_smoothing: in [0, 1).
         validation_images: training images held out to choose on; 0 trains on all.

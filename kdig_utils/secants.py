@@ -177,11 +177,6 @@ class SecantNetwork:
         y, slope = _secant(step, z, left, images)
         return y, slope.to(dtype)
 
-    def _product(self, gradient: Tensor, slope: Tensor) -> Tensor:
-        if self.compiled and gradient.stride() == slope.stride():
-            return _unrows(_compiled()[1](_rows(gradient), _rows(slope)), slope)
-        return gradient * slope
-
     def _constants(self) -> dict:
         constant = [step for step in self.steps[: self.prefix] if not step.inputs]
         with torch.no_grad():
@@ -195,7 +190,7 @@ class SecantNetwork:
                 continue
             gradient = gradients.pop(step.name)
             if step.name in tape.slopes:
-                parts = [self._product(gradient, tape.slopes.pop(step.name))]
+                parts = [_product(gradient, tape.slopes.pop(step.name))]
             elif step.name in self.adjoints:
                 parts = [self.adjoints[step.name](gradient)]
             elif _is_sum(step):
@@ -264,37 +259,43 @@ def _where_it_moved(slope: Tensor, step: _Step, z: Tensor) -> Tensor:
     return torch.where(slope.isnan(), _derivative(step.call, z), slope)
 
 
-def _clamp_secant(z: Tensor, before: Tensor, low: float, high: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`_secant` of a clamp on rows of numbers, in one pass over the memory once it is compiled."""
-    y, run = z.clamp(low, high), z - before
+def _product(gradient: Tensor, slope: Tensor) -> Tensor:
+    """Their product, in the memory of the slope, which is not needed again; a gradient may have a second reader."""
+    return slope.mul_(gradient) if slope.dtype == gradient.dtype else gradient * slope
+
+
+def _clamp_secant(z: Tensor, before: Tensor, low: float, high: float, y: Tensor, slope: Tensor) -> None:
+    """Write `_secant` of a clamp on rows of numbers to `y` and `slope`, in one pass over the memory once compiled."""
     inside = ((z > low) & (z < high)).to(z.dtype)
-    return y, torch.where(run == 0, inside, (y - before.clamp(low, high)) / run).to(dtype)
+    run = z - before
+    y.copy_(z.clamp(low, high))
+    slope.copy_(torch.where(run == 0, inside, (z.clamp(low, high) - before.clamp(low, high)) / run))
 
 
 @functools.cache
-def _compiled() -> tuple[Callable, Callable]:
-    """The two elementwise kernels, compiled on first use in some seconds; needs a C++ compiler."""
-    return torch.compile(_clamp_secant, dynamic=True), torch.compile(torch.mul, dynamic=True)
+def _compiled() -> Callable:
+    """The elementwise kernel, compiled on first use in some seconds; needs a C++ compiler."""
+    return torch.compile(_clamp_secant, dynamic=True)
 
 
 @functools.cache
 def compiles() -> bool:
-    """Whether torch.compile works here: tried once, on two numbers, in the seconds that the kernels need anyway."""
-    secant, product = _compiled()
+    """Whether torch.compile works here: tried once, on two numbers, in the seconds that the kernel needs anyway."""
     two = torch.ones(2, 2)
     try:
-        product(two, secant(two, two, 0.0, 6.0, two.dtype)[1])
+        _compiled()(two, two, 0.0, 6.0, two.clone(), two.clone())
     except Exception:  # no C++ compiler, no headers of Python, an unknown system: each fails in its own way
         return False
     return True
 
 
 def _fused_secant(z: Tensor, left: Tensor, images: int, low: float, high: float, dtype: torch.dtype) -> tuple:
-    kernel, _ = _compiled()
     flat = _rows(z)
-    # Joined before the kernel: inside it, the join would keep the compiler from using vector instructions.
-    before = torch.cat([_rows(left).expand(images, -1), flat[:-images]])
-    y, slope = kernel(flat, before, low, high, dtype)
+    y, slope = torch.empty_like(flat), torch.empty_like(flat, dtype=dtype)
+    # Two calls: a join of the points before, in the kernel or ahead of it, costs as much as the kernel.
+    _compiled()(flat[:images], _rows(left).expand(images, -1), low, high, y[:images], slope[:images])
+    if len(flat) > images:
+        _compiled()(flat[images:], flat[:-images], low, high, y[images:], slope[images:])
     return _unrows(y, z), _unrows(slope, z)
 
 

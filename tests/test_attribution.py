@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_images_or_steps() -> None:
     advance = network.advance
     network.advance = lambda entrance, left, images: rows.append(len(entrance)) or advance(entrance, left, images)
     inputs, _ = pairs(6, n=40)
-    secant_attributions(network, inputs, torch.zeros(1, 4), torch.zeros(40, dtype=torch.long), 50)
+    secant_attributions(network, inputs, torch.zeros(1, 4), torch.zeros(40, dtype=torch.long), 50, internal_batch_size=32)
     assert max(rows) <= 32
     assert sum(rows) == 40 * 50
 
