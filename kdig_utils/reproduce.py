@@ -198,6 +198,7 @@ def _without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.metadata = nbformat.from_dict(kept)
     for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), start=1):
         cell.execution_count = count
+        cell.outputs = _joined_streams(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
@@ -205,6 +206,17 @@ def _without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     language = {"name": "python", "pygments_lexer": "ipython3"}
     notebook.cells, notebook.metadata = cells, nbformat.from_dict({"kernelspec": kernel, "language_info": language})
     return notebook
+
+
+def _joined_streams(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Neighbouring pieces of one stream as one output: where it was cut depends on the moment."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _execute_unless_up_to_date(notebook: Path, profile: str, folder: Path, resume: bool) -> Outcome:

@@ -33,7 +33,8 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
     monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path / "workspace"))
     chapters = tmp_path / "notebooks"
-    write_notebook(chapters / "00_start.ipynb", "import os, sys\nprint(profile, os.getcwd(), sys.executable)")
+    first_piece = "import os, sys, time\nprint(profile, os.getcwd(), sys.executable, flush=True)"
+    write_notebook(chapters / "00_start.ipynb", first_piece + "\ntime.sleep(0.3)\nprint()")
     write_notebook(chapters / "03_fails.ipynb", 'raise RuntimeError("first line\\nsecond line")')
     write_notebook(chapters / "10_end.ipynb", "import kdig_utils\nprint(kdig_utils.__file__)")
     return tmp_path
@@ -184,6 +185,7 @@ def test_stored_notebooks_hold_outputs_and_no_trace_of_how_they_were_made(book: 
     stored = nbformat.read(start, as_version=4)
     assert printed(start).startswith("published")
     assert [cell.execution_count for cell in stored.cells] == [1, 2]
+    assert [len(cell.outputs) for cell in stored.cells] == [0, 1]  # the two pieces of what was printed are one
     assert stored.cells[0].source == PARAMETERS
     assert "papermill" not in start.read_text()
     assert "timestamp" not in start.read_text()
