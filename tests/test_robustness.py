@@ -56,7 +56,11 @@ def test_logits_are_no_probabilities_and_labels_must_match() -> None:
         robustness.reliability(torch.tensor([[0.5, 0.5]]), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("name", robustness.CORRUPTIONS)
+# Glass moves more often, or blurs more, which takes moved pixels back; the elastic bends more, but shears less.
+BY_MORE_THAN_ONE_RULE = {"glass_blur", "elastic_transform"}
+
+
+@pytest.mark.parametrize("name", [name for name in robustness.CORRUPTIONS if name not in BY_MORE_THAN_ONE_RULE])
 def test_a_higher_severity_distorts_more(name: str, sample_test: ImageSet) -> None:
     images = sample_test.subset(torch.arange(0, 2000, 50))
 
@@ -74,16 +78,17 @@ def test_the_seed_decides_and_labels_stay(name: str, sample_test: ImageSet) -> N
     images = sample_test.subset(torch.arange(10))
     first, again, other = (robustness.corrupt(images, name, 3, seed) for seed in (0, 0, 1))
     assert torch.equal(first.pixels, again.pixels)
-    random = name in ("gaussian_noise", "shot_noise", "impulse_noise", "fog")
-    assert torch.equal(first.pixels, other.pixels) != random
+    fixed = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+    assert torch.equal(first.pixels, other.pixels) == (name in fixed)
     assert torch.equal(first.labels, images.labels)
     assert torch.equal(first.indices, images.indices)
 
 
-def test_ten_of_the_fifteen_corruptions_are_here_and_the_others_say_so(sample_test: ImageSet) -> None:
+def test_fourteen_of_the_fifteen_corruptions_are_here_and_frost_says_so(sample_test: ImageSet) -> None:
+    assert len(robustness.CORRUPTIONS) == 14
     assert len(robustness.CORRUPTIONS) + len(robustness.NOT_HERE) == 15
-    with pytest.raises(ValueError, match="'snow' is not implemented here"):
-        robustness.corrupt(sample_test, "snow", 1)
+    with pytest.raises(ValueError, match="'frost' is not implemented here"):
+        robustness.corrupt(sample_test, "frost", 1)
     with pytest.raises(ValueError, match="'rain' is unknown"):
         robustness.corrupt(sample_test, "rain", 1)
     with pytest.raises(ValueError, match="severity 6"):
@@ -105,11 +110,101 @@ def test_what_each_corruption_keeps(sample_test: ImageSet) -> None:
     brighter = robustness.brightness(pixels, 2, rng)
     np.testing.assert_allclose(brighter.max(1), np.minimum(pixels.max(1) + 0.1, 1))
     flat = np.full((2, 3, 32, 32), 0.4)
-    for name in ("defocus_blur", "zoom_blur", "contrast", "pixelate"):
+    for name in (
+        "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "contrast", "elastic_transform", "pixelate"
+    ):  # fmt: skip
         np.testing.assert_allclose(robustness.CORRUPTIONS[name](flat, 5, rng), flat, atol=1e-6)
+    for name in ("defocus_blur", "glass_blur", "motion_blur", "elastic_transform"):  # means of pixels
+        changed = robustness.CORRUPTIONS[name](pixels, 5, rng)
+        assert changed.min() >= pixels.min() - 1e-9
+        assert changed.max() <= pixels.max() + 1e-9
     clouds = robustness._clouds(3, 32, 2.0, rng)
     assert clouds.min((1, 2)).tolist() == [0, 0, 0]
     assert clouds.max((1, 2)).tolist() == [1, 1, 1]
+
+
+def test_glass_takes_each_pixel_from_its_place_or_from_above_or_the_left() -> None:
+    # Every pixel has its own value in all three channels: where it came from can be read off.
+    places, rng = np.arange(32 * 32).reshape(32, 32), np.random.default_rng(0)
+    images = np.broadcast_to(places / 1023, (40, 3, 32, 32))
+    moved = robustness._next_to_their_place(images, rng)
+    came = np.rint(places - moved[:, 0] * 1023).astype(int)
+    assert set(np.unique(came)) == {0, 1, 32, 33}
+    assert (moved == moved[:, :1]).all()
+    assert not came[:, :2].any()
+    assert not came[:, :, :2].any()
+    _values, counts = np.unique(came[:, 2:, 2:], return_counts=True)
+    np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.01)
+
+
+def test_glass_is_the_ordered_exchange_of_the_authors_script() -> None:
+    images = np.random.default_rng(1).random((2, 3, 32, 32))
+    moved = robustness._next_to_their_place(images, np.random.default_rng(2))
+    steps = np.random.default_rng(2).integers(0, 2, (2, 2, 30, 30))
+    for number, image in enumerate(images.transpose(0, 2, 3, 1).copy()):
+        for row in range(31, 1, -1):
+            for column in range(31, 1, -1):
+                up, left = steps[:, number, row - 2, column - 2]
+                other = row - up, column - left
+                image[row, column], image[other] = image[other], image[row, column]
+        np.testing.assert_array_equal(moved[number], image.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("degrees", "way"), [(0, (0, -1)), (90, (-1, 0)), (-90, (1, 0)), (45, (-1, -1))])
+def test_motion_draws_a_point_out_into_a_line(degrees: float, way: tuple[int, int]) -> None:
+    kernel = robustness.motion_kernel(6, 2.0)
+    assert kernel.sum() == pytest.approx(1)
+    np.testing.assert_allclose(kernel[1:] / kernel[0], np.exp(-(np.arange(1, 13) ** 2) / 8))
+    point = np.zeros((1, 1, 32, 32))
+    point[..., 16, 16] = 1
+    (row, column), steps = way, np.arange(13)
+    if degrees == 45:  # the way is measured along the line, and a diagonal step is √2 long
+        steps = np.ceil(steps / np.sqrt(2) - 0.5).astype(int)
+    expected = np.zeros((32, 32))
+    np.add.at(expected, (16 + row * steps, 16 + column * steps), kernel)
+    np.testing.assert_allclose(robustness._smeared(point, kernel, np.array([degrees]))[0, 0], expected, atol=1e-12)
+
+
+def test_snow_falls_on_black_as_bright_spots_with_their_half_turn() -> None:
+    black, rng = np.zeros((20, 3, 32, 32)), np.random.default_rng(0)
+    fallen = robustness.snow(black, 3, rng) - (1 - 0.9) * 0.5  # what is black gets as pale as half of white
+    assert fallen.min() >= -1e-12
+    assert fallen.max() > 0.3
+    np.testing.assert_allclose(fallen, fallen[..., ::-1, ::-1])
+    np.testing.assert_allclose(fallen, fallen[:, :1].repeat(3, 1))
+    assert robustness.snow(np.ones((1, 3, 32, 32)), 1, rng).min() >= 1
+
+
+def test_no_reach_and_no_moves_is_the_identity_and_a_shift_shifts() -> None:
+    images, grid = np.random.default_rng(0).random((3, 3, 32, 32)), np.mgrid[:32, :32]
+    np.testing.assert_allclose(robustness._sheared(images, 0, np.random.default_rng(1)), images, atol=1e-12)
+    still = np.broadcast_to(grid, (3, 2, 32, 32))
+    np.testing.assert_array_equal(robustness._between_pixels(images, still, "reflect"), images)
+    down = robustness._between_pixels(images, still - np.array([1, 0])[:, None, None], "reflect")
+    np.testing.assert_allclose(down[:, :, 1:], images[:, :, :-1])
+
+
+def test_the_elastic_shears_at_severity_1_and_bends_ever_more() -> None:
+    # A ramp stays a ramp under an affine map: in the middle, what is left of the best plane is the bending.
+    rows, columns = np.mgrid[:32, :32] / 31
+    ramps = np.broadcast_to(np.stack([rows, columns, (rows + columns) / 2]), (30, 3, 32, 32))
+    middle = (..., slice(10, 22), slice(10, 22))
+    plane = np.stack([np.ones(144), rows[middle].ravel(), columns[middle].ravel()], 1)
+
+    def bending(severity: int) -> float:
+        changed = robustness.elastic_transform(ramps, severity, np.random.default_rng(0))[middle].reshape(-1, 144).T
+        return float(np.std(changed - plane @ np.linalg.lstsq(plane, changed)[0]))
+
+    found = [bending(severity) for severity in robustness.SEVERITIES]
+    assert found[0] == pytest.approx(0, abs=1e-9)
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("severity", robustness.SEVERITIES)
+def test_glass_and_the_elastic_distort_at_every_severity(severity: int, sample_test: ImageSet) -> None:
+    images = sample_test.subset(torch.arange(0, 2000, 50))
+    for name in BY_MORE_THAN_ONE_RULE:
+        assert not torch.equal(robustness.corrupt(images, name, severity).pixels, images.pixels)
 
 
 class AlwaysClass(nn.Module):
@@ -126,6 +221,6 @@ class AlwaysClass(nn.Module):
 def test_what_does_not_look_is_right_as_often_under_any_corruption(sample_test: ImageSet) -> None:
     images = sample_test.subset(torch.arange(30))
     corrupted = robustness.corruptions_of(images)
-    assert len(corrupted) == 10 * 5
+    assert len(corrupted) == len(robustness.CORRUPTIONS) * len(robustness.SEVERITIES)
     for changed in corrupted.values():
         assert torch.equal(robustness.correct(AlwaysClass(3), changed), images.labels == 3)
