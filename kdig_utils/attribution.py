@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kdig_utils.integrated_gradients import check_finite, integrated_gradients
-from kdig_utils.secants import NotASecantNetwork, SecantNetwork
+from kdig_utils.secants import NotASecantNetwork, SecantNetwork, derivative
 
 OUTPUTS = ("logit", "log_probability", "probability")
 GRADING = 0.2  # the points' density falls as 1 / (a + GRADING); tried on the teacher (chapter 04), harmless elsewhere
 RISE_FLOOR = 1e-3
+CHECK_REPEATS = 8
 HALF_ERROR = 0.01  # the smallest error for which products in bfloat16 are exact enough
 _ORDER = 1.67  # by which the error of the secant rule falls on the teacher; only a first guess of the steps rests on it
 
@@ -33,7 +34,8 @@ class Attribution:
             it is about the true distance, as tests and the benchmark measure.
         completeness: (N,), |sum of attributions - rise| / max(|rise|, `RISE_FLOOR` · sum of |attributions|). Where the
             output hardly changes from baseline to input, an error relative to the change would mean nothing.
-        evaluations: (N,), forward and backward passes spent on each input, refused attempts and checks included.
+        evaluations: (N,), forward and backward passes along the path of each input, those of refused attempts included;
+            the few forward passes of the checks and at both ends come on top.
         converged: (N,), whether `error` is within what was asked for.
         rule: `secant`, or `gradient` where the network has operations without a secant.
     """
@@ -86,6 +88,7 @@ def attribute(
         _values(model, points, targets, output, internal_batch_size) for points in (inputs, baselines.expand_as(inputs))
     )
     rise = next(ends) - next(ends)
+    check_finite(rise.unsqueeze(1), "outputs")
     return _refine(rule, inputs, baselines, targets, rise, error, max_steps)
 
 
@@ -94,22 +97,22 @@ def expected_attribution(
     inputs: Tensor,
     baseline_set: Tensor,
     target: Tensor | int = 0,
+    error: float = 0.01,
     **settings: object,
 ) -> Attribution:
     """The mean of the attributions from every baseline of a set, (K, …): expected gradients (arXiv 1906.10670).
 
     The settings are those of `attribute`. The error is a bound by the triangle inequality from those of the K parts.
     """
-    parts = [attribute(model, inputs, one.unsqueeze(0), target, **settings) for one in baseline_set]
+    parts = [attribute(model, inputs, one.unsqueeze(0), target, error, **settings) for one in baseline_set]
     mean = torch.stack([part.attributions for part in parts]).mean(0)
     mass = mean.abs().flatten(1).sum(1).clamp_min(torch.finfo(mean.dtype).tiny)
     weights = torch.stack([part.attributions.abs().flatten(1).sum(1) for part in parts]) / len(parts) / mass
-    error, completeness = (
+    reached, completeness = (
         (torch.stack([getattr(part, name) for part in parts]) * weights).sum(0) for name in ("error", "completeness")
     )
     evaluations = torch.stack([part.evaluations for part in parts]).sum(0)
-    converged = torch.stack([part.converged for part in parts]).all(0)
-    return Attribution(mean, error, completeness, evaluations, converged, parts[0].rule)
+    return Attribution(mean, reached, completeness, evaluations, reached <= error, parts[0].rule)
 
 
 def graded_points(steps: int) -> Tensor:
@@ -157,7 +160,10 @@ def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Te
                 f"{type(module).__name__} {name!r} is in training mode, so that outputs depend on the batch or on "
                 "chance: call model.eval() first"
             )
-    pair = torch.cat([inputs[:1], baselines.expand_as(inputs)[:1]]) if len(inputs) else inputs
+    if not len(inputs):
+        raise ValueError("there are no inputs: give at least one")
+    pair = torch.cat([inputs[:1], baselines.expand_as(inputs)[:1]])
+    pair = pair.repeat(CHECK_REPEATS, *[1] * (pair.dim() - 1))  # a layer that drops one row in ten must be noticed
     with torch.no_grad():
         once, again, alone = model(pair.clone()), model(pair.clone()), model(pair[:1].clone())
     if once.dim() != 2:
@@ -166,7 +172,7 @@ def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Te
         raise ValueError(
             "the model's output holds NaN or infinity at the first input or its baseline: repair the model"
         )
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < once.shape[1]:
+    if not 0 <= int(targets.min()) <= int(targets.max()) < once.shape[1]:
         raise ValueError(f"target {targets.tolist()} is outside the {once.shape[1]} outputs of the model")
     tolerance = 1e-3 * float(once.abs().max()) + 1e-6
     if float((once - again).abs().max()) > tolerance:
@@ -317,11 +323,15 @@ def _output_multipliers(before: Tensor, after: Tensor, targets: Tensor, output: 
     mean = integrated_gradients(
         lambda logits: _output(logits, output), after, before, targets, 8, internal_batch_size=len(after) * 8
     )
-    # What the quadrature leaves of the exact rise goes where the logits moved most.
-    rest = _picked(after, targets, output) - _picked(before, targets, output) - mean.sum(1)
+    # What the quadrature leaves of the exact rise goes where the logits moved most, unless it is but rounding.
+    ends = [_picked(logits, targets, output) for logits in (before, after)]
+    rest = ends[1] - ends[0] - mean.sum(1)
+    rounding = 8 * torch.finfo(moved.dtype).eps * torch.maximum(ends[0].abs(), ends[1].abs())
+    rest = torch.where(rest.abs() <= rounding, 0, rest)
     mean = mean + (moved**2 / (moved**2).sum(1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)) * rest[:, None]
     still = moved == 0
-    return torch.where(still, 0, mean / torch.where(still, 1, moved))
+    slopes = derivative(lambda logits: _picked(logits, targets, output), before + moved / 2)
+    return torch.where(still, slopes, mean / torch.where(still, 1, moved))
 
 
 def _output(logits: Tensor, output: str) -> Tensor:

@@ -57,7 +57,7 @@ class _Tape:
     """What the backward pass over one batch of intervals needs."""
 
     slopes: dict[str, Tensor] = field(default_factory=dict)
-    graphs: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
+    graphs: dict[str, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
 
 
 class SecantNetwork:
@@ -95,7 +95,7 @@ class SecantNetwork:
                     varying.add(node.name)
             else:
                 self.steps.append(_step(node, modules, varying, users))
-        self.uses = Counter(name for step in self.steps for name in step.inputs) + Counter([self.result])
+        self.uses = Counter(name for step in self.steps for name in _names(step)) + Counter([self.result])
         self.adjoints = {step.name: _Adjoint(step.call) for step in self.steps if half and _Adjoint.serves(step.call)}
         self.prefix = self._affine_prefix()
 
@@ -137,7 +137,7 @@ class SecantNetwork:
         """Outputs (N, classes), and each nonlinearity's input, for points given at the entrance."""
         kept: dict[str, Tensor] = {}
         with torch.no_grad():
-            values = self._constants() | {self._entrance_name: entrance}
+            values = {self._entrance_name: entrance}
             for step in self.steps[self.prefix :]:
                 if step.kind in ("exact", "smooth"):
                     kept[step.name] = values[step.inputs[0]]
@@ -152,19 +152,19 @@ class SecantNetwork:
             left: the nonlinearities' inputs one step before the first, of `images` rows or of one for all.
         """
         tape, left_uses = _Tape(), dict(self.uses)
-        values = self._constants() | {self._entrance_name: entrance}
+        values = {self._entrance_name: entrance}
         for step in self.steps[self.prefix :]:
             if step.kind in ("exact", "smooth"):
                 z = values[step.inputs[0]].detach()
                 with torch.no_grad():
                     values[step.name], tape.slopes[step.name] = self._secant(step, z, left[step.name], images)
                 left[step.name] = z[-images:].clone()
-            elif step.kind == "shape" or step.name in self.adjoints or _is_sum(step):
+            elif step.kind == "shape" or step.name in self.adjoints or _is_sum(step, values):
                 with torch.no_grad():
                     values[step.name] = step.call(*_filled(step.args, values), **_filled(step.kwargs, values))
             else:
                 values[step.name], tape.graphs[step.name] = _recorded(step, values)
-            for name in step.inputs:  # free each value after its last use
+            for name in _names(step):  # free each value after its last use
                 left_uses[name] -= 1
                 if not left_uses[name]:
                     del values[name]
@@ -177,28 +177,23 @@ class SecantNetwork:
         y, slope = _secant(step, z, left, images)
         return y, slope.to(dtype)
 
-    def _constants(self) -> dict:
-        constant = [step for step in self.steps[: self.prefix] if not step.inputs]
-        with torch.no_grad():
-            return self._run(constant, {})
-
     def multipliers(self, tape: _Tape, output: Tensor) -> Tensor:
         """Multipliers of each interval at the entrance, from those at the output, (rows, classes)."""
         gradients = {self.result: output}
         for step in reversed(self.steps[self.prefix :]):
             if not step.inputs or step.kind == "shape" or step.name not in gradients:
                 continue
-            gradient = gradients.pop(step.name)
+            gradient, names = gradients.pop(step.name), step.inputs
             if step.name in tape.slopes:
                 parts = [_product(gradient, tape.slopes.pop(step.name))]
             elif step.name in self.adjoints:
                 parts = [self.adjoints[step.name](gradient)]
-            elif _is_sum(step):
+            elif step.name in tape.graphs:
+                names, value = tape.graphs.pop(step.name)
+                parts = torch.autograd.grad(value, list(names.values()), gradient.to(value.dtype))
+            else:  # a sum
                 parts = [gradient] * len(step.inputs)
-            else:
-                leaves, value = tape.graphs.pop(step.name)
-                parts = torch.autograd.grad(value, leaves, gradient.to(value.dtype))
-            for name, part in zip(step.inputs, parts, strict=True):
+            for name, part in zip(names, parts, strict=True):
                 gradients[name] = gradients[name] + part if name in gradients else part
         return gradients[self._entrance_name]
 
@@ -222,7 +217,7 @@ class _Adjoint:
         if layer.kernel_size == (1, 1) and layer.groups == 1:
             return layer.padding == (0, 0)
         same = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True) if p != "same")
-        return layer.groups == layer.in_channels == layer.out_channels and same
+        return layer.groups == layer.in_channels == layer.out_channels and same and layer.padding_mode == "zeros"
 
     def __call__(self, gradient: Tensor) -> Tensor:
         gradient = gradient.bfloat16()
@@ -241,7 +236,7 @@ def _secant(step: _Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, 
         return y, _where_it_moved(rise.div_(run), step, z)
     middle = z - run / 2
     close = run.abs() <= torch.finfo(z.dtype).eps ** (1 / 3) * (1 + middle.abs())  # there rounding would speak
-    return y, torch.where(close, _derivative(step.call, middle), rise / run)
+    return y, torch.where(close, derivative(step.call, middle), rise / run)
 
 
 def _differences(values: Tensor, left: Tensor, images: int) -> Tensor:
@@ -256,7 +251,7 @@ def _where_it_moved(slope: Tensor, step: _Step, z: Tensor) -> Tensor:
     """Put the derivative where a unit stood still and its secant is 0 / 0."""
     if slope.sum().isfinite():
         return slope
-    return torch.where(slope.isnan(), _derivative(step.call, z), slope)
+    return torch.where(slope.isnan(), derivative(step.call, z), slope)
 
 
 def _product(gradient: Tensor, slope: Tensor) -> Tensor:
@@ -293,9 +288,12 @@ def _fused_secant(z: Tensor, left: Tensor, images: int, low: float, high: float,
     flat = _rows(z)
     y, slope = torch.empty_like(flat), torch.empty_like(flat, dtype=dtype)
     # Two calls: a join of the points before, in the kernel or ahead of it, costs as much as the kernel.
-    _compiled()(flat[:images], _rows(left).expand(images, -1), low, high, y[:images], slope[:images])
+    calls = [(flat[:images], _rows(left).expand(images, -1), y[:images], slope[:images])]
     if len(flat) > images:
-        _compiled()(flat[images:], flat[:-images], low, high, y[images:], slope[images:])
+        calls.append((flat[images:], flat[:-images], y[images:], slope[images:]))
+    for call in calls:  # as .data: for views the compiler would make one kernel for each shape of what they view
+        here, before, there, secant = (values.data for values in call)
+        _compiled()(here, before, low, high, there, secant)
     return _unrows(y, z), _unrows(slope, z)
 
 
@@ -311,19 +309,20 @@ def _unrows(flat: Tensor, like: Tensor) -> Tensor:
     return flat.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+def derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Derivative of the sum of `function` at `z`, in the shape of `z`: elementwise if the function is."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         return torch.autograd.grad(function(leaf).sum(), leaf)[0]
 
 
-def _recorded(step: _Step, values: dict) -> tuple[Tensor, tuple[list[Tensor], Tensor]]:
+def _recorded(step: _Step, values: dict) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
     """The value of an affine step, and the little graph through which autograd transposes it."""
     with torch.enable_grad():
         leaves = {name: values[name].detach().requires_grad_() for name in dict.fromkeys(step.inputs)}
         known = {**values, **leaves}
         value = step.call(*_filled(step.args, known), **_filled(step.kwargs, known))
-    return value.detach(), ([leaves[name] for name in step.inputs], value)
+    return value.detach(), (leaves, value)
 
 
 def _folded(model: nn.Module) -> fx.GraphModule:
@@ -360,11 +359,13 @@ def _step(node: fx.Node, modules: dict[str, nn.Module], varying: set[str], users
         what = node.target if isinstance(node.target, str) else node.target.__name__
         call = _method(node.target) if isinstance(node.target, str) else node.target
         kind = _kind_of_function(what, inputs)
-    if inputs and not kind:
+    if not inputs:
+        return _Step("shape", node.name, call, node.args, kwargs, [])
+    if not kind or _moves_the_batch(what, node.args[1:]):
         raise NotASecantNetwork(f"{what} is neither affine nor elementwise")
     if kind in ("exact", "smooth"):
         return _elementwise(node, kind, call, kwargs, inputs)
-    return _Step(kind or "shape", node.name, call, node.args, kwargs, [] if kind == "shape" else inputs)
+    return _Step(kind, node.name, call, node.args, kwargs, [] if kind == "shape" else inputs)
 
 
 def _elementwise(node: fx.Node, kind: str, call: Callable, kwargs: dict, inputs: list[str]) -> _Step:
@@ -389,12 +390,25 @@ def _kind_of_function(name: str, inputs: list[str]) -> str:
     return "affine" if name in _AFFINE_NAMES or (name in _SCALING_NAMES and len(inputs) == 1) else ""
 
 
+def _moves_the_batch(name: str, rest: tuple) -> bool:
+    """Whether the first dimension, the intervals', goes elsewhere, or another attribute than a shape is read."""
+    dimensions = rest[0] if rest and isinstance(rest[0], tuple | list) else rest
+    if name == "getattr":
+        return rest[0] not in ("shape", "ndim", "dtype", "device")
+    return (name == "permute" and dimensions[0] != 0) or (name == "transpose" and 0 in dimensions)
+
+
 def _method(name: str) -> Callable:
+    name = "reshape" if name == "view" else name  # the folded network's layout may be another
     return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
 
 
-def _is_sum(step: _Step) -> bool:
-    return step.call in (operator.add, torch.add) and len(step.inputs) == 2 and not step.kwargs
+def _is_sum(step: _Step, values: dict) -> bool:
+    """Whether it adds two values of one shape, whose multipliers are then the sum's."""
+    if step.call not in (operator.add, torch.add) or len(step.inputs) != 2 or step.kwargs:
+        return False
+    first, second = (values[name].shape for name in step.inputs)
+    return first == second
 
 
 def _flat_nodes(*structures: object) -> list[fx.Node]:

@@ -166,7 +166,9 @@ def test_memory_does_not_grow_with_images_or_steps() -> None:
     advance = network.advance
     network.advance = lambda entrance, left, images: rows.append(len(entrance)) or advance(entrance, left, images)
     inputs, _ = pairs(6, n=40)
-    secant_attributions(network, inputs, torch.zeros(1, 4), torch.zeros(40, dtype=torch.long), 50, internal_batch_size=32)
+    secant_attributions(
+        network, inputs, torch.zeros(1, 4), torch.zeros(40, dtype=torch.long), 50, internal_batch_size=32
+    )
     assert max(rows) <= 32
     assert sum(rows) == 40 * 50
 
@@ -189,7 +191,6 @@ def test_what_was_not_reached_is_marked() -> None:
     network, (inputs, baselines) = relu_network(2, depth=5), pairs(7, n=12)
     found = attribute(network, inputs, baselines, 1, 1e-4, max_steps=8)
     assert not bool(found.converged.all())
-    assert torch.equal(found.converged, found.error <= 1e-4)
     assert bool((found.evaluations == 12).all())
 
 
@@ -250,13 +251,14 @@ def test_real_teacher_against_double_precision(real) -> None:
 # The engines
 
 
-def test_compiled_kernels_give_the_same_numbers(real) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_compiled_kernels_give_the_same_numbers(real, half: bool) -> None:
     """Fused elementwise work is the same arithmetic: equal to within a few units of the last place."""
     if not compiles():
         pytest.skip("torch.compile does not work here: it needs a C++ compiler")
     teacher, images, baselines, labels = real
     plain, fused = (
-        secant_attributions(SecantNetwork(teacher, compiled=compiled), images, baselines[:1], labels, 6)
+        secant_attributions(SecantNetwork(teacher, half, compiled), images, baselines[:1], labels, 6)
         for compiled in (False, True)
     )
     assert float(distance(fused, plain).max()) < 1e-5
@@ -304,8 +306,16 @@ def test_training_mode_is_refused(layer: nn.Module) -> None:
 def test_chance_and_dependence_on_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="two outputs for one input"):
         attribute(Formula(lambda x: x.sum(1) + torch.randn(len(x))), pairs()[0])
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="two outputs for one input"):  # stochastic depth: one row in ten is dropped
+        attribute(Formula(lambda x: (x.T * (torch.rand(len(x)) > 0.1)).sum(0)), pairs()[0])
     with pytest.raises(ValueError, match="rest of its batch"):
         attribute(Formula(lambda x: (x - x.mean(0)).pow(2).sum(1)), pairs()[0])
+
+
+def test_no_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        attribute(relu_network(), torch.zeros(0, 4, dtype=torch.float64))
 
 
 def test_overwriting_its_input_does_no_harm() -> None:
@@ -324,8 +334,9 @@ def test_operations_without_a_secant_fall_back_to_gradients(layer: nn.Module) ->
     network(inputs)
     found = attribute(network.eval(), inputs, baselines, error=0.05)
     assert found.rule == "gradient"
-    rise = (network(inputs) - network(baselines))[:, 0].detach()
-    assert bool(((found.attributions.sum(1) - rise).abs() <= 0.05 * rise.abs()).logical_or(~found.converged).all())
+    expected = integrated_gradients(network, inputs, baselines, 0, 4000, "riemann_middle", 4096)
+    assert bool(found.converged.all())
+    assert float(distance(found.attributions, expected).max()) < 0.05
 
 
 def test_value_that_is_overwritten_and_used_again_is_no_secant_network() -> None:
@@ -358,3 +369,86 @@ def test_inputs_and_outputs_that_are_not_finite_are_named() -> None:
         attribute(relu_network(), torch.full((1, 4), float("nan"), dtype=torch.float64))
     with pytest.raises(ValueError, match="output holds NaN"):
         attribute(Formula(lambda x: x.sum(1).log()), -torch.ones(1, 4))
+
+
+# Any wiring, any padding, logits that stand still
+
+
+class Wired(nn.Module):
+    """Layers wired by a function of the layers and the inputs."""
+
+    def __init__(self, wiring, *layers: nn.Module) -> None:
+        super().__init__()
+        self.wiring, self.layers = wiring, nn.ModuleList(layers)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.wiring(self.layers, inputs)
+
+
+def reads_a_size_late(layers, x: Tensor) -> Tensor:
+    h = layers[0](x).relu()
+    return layers[1](layers[2](h).relu().view(x.size(0), -1) + h.view(x.shape[0], -1))
+
+
+def sum_of_two_shapes(layers, x: Tensor) -> Tensor:
+    h = layers[0](x).relu()
+    return layers[1]((h + h.mean(2, True)).flatten(1))
+
+
+def three_readers(layers, x: Tensor) -> Tensor:
+    h = x.relu()
+    return layers[1]((h + layers[2](h).relu() - (h - 0.1).relu()).flatten(1))
+
+
+WIRINGS = {
+    "sizes of used values": reads_a_size_late,
+    "joined with itself": lambda layers, x: layers[1](torch.cat([layers[0](x).relu()] * 2, 2).flatten(1)[:, :32]),
+    "sum of two shapes": sum_of_two_shapes,
+    "batch not first": lambda layers, x: layers[1](layers[0](x.transpose(0, 1)).relu().transpose(0, 1).flatten(1)),
+    "three readers": three_readers,
+}
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_secants_follow_any_wiring(name: str) -> None:
+    torch.manual_seed(0)
+    network = Wired(WIRINGS[name], nn.Linear(8, 8), nn.Linear(32, 2), nn.Linear(8, 8)).double().eval()
+    inputs = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = attribute(network, inputs, 0.1, error=0.005)
+    expected = integrated_gradients(network, inputs, 0.1, 0, 4000, "riemann_middle", 4096)
+    assert bool(found.converged.all())
+    assert float(distance(found.attributions, expected).max()) < 0.01
+
+
+@pytest.mark.parametrize("output", OUTPUTS[1:])
+@pytest.mark.parametrize("apart", [0.0, 1e-5])
+def test_logits_that_hardly_move_pass_the_gradient_on(output: str, apart: float) -> None:
+    """Logits in x₁ - x₂ alone, x₁ = x₂ along the path: the rise is 0 and the answer d·∂F/∂x."""
+    layer = nn.Linear(2, 3)
+    layer.weight.data = torch.tensor([[1.0, -1.0], [0.5, -0.5], [-0.2, 0.2]])
+    layer.bias.data = torch.tensor([3.0, 1.0, 0.0])
+    inputs = torch.tensor([[3.0, 3.0 + apart]])
+    found = attribute(nn.Sequential(layer).eval(), inputs, output=output)
+    assert found.rule == "secant"
+    logits = layer.bias.detach().double().requires_grad_()
+    value = logits.softmax(0)[0] if output == "probability" else logits.log_softmax(0)[0]
+    slope = torch.autograd.grad(value, logits)[0] @ layer.weight.detach().double()
+    assert torch.allclose(found.attributions.double(), slope * inputs, rtol=0.01)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+def test_bfloat16_adjoint_of_a_depthwise_convolution_knows_its_padding(mode: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode=mode), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 2)).eval()
+    inputs, target = torch.rand(2, 3, 6, 6), torch.zeros(2, dtype=torch.long)
+    plain, half = (
+        secant_attributions(SecantNetwork(network, half), inputs, torch.zeros(1, 3, 6, 6), target, 4)
+        for half in (False, True)
+    )
+    assert float(distance(half, plain).max()) < 0.02
+
+
+def test_output_that_is_not_finite_at_a_later_input_is_named() -> None:
+    with pytest.raises(ValueError, match="1 of 2 outputs hold NaN"):
+        attribute(Formula(lambda x: x.sum(1).log()), torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), 0.5)
