@@ -24,4 +24,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/latency.py NAME    # of this machine, as in results/latency/NAME.json")
     main(sys.argv[1])

@@ -4,29 +4,21 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import importlib
+import inspect
 import math
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import torch
 
-from kdig_utils import (
-    artifacts,
-    campaigns,
-    cifar10,
-    engine,
-    explanations,
-    hyperparameters,
-    models,
-    overlay,
-    paths,
-    publishing,
-    training,
-)
+from kdig_utils import artifacts, campaigns, cifar10, models, overlay, paths, publishing, training
+from kdig_utils.engine import SIDE_BY_SIDE, TrainingDiverged
 from kdig_utils.runs import METHODS, SCHEDULES, Ledger, RunSpec, TeacherSpec
 from kdig_utils.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
 from kdig_utils.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
@@ -61,11 +53,13 @@ def teacher(arguments: argparse.Namespace) -> int:
     if arguments.initial:
         initial = artifacts.read_weights(models.teacher(), arguments.initial)
         spec = dataclasses.replace(spec, initial_sha256=models.weights_sha256(initial))
+    deadline = time.monotonic() + 60 * arguments.budget_minutes
     keep_freed_memory()
-    row = study.run(dataclasses.replace(spec, data_md5=study.train.md5), arguments.campaign, initial)
-    print(finished(row))
+    spec = dataclasses.replace(spec, data_md5=study.train.md5)
+    row = study.run(spec, arguments.campaign, initial, deadline)
+    print(f"{spec.run_id} is not finished: run it again to go on" if row is None else finished(row))
     if arguments.pack:
-        print(packed(study, row.to_frame().T, arguments.pack, "teacher"))
+        print(packed(study, [spec.run_id], arguments.pack, "teacher"))
     return 0
 
 
@@ -99,49 +93,61 @@ def train(arguments: argparse.Namespace) -> int:
     ]
     keep_freed_memory()
     study = student_study(arguments.n_steps)
-    study.run_all(specs, arguments.campaign)
-    rows = study.ledger.read().query("campaign == @arguments.campaign")
-    print("\n".join(ledger_lines(rows)))
+    run_ids = study.run_all(specs, arguments.campaign)
+    rows = study.ledger.read()
+    print("\n".join(ledger_lines(rows[rows["run_id"].isin(run_ids)])))
     return 0
 
 
 def campaign(arguments: argparse.Namespace) -> int:
-    """Train the next runs of a campaign side by side, as many as end within the budget; then say what is left."""
+    """Train the next runs of a campaign side by side, as many as end within the budget; then say what is left.
+
+    The ledger notes the code's commit; where the code is no git clone, set KDIG_COMMIT to it.
+    """
     deadline = time.monotonic() + 60 * arguments.budget_minutes
-    specs, loss = campaign_specs(arguments.name), None
+    specs, loss, diverged = campaign_specs(arguments.name), None, None
     if arguments.compiled:
         torch._dynamo.config.cache_size_limit = 128  # each method, k and size of batch is compiled for itself
         loss = torch.compile(training.student_loss, dynamic=False)
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
-    at_once = arguments.at_once or engine.SIDE_BY_SIDE[study.device.type]
+    specs = [study.completed(study.scaled(spec)) for spec in specs]
     report = print_now_and_then(arguments.report_seconds)
-    run_ids = study.run_all(map(study.scaled, specs), arguments.name, at_once, deadline, report, loss)
+    try:
+        study.run_all(specs, arguments.name, arguments.at_once, deadline, report, loss)
+    except TrainingDiverged as error:
+        diverged = error
+    run_ids = [spec.run_id for spec in specs]
     done = study.ledger.read().query("run_id in @run_ids")
     print("\n".join(ledger_lines(done)))
     print(f"{arguments.name}: {len(done)} of {len(run_ids)} runs done")
     if arguments.pack:
-        print(packed(study, done, arguments.pack, arguments.name))
-    return 0
+        print(packed(study, run_ids, arguments.pack, arguments.name))
+    if diverged:
+        print(f"error: {diverged}", file=sys.stderr)
+    return int(diverged is not None)
 
 
 def search(arguments: argparse.Namespace) -> int:
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
-    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    deadline, hyperparameters = time.monotonic() + 60 * arguments.budget_minutes, needed("hyperparameters")
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
     options = {
-        "at_once": arguments.at_once or engine.SIDE_BY_SIDE[study.device.type],
+        "at_once": arguments.at_once or SIDE_BY_SIDE[study.device.type],
         "deadline": deadline,
         "report": print_now_and_then(arguments.report_seconds),
     }
-    rows = hyperparameters.search(study, arguments.method, arguments.trials, arguments.storage, **options)
+    trials = arguments.trials or hyperparameters.TRIALS
+    rows = hyperparameters.search(study, arguments.method, trials, arguments.storage, **options)
     under_way = hyperparameters.trials_under_way(study, arguments.method, arguments.storage)
     if not under_way and time.monotonic() < deadline:
         rows = hyperparameters.confirm(study, arguments.method, **options)
     print(hyperparameters.choices(rows).round(2).to_string() if len(rows) else "no trial is finished yet")
     done, fresh = (~rows["fresh"]).sum(), rows["fresh"].sum()
-    print(f"search {arguments.method}: {done} of {arguments.trials} trials, {fresh} runs with fresh seeds")
+    print(f"search {arguments.method}: {done} of {trials} trials, {fresh} runs with fresh seeds")
+    if arguments.pack:
+        print(packed(study, rows["run_id"], arguments.pack, f"search_{arguments.method}"))
     return 0
 
 
@@ -149,7 +155,7 @@ def campaign_specs(name: str) -> list[RunSpec]:
     """The runs of a campaign; those of `answers` wait for what validation prefers."""
     if name != "answers":
         return campaigns.specs(name)
-    preferred = hyperparameters.preferred(Ledger(paths.ledger_path()).read())
+    preferred = needed("hyperparameters").preferred(Ledger(paths.ledger_path()).read())
     if preferred is None:
         raise ValueError(
             "the campaign answers needs the alpha that validation prefers: run "
@@ -168,7 +174,9 @@ def unpack(arguments: argparse.Namespace) -> int:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Measure the explanations of every run whose weights are here; goes on where it stopped."""
-    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    if arguments.images % 20:
+        raise ValueError(f"--images {arguments.images} is no multiple of 20: give one, as 100; half are corrupted")
+    deadline, explanations = time.monotonic() + 60 * arguments.budget_minutes, needed("explanations")
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
     effort = dataclasses.replace(
@@ -182,18 +190,13 @@ def explain(arguments: argparse.Namespace) -> int:
 
 def latency(arguments: argparse.Namespace) -> int:
     """Time teacher and student in every runtime at hand; needs no data set."""
-    from kdig_utils import court
-
-    court.run(arguments.student, arguments.patience, arguments.json)
+    needed("court").run(arguments.student, arguments.patience, arguments.json)
     return 0
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """Run the notebooks in a profile with papermill."""
-    try:
-        from kdig_utils import reproduce as chapters
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error.name} is not installed: run `make reproduce`, or pip install '.[book]'") from error
+    chapters = needed("reproduce")
     outcomes = chapters.reproduce(arguments.profile, arguments.only, arguments.resume)
     print("\n" + chapters.summary(outcomes))
     return int(any(outcome.status == "failed" for outcome in outcomes))
@@ -201,8 +204,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 def store(_arguments: argparse.Namespace) -> int:
     """Run the notebooks in profile published and put the executed copies in place of the committed ones."""
-    from kdig_utils import reproduce as chapters
-
+    chapters = needed("reproduce")
     changed = chapters.store(chapters.reproduce("published", resume=True))
     print(f"changed: {', '.join(changed) or 'none'}")
     return 0
@@ -213,7 +215,7 @@ def status(_arguments: argparse.Namespace) -> int:
     damaged, ledger = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read()
     sections = {
         "ledger": ledger_lines(ledger),
-        "campaigns": campaign_lines(ledger),
+        "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
         "runs in progress": [checkpoint_line(path) for path in sorted(paths.workspace().glob("*/checkpoints/*.pt"))],
         "teacher signals": [
             signals_line(path.parent) for path in sorted(paths.workspace().glob("*/signals/*/done.npy"))
@@ -271,10 +273,33 @@ def student_study(n_steps: int) -> Study:
     return study
 
 
-def packed(study: Study, rows: pd.DataFrame, folder: Path, name: str) -> str:
-    """Pack the runs of these ledger rows with their files; say what was written."""
-    pieces = campaigns.pack(study.ledger, rows["run_id"], study.files(rows), folder, name)
-    return "packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pieces)
+def needed(name: str) -> ModuleType:
+    """A module of the package that only some commands need, because of the packages that it needs itself."""
+    try:
+        return importlib.import_module(f"kdig_utils.{name}")
+    except ModuleNotFoundError as error:
+        package = error.name.split(".")[0]
+        raise RuntimeError(f"{package} is not installed: pip install {package}, or '.[book,edge]'") from error
+
+
+def answers_line(ledger: pd.DataFrame) -> str:
+    """How far the campaign `answers` is; its settings are known when the search is done."""
+    try:
+        wanted = campaign_specs("answers")
+    except (ValueError, RuntimeError) as error:
+        return f"answers: {error}"
+    done = len(campaigns.rows_of(ledger, wanted))
+    return f"answers: {done} of {len(wanted)} runs done, {len(wanted) - done} left"
+
+
+def packed(study: Study, run_ids: Iterable[str], folder: Path, name: str) -> str:
+    """Pack these runs, as far as they are finished, with their files; say what was written and what was not."""
+    rows = study.ledger.read().query("run_id in @run_ids")
+    pack = campaigns.pack(study.ledger, rows["run_id"], study.files(rows), folder, name)
+    left_out = "".join(f"\nleft out, no room: {path.parent.name}/{path.name}" for path in pack.left_out)
+    return (
+        "packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pack.pieces) + left_out
+    )
 
 
 def keep_freed_memory() -> None:
@@ -289,7 +314,7 @@ EXAMPLES = {
     data: ("data", "data    # with KDIG_DATA=FOLDER in the environment: checks the files there"),
     teacher: (
         "teacher --epochs 50 --validation-images 5000 --cutout 16    # a candidate, judged by validation",
-        "teacher --pack out    # the recipe, on all images",
+        "teacher --budget-minutes 9 --pack out    # the recipe, on all images, a part at a time",
         "teacher --epochs 4 --schedule one_cycle --learning-rate 0.04 --initial teacher.safetensors",
     ),
     signals: ("signals", "signals --n-steps 8"),
@@ -304,7 +329,7 @@ EXAMPLES = {
         "campaign compression --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
     ),
     search: (
-        "search --method kd --trials 30 --budget-minutes 240",
+        "search --method kd --trials 30 --budget-minutes 240 --pack out",
         "search --method kd_ig --storage postgresql://me@host/search --budget-minutes 9    # one of several workers",
         "search --method kd --trials 4 --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
     ),
@@ -328,8 +353,8 @@ def command_line() -> argparse.ArgumentParser:
     for function, examples in EXAMPLES.items():
         commands[function] = subparsers.add_parser(
             function.__name__,
-            help=function.__doc__,
-            description=function.__doc__,
+            help=function.__doc__.splitlines()[0],
+            description=inspect.cleandoc(function.__doc__),
             epilog="\n".join(["examples:", *(f"  python -m kdig_utils {line}" for line in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -369,6 +394,7 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--label-smoothing", type=float, default=TEACHER_RECIPE.label_smoothing, help="%(default)s")
     command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
+    command.add_argument("--budget-minutes", type=float, default=math.inf, help="from now on; default: until it ends")
     command.add_argument("--initial", type=Path, metavar="FILE", help="safetensors to start from; else random weights")
 
 
@@ -393,12 +419,11 @@ def add_campaign_options(command: argparse.ArgumentParser) -> None:
 
 def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", required=True, help=f"of {' '.join(METHODS[1:])}")
-    command.add_argument(
-        "--trials", type=int, default=hyperparameters.TRIALS, help="of all workers together; default: %(default)s"
-    )
+    command.add_argument("--trials", type=int, help="of all workers together; default: as many as in chapter 07")
     command.add_argument("--storage", metavar="URL", help="an Optuna storage; default: an SQLite file in the workspace")
     command.add_argument("--budget-minutes", type=float, required=True, help="from now on, teacher signals included")
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
+    command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
     command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
 

@@ -138,9 +138,9 @@ def secant_attributions(
     """Integrated Gradients by the secants of `steps` graded intervals, the shape of `inputs`.
 
     Args:
-        baselines: broadcasts to `inputs`; one for all of them, (1, …), is evaluated only once.
+        baselines: broadcasts to `inputs`; one for all of them is evaluated only once.
     """
-    baselines = baselines.to(inputs).expand(1 if _shared(baselines, inputs) else len(inputs), *inputs.shape[1:])
+    baselines = _with_batch(baselines.to(inputs), inputs)
     points, found = graded_points(steps), torch.empty_like(inputs)
     chunk = min(steps, internal_batch_size)
     shared = _start(network, baselines) if len(baselines) == 1 else None

@@ -5,6 +5,7 @@ weights, the runtime comes from npm, as `book/browser/package-lock.json` pins it
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import onnxruntime
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -30,6 +30,7 @@ from kdig_utils.signals import SignalSettings
 
 STUDENT = "kd_ig_k5"
 PAGE_FILES = ("try_it.js", "try_it.css")
+EXPORTERS = ("onnx", "onnxruntime")  # the book's other pages are built without them
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 SEARCHED = 200  # test images among which the examples are found
 DISAGREEMENTS = 2
@@ -47,11 +48,12 @@ def write_site(folder: Path) -> str:
     for name in PAGE_FILES:
         shutil.copyfile(_sources() / name, folder / name)
     try:
-        shutil.copytree(runtime(), folder, dirs_exist_ok=True)
+        built = runtime(), networks()
     except RuntimeError as error:
         (folder / "assets.json").write_text(json.dumps({"missing": str(error)}))
         return str(error)
-    shutil.copytree(networks(), folder, dirs_exist_ok=True)
+    for part in built:
+        shutil.copytree(part, folder, dirs_exist_ok=True)
     assets = json.loads((folder / "assets.json").read_text())
     assets["runtime_bytes"] = sum((folder / name).stat().st_size for name in RUNTIME_FILES)
     (folder / "assets.json").write_text(json.dumps(assets))
@@ -69,7 +71,14 @@ def runtime() -> Path:
 
 
 def networks() -> Path:
-    """The folder with the exported networks, the example pictures and `assets.json`, made if it is not there yet."""
+    """The folder with the exported networks, the example pictures and `assets.json`, made if it is not there yet.
+
+    Raises:
+        RuntimeError: a package that exports networks is not installed.
+    """
+    missing = [package for package in EXPORTERS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RuntimeError(f"{' and '.join(missing)} not found: `pip install '.[book,edge]'`, and build the book again")
     manifest = artifacts.manifest()
     weights = [manifest[name]["sha256"].encode() for name in ("teacher", STUDENT)]
     code = [Path(module).read_bytes() for module in (__file__, exporting.__file__)]
@@ -77,7 +86,7 @@ def networks() -> Path:
 
 
 def examples(teacher: nn.Module, student: nn.Module) -> ImageSet:
-    """The first test image of each class, and two more that the teacher gets right and the student wrong."""
+    """The first test image of each class, and up to two more that the teacher gets right and the student wrong."""
     test = cifar10.load_sample("test").subset(torch.arange(SEARCHED))
     first = cifar10.first_of_each_class(test.labels, 1)
     with torch.inference_mode():
@@ -131,6 +140,8 @@ def _export(name: str, network: nn.Module, shown: ImageSet, folder: Path) -> lis
 
 
 def _onnx_logits(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: it warns of each constant that quantisation left over
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -13,13 +13,14 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from kdig_utils import models
 from kdig_utils.overlay import PAIRINGS
 from kdig_utils.paths import replacing
-from kdig_utils.runs import METHODS, Ledger, RunSpec, spec_of
+from kdig_utils.runs import METHODS, Ledger, RunSpec, of_one_teacher, spec_of
 
 SEEDS = 10
 COMPRESSION_SEEDS = 3
@@ -31,6 +32,18 @@ COMPONENT_DRAWS = 12
 PRECISION_SEEDS = 3
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file
 PACK_FILES = 8
+
+
+class Pack(NamedTuple):
+    """What `pack` wrote.
+
+    Attributes:
+        pieces: the files of the archive, in order.
+        left_out: files for which there was no room.
+    """
+
+    pieces: list[Path]
+    left_out: list[Path]
 
 
 def ablation() -> list[RunSpec]:
@@ -127,10 +140,38 @@ def specs(name: str) -> list[RunSpec]:
 
 
 def rows(ledger: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows of a ledger that belong to a campaign: those with its settings, whatever teacher and data they had."""
-    wanted = {spec.run_id for spec in specs(name)}
-    belongs = [_bare(row) in wanted for _index, row in ledger.iterrows()]
-    return ledger[pd.Series(belongs, index=ledger.index, dtype=bool)].reset_index(drop=True)
+    """The ledger rows that belong to a campaign: those with its settings, of the teacher that most of these have."""
+    return rows_of(ledger, specs(name))
+
+
+def rows_of(ledger: pd.DataFrame, wanted: Iterable[RunSpec]) -> pd.DataFrame:
+    """The rows with the settings of these specs, of the teacher that most of them have, whatever data they had."""
+    run_ids = {spec.run_id for spec in wanted}
+    belongs = [_bare(row) in run_ids for _index, row in ledger.iterrows()]
+    found = ledger[pd.Series(belongs, index=ledger.index, dtype=bool)]
+    return of_one_teacher(found).reset_index(drop=True)
+
+
+def main_runs(ledger: pd.DataFrame) -> pd.DataFrame:
+    """The students that stand for the study: the paper's settings at k = 5, one number of epochs and one teacher.
+
+    Whichever campaign trained them. Of several numbers of epochs the one at which most of `SWEPT_METHODS` were run, and
+    of those the largest; of several teachers the one with the most students.
+    """
+    students = ledger[ledger["method"] != "teacher"]
+    belongs = [_has_main_settings(spec_of(row)) for _index, row in students.iterrows()]
+    alike = students[pd.Series(belongs, index=students.index, dtype=bool)]
+    budgets = (of_one_teacher(runs) for _epochs, runs in alike.groupby("epochs"))
+    return max(budgets, key=_completeness, default=alike).reset_index(drop=True)
+
+
+def _has_main_settings(spec: RunSpec) -> bool:
+    free = {"seed": 0, "epochs": RunSpec.epochs, "n_steps": RunSpec.n_steps, "teacher_sha256": "", "data_md5": ""}
+    return dataclasses.replace(spec, **free) == RunSpec(spec.method)
+
+
+def _completeness(runs: pd.DataFrame) -> tuple[int, int]:
+    return len(set(runs["method"]) & set(SWEPT_METHODS)), int(runs["epochs"].max())
 
 
 def _bare(row: pd.Series) -> str:
@@ -155,27 +196,26 @@ def progress(ledger: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: Path, name: str) -> list[Path]:
+def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: Path, name: str) -> Pack:
     """Write rows and files into a tar archive, cut into pieces of at most 16 MB: `NAME.tar.00`, `NAME.tar.01`, …
 
     A list of SHA-256 and the rows come first; `files`, each with its folder's name (`curves/…csv`,
-    `weights/…safetensors`, `checkpoints/…pt`), follow in their order as long as eight pieces hold them.
-
-    Returns:
-        The pieces.
+    `weights/…safetensors`, `checkpoints/…pt`), follow in their order; one that eight pieces cannot hold is left out.
     """
     table = ledger.read()
     members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
+    left_out, pieces = [], []
     for path in files:
         if sum(map(len, members.values())) + path.stat().st_size > (PACK_FILES - 1) * PACK_BYTES:
-            break
-        members[f"{path.parent.name}/{path.name}"] = path.read_bytes()
-    content, pieces = _archive(members), []
+            left_out.append(path)
+        else:
+            members[f"{path.parent.name}/{path.name}"] = path.read_bytes()
+    content = _archive(members)
     for number, start in enumerate(range(0, len(content), PACK_BYTES)):
         pieces.append(folder / f"{name}.tar.{number:02d}")
         with replacing(pieces[-1]) as part:
             part.write_bytes(content[start : start + PACK_BYTES])
-    return pieces
+    return Pack(pieces, left_out)
 
 
 def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:

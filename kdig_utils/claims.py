@@ -25,6 +25,7 @@ from kdig_utils.runs import RunSpec
 VERDICTS = ("reproduced", "reproduced with reservations", "not reproduced", "not testable here", "not run yet")
 REPRODUCED, RESERVATIONS, NOT_REPRODUCED, NOT_TESTABLE, NOT_RUN = VERDICTS
 SIGNIFICANCE = 0.05
+UNDECIDED = "undecided, too few runs to tell"
 RELEASED_PAIRING = "shuffled"  # as the authors' scripts pair (paper.json, released_code)
 # Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
 # are RunSpec's defaults: a field added later is compared as well.
@@ -34,7 +35,10 @@ FREE_FIELDS = frozenset(
 
 
 class Estimate(NamedTuple):
-    """Our number for a claim: 95 % interval, p-value against no difference, number of runs, and the best of them."""
+    """Our number for a claim: interval, p-value against no difference, number of runs, and the best of them.
+
+    The interval is the 95 % one, and for `no_difference` the 90 % one: what two one-sided tests at 5 % look at.
+    """
 
     value: float
     low: float = np.nan
@@ -60,7 +64,8 @@ class Claim:
         methods: the methods whose runs or networks are measured; two for a difference.
         settings: what a run must have to count, besides the paper's values of the other fields of its spec.
         seeds: runs of each method that are needed.
-        tolerance: the largest distance from the paper's number that counts as the same, in its unit.
+        tolerance: the largest distance from the paper's number that counts as the same, in its unit; for
+            `no_difference` the largest distance from 0, whatever the paper's own difference is.
         chapter: the notebook that shows it.
         k: feature blocks removed.
 
@@ -198,9 +203,10 @@ def _judged(rows: list[dict]) -> list[dict]:
 def _holm_over_tests(rows: list[dict]) -> list[float]:
     """Holm's correction over the tests, not the claims: two claims on one comparison are one test."""
     tests = [(row["methods"], row["k"], row["settings"].get("train_images")) for row in rows]
-    distinct = {test: row["p"] for test, row in zip(tests, rows, strict=True) if np.isfinite(row["p"])}
+    tested = [row["measure"] == "difference" and np.isfinite(row["p"]) for row in rows]
+    distinct = {test: row["p"] for test, row, counts in zip(tests, rows, tested, strict=True) if counts}
     corrected = dict(zip(distinct, _holm(list(distinct.values())), strict=True))
-    return [corrected[test] if np.isfinite(row["p"]) else np.nan for test, row in zip(tests, rows, strict=True)]
+    return [corrected[test] if counts else np.nan for test, counts in zip(tests, tested, strict=True)]
 
 
 def _holm(p_values: list[float]) -> np.ndarray:
@@ -327,18 +333,18 @@ def mean(by_method: list[np.ndarray]) -> Estimate:
     return Estimate(float(values.mean()), *map(float, interval), runs=len(values), best=float(values.max()))
 
 
-def difference(by_method: list[np.ndarray]) -> Estimate:
-    """Difference of two means with Welch's 95 % interval and p-value."""
+def difference(by_method: list[np.ndarray], confidence: float = 1 - SIGNIFICANCE) -> Estimate:
+    """Difference of two means with Welch's interval and p-value."""
     first, second = by_method
     test = stats.ttest_ind(first, second, equal_var=False)
-    low, high = test.confidence_interval()
+    low, high = test.confidence_interval(confidence)
     value, runs = float(first.mean() - second.mean()), min(len(first), len(second))
     return Estimate(value, float(low), float(high), p=float(test.pvalue), runs=runs)
 
 
 def no_difference(by_method: list[np.ndarray]) -> Estimate:
-    """The same without its p-value: whether two methods are alike is read from the interval."""
-    return difference(by_method)._replace(p=np.nan)
+    """The same with the 90 % interval of `comparisons.equivalence`: it lies within ± a margin exactly if p < 0.05."""
+    return difference(by_method, 1 - 2 * SIGNIFICANCE)
 
 
 @cache
@@ -379,17 +385,18 @@ def judge(row: Mapping) -> tuple[str, str]:
 
     Reproduced:
         a number within the tolerance of the paper's (of a teacher, also above it); a best of n if the mean of our runs
-        is; a difference if Welch's test shows it after Holm's correction and its size is; no difference if its whole
-        95 % interval is.
+        is; a difference if Welch's test shows it after Holm's correction and its size is; no difference if two
+        one-sided tests show it smaller than the tolerance: the whole 90 % interval lies within ± tolerance of 0.
     Reproduced with reservations, whichever applies first:
         - a number is within the tolerance, but its interval reaches beyond twice the tolerance: too few runs;
         - a number is outside, but its interval reaches within: chance may explain it;
         - a best of n: only our own best is within the tolerance, the mean is not;
         - a difference is shown, but in another size, or only without the correction;
-        - no difference: the estimate is within the tolerance, its interval reaches beyond;
+        - undecided, too few runs to tell: a difference is not shown, but its interval holds the paper's number; or of
+          two methods that should not differ, neither that they do is shown nor that they do not;
         - reproduced with one pairing, not reproduced with the other (`weigh_pairing`).
     Not testable here: needs what only others have. Not run yet: no run, or not enough of them, with the settings.
-    Not reproduced: anything else.
+    Not reproduced: anything else. So for two methods that should not differ: Welch's test shows that they do.
     """
     if row["measure"] in OUT_OF_REACH:
         return NOT_TESTABLE, OUT_OF_REACH[row["measure"]]
@@ -420,6 +427,8 @@ def _judge_best(row: Mapping) -> tuple[str, str]:
 
 def _judge_difference(row: Mapping) -> tuple[str, str]:
     words = f"{row['low']:+.2f} to {row['high']:+.2f}, p = {row['p']:.2g}, corrected {row['p_holm']:.2g}"
+    if row["p"] >= SIGNIFICANCE and row["low"] <= row["claimed"] <= row["high"]:
+        return RESERVATIONS, f"{UNDECIDED}: {words}"
     if row["p"] >= SIGNIFICANCE or row["value"] * row["claimed"] <= 0:
         return NOT_REPRODUCED, words
     shown = row["p_holm"] < SIGNIFICANCE
@@ -427,11 +436,11 @@ def _judge_difference(row: Mapping) -> tuple[str, str]:
 
 
 def _judge_no_difference(row: Mapping) -> tuple[str, str]:
-    words = f"{row['low']:+.2f} to {row['high']:+.2f}, tolerance {row['tolerance']:g}"
-    if not _within(row, row["tolerance"]):
-        return NOT_REPRODUCED, words
-    lowest, highest = row["claimed"] - row["tolerance"], row["claimed"] + row["tolerance"]
-    return (REPRODUCED if lowest <= row["low"] and row["high"] <= highest else RESERVATIONS), words
+    words = f"90 % interval {row['low']:+.2f} to {row['high']:+.2f}, tolerance {row['tolerance']:g} from 0"
+    if -row["tolerance"] < row["low"] and row["high"] < row["tolerance"]:
+        return REPRODUCED, words
+    shown = row["p"] < SIGNIFICANCE
+    return (NOT_REPRODUCED, f"p = {row['p']:.2g}, {words}") if shown else (RESERVATIONS, f"{UNDECIDED}: {words}")
 
 
 def _within(row: Mapping, tolerance: float) -> bool:
@@ -476,7 +485,8 @@ def _evidence(row: Mapping) -> str:
         return _what_is_missing(row)
     ours, spread = written(row["value"], row["unit"]), ""
     if np.isfinite(row["low"]):
-        spread = f", 95 % interval {written(row['low'], row['unit'])} to {written(row['high'], row['unit'])}"
+        confidence = 90 if row["measure"] == "no_difference" else 95
+        spread = f", {confidence} % interval {written(row['low'], row['unit'])} to {written(row['high'], row['unit'])}"
     runs = f", {row['runs']} runs a method" if row["runs"] > 1 else ""
     return f"{EVIDENCE.get(row['measure'], 'Our runs give')} {ours}{spread}{runs}."
 
@@ -515,7 +525,7 @@ TESTS = {
     "best": "A best of n depends on n, so the mean of our runs has to lie within the tolerance of it.",
     "teacher": "A teacher within the tolerance, or better, will do.",
     "difference": "It needs Welch's test, Holm's correction over all differences tested, and the size.",
-    "no_difference": "That two methods are alike needs the whole interval within the tolerance.",
+    "no_difference": "That two methods are alike needs two one-sided tests: the interval within the tolerance of 0.",
     **dict.fromkeys((*MODEL_MEASURES, *PAPER_MEASURES), "It should be the same to the last digit printed."),
     "latency_ratio": "It may be off by a fifth, as machines differ.",
 }

@@ -5,7 +5,8 @@ and statsmodels'; this module chooses among them, and corrects for how many were
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,22 @@ from statsmodels.stats.power import TTestIndPower
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from kdig_utils.claims import SIGNIFICANCE, paper
-from kdig_utils.runs import METHODS
+from kdig_utils.runs import METHODS, spec_of
 
 RESAMPLES = 9999
-# What two runs must share to be runs of one experiment; their method and seed may differ.
+# What tells runs of the paper apart, which have no spec.
 SETTINGS = ("k", "epochs", "pairing", "train_fraction")
+# Fields of a spec that are no setting, and those that set something only in methods with one of these parts.
+NO_SETTINGS = ("method", "seed", "data_md5", "teacher_sha256")
+READ_BY = {
+    "alpha": ("kd",),
+    "temperature": ("kd",),
+    "answers": ("kd",),
+    "overlay_probability": ("ig",),
+    "n_steps": ("ig",),
+    "gamma": ("at",),
+    "pairing": ("kd", "ig", "at"),
+}
 
 
 class Comparison(NamedTuple):
@@ -81,16 +93,44 @@ def paper_rows() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(pairing="", epochs=training["epochs"], train_fraction=1.0)
 
 
+def setting_of(run: Mapping) -> dict[str, object]:
+    """What a run of the ledger was trained with: the fields of its spec that its method reads, and their values.
+
+    Seed, images and teacher are no part of it: runs of a method with one setting are repetitions.
+    """
+    parts = set(run["method"].split("_"))
+    return {
+        name: value
+        for name, value in asdict(spec_of(run)).items()
+        if name not in NO_SETTINGS and (name not in READ_BY or parts & set(READ_BY[name]))
+    }
+
+
+def mixed(students: pd.DataFrame) -> dict[str, list]:
+    """Where runs of students have more than one setting: the names, with all values; a second teacher counts too.
+
+    A field that not all methods read is compared among those that do.
+    """
+    found: dict[str, list] = {}
+    for run in students.to_dict("records"):
+        setting = setting_of(run) if "spec" in run else {name: run[name] for name in SETTINGS}
+        taught = {"teacher_sha256": run["teacher_sha256"]} if run.get("teacher_sha256") else {}
+        for name, value in {**setting, **taught}.items():
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
 def runs_by_method(rows: pd.DataFrame) -> dict[str, pd.Series]:
     """Test accuracies of each method that was run, in per cent, by seed; methods in the book's order.
 
     Raises:
-        ValueError: the rows mix settings, or hold a seed twice.
+        ValueError: the rows mix settings or teachers, or hold a seed twice.
     """
     students = rows[rows["method"].isin(METHODS)]
-    for name in SETTINGS:
-        if len(values := students[name].unique()) > 1:
-            raise ValueError(f"the runs mix {name} {', '.join(map(str, values))}: choose rows with one {name}")
+    if several := mixed(students):
+        named = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in several.items())
+        raise ValueError(f"the runs mix {named}: choose rows with one {' and one '.join(several)}")
     if (twice := students.duplicated(["method", "seed"])).any():
         row = students[twice].iloc[0]
         raise ValueError(f"{row['method']} has seed {row['seed']} twice: choose the rows of one campaign")
@@ -190,7 +230,36 @@ def family(
     if missing := sorted({method for pair in pairs for method in pair} - set(runs)):
         instead = f", or compare only {', '.join(runs)}" if runs else ""
         raise ValueError(f"no run of {', '.join(missing)}: train these first{instead}")
-    table = pd.DataFrame([{"first": a, "second": b, **compare(runs[a], runs[b])._asdict()} for a, b in pairs])
+    return _corrected([{"first": a, "second": b, **compare(runs[a], runs[b])._asdict()} for a, b in pairs])
+
+
+def between(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    methods: Sequence[str] = METHODS[1:],
+    compare: Callable[[pd.Series, pd.Series], NamedTuple] = paired,
+) -> pd.DataFrame:
+    """Compare each method with itself in another setting, and correct for how many methods there are (Holm 1979).
+
+    Args:
+        first, second: rows of the ledger, one experiment each; first minus second.
+        methods: without `student` where the settings concern a teacher: its runs would be compared with themselves.
+        compare: as in `family`.
+
+    Returns:
+        Columns method, the fields of the comparison, and for each p-value its correction, as p_holm.
+
+    Raises:
+        ValueError: a method was not run in both, or cannot be compared.
+    """
+    a, b = runs_by_method(first), runs_by_method(second)
+    if missing := [method for method in methods if method not in a or method not in b]:
+        raise ValueError(f"no run of {', '.join(missing)} in one of the two settings: train these first")
+    return _corrected([{"method": method, **compare(a[method], b[method])._asdict()} for method in methods])
+
+
+def _corrected(lines: list[dict]) -> pd.DataFrame:
+    table = pd.DataFrame(lines)
     for name in [name for name in table.columns if name == "p" or name.startswith("p_")]:
         table[f"{name}_holm"] = multipletests(table[name], method="holm")[1]
     return table

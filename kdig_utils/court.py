@@ -6,13 +6,14 @@ order drawn anew each round. What cannot be had (a runtime, an export, an instru
 
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,18 +25,29 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kdig_utils import artifacts, cifar10, latency, roofline
+from kdig_utils import artifacts, cifar10, latency, models, roofline
 from kdig_utils.cifar10 import ImageSet
-from kdig_utils.paths import replacing, workspace
+from kdig_utils.paths import check_writable, replacing, workspace
+from kdig_utils.processes import LATE, Lost, Process, death, environment, in_words
 
 PATIENCE = 100.0  # seconds for everything
-ANSWER_SECONDS = 900.0  # an answer that takes longer does not come
+MEASURING = 0.03  # of the patience, for each batch size and number of threads
 BATCHES = (1, 64)
 SETTING = ["model", "runtime", "precision", "batch", "threads"]
 VNNI = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # instructions that add up 8-bit products
+NO_VNNI = (
+    "no instruction for sums of 8-bit products (VNNI): 8 bits are slower here, and ONNX Runtime's sums of products of "
+    "unsigned by signed bytes can overflow: read the accuracy"
+)
 PACKAGES = ("torch", "onnxruntime", "openvino", "executorch")
 TABLE = ["model", "runtime", "precision", "batch", "threads", "p50_ms", "p95_ms", "speedup", "accuracy", "bytes"]
-LARGE_CALLS, LARGE_ROUNDS = 2, 4  # of batches larger than one
+SHOWN = [  # of TABLE, in each setting, and what else fits
+    *("model", "runtime", "precision", "p50_ms", "p95_ms", "predicted_ms", "speedup", "95 %"),
+    *("accuracy", "bytes", "load_ms", "peak_mb"),
+]
+WHO = {"compile": "torch.compile", "others": "the others"}  # of the runtimes, by how many images they are given
+LARGE_CALLS, LARGE_ROUNDS = 2, 6  # of batches larger than one; fewer rounds give no interval that covers
+LEAST_CALLS = {50: 1, 95: 20, 99: 100}  # settled, for each percentile
 NO_CALLS = pd.DataFrame({"batch_size": [], "threads": [], "network": [], "ms": []}, dtype=float)
 WARM_UP = 4  # calls at the least, as `latency.warm_up` makes them
 FEW_IMAGES = 500  # to compare the outputs of a file that takes one image at a time
@@ -61,105 +73,25 @@ class Variant(NamedTuple):
 KINDS = (
     ("eager", "fp32", "weights.safetensors", ""),
     ("compile", "fp32", "weights.safetensors", ""),
-    ("onnxruntime", "fp32", "fp32.onnx", "onnx"),
-    ("onnxruntime", "int8", "int8.onnx", "onnx"),
-    ("openvino", "fp32", "fp32.onnx", "onnx"),
-    ("openvino", "int8", "int8.onnx", "onnx"),
+    ("onnxruntime", "fp32", "fp32.onnx", "onnx_fp32"),
+    ("onnxruntime", "int8", "int8.onnx", "onnx_int8"),
+    ("openvino", "fp32", "fp32.onnx", "onnx_fp32"),
+    ("openvino", "int8", "int8.onnx", "onnx_int8"),
     ("executorch", "fp32", "fp32.pte", "executorch_fp32"),
     ("executorch", "int8", "int8.pte", "executorch_int8"),
 )
 
 
-SHARES = {"exports": 0.42, "opening": 0.62, "measuring": 0.88}  # of the patience, by when each must have ended
-FILES = {"onnx": ("fp32.onnx", "int8.onnx"), "executorch_int8": ("int8.pte",), "executorch_fp32": ("fp32.pte",)}
-LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
+# Of the patience, by when each must have ended; what has not answered at the last is killed.
+SHARES = {"peaks": 0.1, "exports": 0.42, "opening": 0.62, "measuring": 0.88, "classifying": 1.0, "answers": 1.15}
+FILES = {  # in the order in which they are written
+    "onnx_fp32": "fp32.onnx",
+    "onnx_int8": "int8.onnx",
+    "executorch_int8": "int8.pte",
+    "executorch_fp32": "fp32.pte",
+}
 ONE_COMPILATION = "left out: each further batch size and number of threads costs another compilation"
 NO_TIME = "left out: there was no time left to measure it; --patience SECONDS gives more"
-
-
-class Process:
-    """A runtime in a process of its own, which answers one request at a time.
-
-    Raises:
-        RuntimeError: the process died, or refused; the message says why.
-    """
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kdig_utils.runtimes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment(),
-        )
-
-    def ask(self, do: str, patience: float = ANSWER_SECONDS, **arguments: object) -> object:
-        """The answer of the process to one request."""
-        late = threading.Timer(patience, self.process.kill)
-        late.start()
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            in_time = late.is_alive()
-            late.cancel()
-        if not line:
-            raise RuntimeError(_death(self.process.wait()) if in_time else LATE)
-        reply = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(in_words(reply["error"]))
-        return reply["answer"]
-
-    def open(self, variant: Variant, files: Path, pixels: Path, patience: float) -> None:
-        """Open the file of `variant` for one image and one thread, and call it."""
-        path = str(files / variant.file)
-        self.ask("open", runtime=variant.runtime, path=path, k=variant.k, pixels=str(pixels))
-        self.loaded = self.ask("meet", patience, batch=1, threads=1)
-        self.setting = (1, 1)
-
-    def ready(self, batch: int, threads: int) -> None:
-        """Open the file anew if it was open for another batch size or number of threads."""
-        if self.setting != (batch, threads):
-            self.ask("load", batch=batch, threads=threads)
-            self.setting = (batch, threads)
-
-    def stay(self, cpus: list[int]) -> None:
-        """Use these CPUs only, where the system lets a process say so."""
-        if hasattr(os, "sched_setaffinity"):
-            self.ask("stay", cpus=cpus)
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
-
-
-def environment() -> dict[str, str]:
-    """The environment of a fresh process: this package can be imported, and logs stay quiet."""
-    found = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    quiet = {"TORCH_LOGS": "-all", "OPENVINO_TELEMETRY": "0"}
-    return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, found))}
-
-
-def _death(status: int) -> str:
-    if status == -4:
-        return "this CPU lacks an instruction that the runtime needs"
-    return f"the process ended with status {status}" + (", perhaps out of memory" if status == -9 else "")
-
-
-def in_words(error: str) -> str:
-    """A runtime's error as one line that says what to do, where that is known."""
-    line = " ".join(error.split())
-    if line.startswith("ModuleNotFoundError"):
-        package = line.rpartition("'")[0].rpartition("'")[2].partition(".")[0]
-        return f"{package} is not installed: pip install {package}"
-    if "C++ compiler" in line or "InvalidCxxCompiler" in line:
-        return "torch.compile found no C++ compiler: install one (g++ or clang++), or set CXX"
-    return line[:200]
 
 
 def latency_rows(
@@ -168,65 +100,86 @@ def latency_rows(
     threads: tuple[int, ...] | None = None,
     batches: tuple[int, ...] = BATCHES,
     kinds: tuple = KINDS,
-    seconds: float = 3.0,
     patience: float = PATIENCE,
     report: Callable[[str], None] = print,
 ) -> list[dict]:
     """Measure every network in every runtime; one row for each batch size and number of threads.
 
     Args:
-        networks: by name; one must be `teacher`, whose eager latency is 1.0.
+        networks: by name; one must be `teacher`, whose eager latency is 1.0 (`runtimes.open_eager`).
         test: the images that give the accuracies.
         threads: by default one, and all that this process may use.
         kinds: runtimes, precisions and files, as in `KINDS`.
-        seconds: of measuring, for each batch size and number of threads.
         patience: seconds for everything, shared out as in `SHARES`; what comes later is left out, in words.
         report: is told what is being done.
 
     Returns:
-        Rows with the keys of `SETTING`, p50_ms, p95_ms, p99_ms (settled calls), cold_ms (median call after other
-        networks ran), calls, speedup with speedup_low and speedup_high (against the eager teacher at the same batch and
-        threads), predicted_macs_ms, predicted_ms (roofline), accuracy and accuracy_images, max_difference and
-        agreement (of logits and predictions with the same network in eager PyTorch), bytes (of the file), load_ms,
-        first_ms, peak_mb (of the fresh process, opened for one image and one thread), status (`ok`, or why there are no
-        figures), and the machine's facts.
+        Rows with the keys `latency.COLUMNS`, None where there is no figure: artifact (named by `run`), k (blocks
+        removed) and weights (first digits of `models.weights_sha256`), p50_ms, p95_ms, p99_ms (settled calls, as far
+        as `LEAST_CALLS` allow), cold_ms (median call after other networks ran), calls, speedup with speedup_low and
+        speedup_high (against the eager teacher at the same batch and threads), predicted_macs_ms, predicted_ms
+        (roofline), accuracy and accuracy_images, max_difference and agreement (of logits and predictions with the same
+        network in eager PyTorch), bytes (of the file), import_ms (of the runtime's Python package), load_ms (of the
+        file), first_ms, peak_mb (of the fresh process, opened for one image and one thread), status (`ok`, or what is
+        missing and why),
+        and the machine's facts.
     """
     start, counts = time.monotonic(), threads or tuple(sorted({1, usable_cpus()}))
-    ends = {part: start + share * patience for part, share in {**SHARES, "all": 1.0}.items()}
+    ends = {part: start + share * patience for part, share in SHARES.items()}
     variants = [Variant(name, getattr(network, "k", 0), *kind) for name, network in networks.items() for kind in kinds]
     settings = [pair for turn, batch in enumerate(batches) for pair in _pairs(batch, counts, turn)]
-    facts, best = machine(), predictions(networks, counts, batches)
+    facts = machine()
+    best, words = predictions(networks, counts, batches, ends["peaks"])
+    facts["note"] = "; ".join(filter(None, (facts["note"], words)))
     report(f"exporting {', '.join(networks)}")
     folders, problems = export(networks, variants, ends["exports"])
     report(f"opening {len(variants)} processes")
-    with tempfile.NamedTemporaryFile(suffix=".npy") as pixels:
-        np.save(pixels, test.pixels.numpy())
-        pixels.flush()
-        with opened(variants, problems, folders, Path(pixels.name), ends["opening"]) as processes:
-            times = []
-            for batch, count in settings:
-                report(f"measuring batch {batch} with {count} thread{'s' * (count > 1)}")
-                times.append(_times(processes, problems, batch, count, seconds, ends["measuring"]))
-            report("classifying test images")
-            logits = classified(processes, len(test), max(batches), ends["all"])
-            loaded = {name: process.loaded for name, process in processes.items()}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        opened(variants, problems, folders, _pixels(test, Path(folder)), ends) as processes,
+    ):
+        loaded = {name: process.loaded for name, process in processes.items()}
+        times = []
+        for batch, count in settings:
+            report(f"measuring batch {batch} with {count} thread{'s' * (count > 1)}")
+            times.append(_times(processes, problems, batch, count, MEASURING * patience, ends["measuring"]))
+        report("classifying test images")
+        logits = classified(processes, problems, len(test), max(batches), ends["classifying"])
     outputs = {variant.name: compared(variant, logits, test) for variant in variants}
     found = pd.concat([NO_CALLS, *times], ignore_index=True)
+    weights = {name: models.weights_sha256(network)[:12] for name, network in networks.items()}
     return [
-        {
-            **dict(zip(SETTING, (v.model, v.runtime, v.precision, batch, count), strict=True)),
-            **row(found, v, batch, count),
-            **best[v.model, v.precision, batch, count],
-            **outputs[v.name],
-            **loaded.get(v.name, {}),
-            "bytes": _size(folders[v.model] / v.file),
-            "status": status(v, batch, count, problems),
-            **facts,
-        }
+        _whole(
+            {
+                **dict(zip(SETTING, (v.model, v.runtime, v.precision, batch, count), strict=True)),
+                **{"k": v.k, "weights": weights[v.model], "bytes": _size(folders[v.model] / v.file)},
+                **row(found, v, batch, count),
+                **best.get((v.model, v.precision, batch, count), {}),
+                **outputs[v.name],
+                **loaded.get(v.name, {}),
+                **facts,
+            },
+            status(v, batch, count, problems),
+        )
         for count in counts
         for batch in batches
         for v in variants
     ]
+
+
+def _pixels(test: ImageSet, folder: Path) -> Path:
+    """A file of the test images for the processes."""
+    path = folder / "pixels.npy"
+    np.save(path, test.pixels.numpy())
+    return path
+
+
+def _whole(found: dict, words: str) -> dict:
+    """A row with all its columns; `ok` if it has its time and its accuracy, else what is missing, and why."""
+    whole = {**dict.fromkeys(latency.COLUMNS), **found}
+    if whole["p50_ms"] is None:
+        return whole | {"status": words}
+    return whole | {"status": "ok" if whole["accuracy"] is not None else f"no accuracy: {words}"}
 
 
 def _pairs(batch: int, counts: tuple[int, ...], turn: int) -> list[tuple[int, int]]:
@@ -248,7 +201,7 @@ def machine() -> dict[str, object]:
     """What a reader needs to know of the machine: processor, instructions, load, clock, versions, day."""
     flags = latency.processor_flags()
     clock = time.get_clock_info("perf_counter")
-    eight_bits = "" if VNNI & set(flags) or not flags else "no instruction for sums of 8-bit products (VNNI)"
+    eight_bits = "" if VNNI & set(flags) or not flags else NO_VNNI
     return {
         "machine": latency.processor(),
         "flags": " ".join(flags),
@@ -281,7 +234,7 @@ def export(
     formats = dict.fromkeys(variant.format for variant in variants if variant.format)
 
     def export_one(model: str) -> dict[tuple, str]:
-        missing = [name for name in formats if not all((folders[model] / file).is_file() for file in FILES[name])]
+        missing = [name for name in formats if not (folders[model] / FILES[name]).is_file()]
         k = getattr(networks[model], "k", 0)
         words = _export(folders[model], k, sorted(missing, key=list(FILES).index), end) if missing else {}
         return {(model, name): said for name, said in words.items() if said}
@@ -320,7 +273,7 @@ def _export(folder: Path, k: int, names: list[str], end: float) -> dict[str, str
 
 
 def _last_line(done: subprocess.CompletedProcess) -> str:
-    return in_words((done.stderr.decode().strip() or _death(done.returncode)).splitlines()[-1])
+    return in_words((done.stderr.decode().strip() or death(done.returncode)).splitlines()[-1])
 
 
 def _export_words(error: str) -> str:
@@ -329,36 +282,47 @@ def _export_words(error: str) -> str:
 
 @contextlib.contextmanager
 def opened(
-    variants: list[Variant], problems: dict[tuple, str], folders: Mapping[str, Path], pixels: Path, end: float
+    variants: list[Variant],
+    problems: dict[tuple, str],
+    folders: Mapping[str, Path],
+    pixels: Path,
+    ends: Mapping[str, float],
 ) -> Iterator[dict[str, Process]]:
     """Processes by the name of their variant; why one could not be opened is entered in `problems`."""
-
-    def open_one(variant: Variant) -> tuple[str, Process | None]:
-        process = Process()
-        try:
-            process.open(variant, folders[variant.model], pixels, max(1.0, end - time.monotonic()))
-        except RuntimeError as error:
-            process.close()
-            problems[(variant.name,)] = str(error)
-            return variant.name, None
-        return variant.name, process
-
-    wanted = [v for v in variants if status(v, 1, 1, problems) == "ok"]
+    wanted = [v for v in variants if not status(v, 1, 1, problems)]
     wanted.sort(key=lambda variant: variant.runtime == "compile")  # the slowest last
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        processes = {name: process for name, process in pool.map(open_one, wanted) if process}
-    try:
-        yield processes
-    finally:
-        for process in processes.values():
-            process.close()
+    with contextlib.ExitStack() as all_of_them:
+
+        def open_one(variant: Variant) -> Process | None:
+            try:
+                with contextlib.ExitStack() as own:
+                    process = Process(variant.name, ends["opening"])
+                    own.callback(process.close)
+                    meet(process, variant, folders[variant.model], pixels)
+                    all_of_them.enter_context(own.pop_all())
+            except (RuntimeError, OSError) as error:
+                problems[(variant.name,)] = str(error)
+                return None
+            process.end = ends["answers"]
+            return process
+
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            found = list(pool.map(open_one, wanted))
+        yield {process.name: process for process in found if process}
+
+
+def meet(process: Process, variant: Variant, folder: Path, pixels: Path) -> None:
+    """Open the file of `variant` for one image and one thread, and call it."""
+    process.ask("open", runtime=variant.runtime, path=str(folder / variant.file), k=variant.k, pixels=str(pixels))
+    process.loaded = process.ask("meet", batch=1, threads=1)
+    process.setting = (1, 1)
 
 
 def status(variant: Variant, batch: int, threads: int, problems: Mapping[tuple, str]) -> str:
-    """`ok`, or why there are no figures for this setting."""
-    keys = ((variant.model, variant.format), (variant.name,), (variant.name, batch, threads))
-    found = next((problems[key] for key in keys if key in problems), "ok")
-    return ONE_COMPILATION if found == "ok" and _left_to_others(variant.name, batch, threads) else found
+    """Why there is no figure for this setting; empty if nothing speaks against it."""
+    keys = ((variant.name, batch, threads), (variant.name,), (variant.model, variant.format))
+    found = next((problems[key] for key in keys if key in problems), "")
+    return ONE_COMPILATION if not found and _left_to_others(variant.name, batch, threads) else found
 
 
 def _left_to_others(name: str, batch: int, threads: int) -> bool:
@@ -368,61 +332,89 @@ def _left_to_others(name: str, batch: int, threads: int) -> bool:
 def _times(
     processes: dict[str, Process], problems: dict[tuple, str], batch: int, threads: int, seconds: float, end: float
 ) -> pd.DataFrame:
-    """The calls of all networks at one setting: round, network, call, ms, batch_size, threads."""
+    """The calls of all networks at one setting: round, network, call, ms, batch_size, threads.
+
+    If one is lost, why is entered in `problems`, and the others are measured again.
+    """
     calls, least = (latency.BLOCK_CALLS, latency.LEAST_ROUNDS) if batch == 1 else (LARGE_CALLS, LARGE_ROUNDS)
-    present = {name: process for name, process in processes.items() if not _left_to_others(name, batch, threads)}
-    expected = (WARM_UP + calls * least) * batch * sum(process.loaded["each_ms"] for process in present.values()) / 1e3
-    if time.monotonic() + expected > end:
-        problems |= {(name, batch, threads): NO_TIME for name in present}
-        return pd.DataFrame()
-    timed = {name: _timed(present[name]) for name in prepared(present, problems, batch, threads)}
-    left = min(seconds, end - time.monotonic())
-    return latency.interleave(timed, left, calls, least).assign(batch_size=batch, threads=threads)
+    while timed := _timed(processes, problems, batch, threads):
+        each = batch * sum(processes[name].loaded["each_ms"] for name in timed) / 1e3
+        if time.monotonic() + (WARM_UP + calls * least) * each > end:
+            problems |= {(name, batch, threads): NO_TIME for name in timed}
+            break
+        try:
+            prepare([processes[name] for name in timed], batch, threads)
+            left = min(seconds, end - time.monotonic())
+            found = latency.interleave(timed, left, calls, least, seconds / len(timed))
+            return found.assign(batch_size=batch, threads=threads)
+        except Lost as lost:
+            _lose(processes, problems, lost, batch, threads)
+    return NO_CALLS
 
 
-def _timed(process: Process) -> latency.Times:
-    return lambda calls: process.ask("times", calls=calls)
+def _timed(
+    processes: Mapping[str, Process], problems: Mapping[tuple, str], batch: int, threads: int
+) -> dict[str, latency.Times]:
+    """What can be timed at this setting."""
+    return {
+        name: lambda calls, process=process: process.ask("times", calls=calls)
+        for name, process in processes.items()
+        if not _left_to_others(name, batch, threads) and (name, batch, threads) not in problems
+    }
 
 
-def prepared(processes: dict[str, Process], problems: dict[tuple, str], batch: int, threads: int) -> list[str]:
-    """Let all networks be open for this setting, and give the names of those that are; with one thread, on one CPU."""
+def _lose(processes: dict[str, Process], problems: dict[tuple, str], lost: Lost, batch: int, threads: int) -> None:
+    """Go on without a network: at this setting if it has refused, at all that follow if its process is dead."""
+    if processes[lost.name].is_alive():
+        problems[lost.name, batch, threads] = str(lost)
+    else:
+        problems[(lost.name,)] = str(lost)
+        processes.pop(lost.name).close()
+
+
+def prepare(processes: list[Process], batch: int, threads: int) -> None:
+    """Let all networks be open for this setting; with one thread, on one CPU.
+
+    Raises:
+        Lost: a network cannot be.
+    """
     cpus = usable_cpu_numbers()
 
-    def prepare(name: str) -> bool:
-        try:
-            processes[name].stay(cpus)  # threads that a runtime starts when it opens a file may use all
-            processes[name].ready(batch, threads)
-            processes[name].stay(cpus[-1:] if threads == 1 else cpus)
-        except RuntimeError as error:
-            problems[name, batch, threads] = str(error)
-            return False
-        return True
+    def prepare_one(process: Process) -> None:
+        process.stay(cpus)  # threads that a runtime starts when it opens a file may use all
+        process.ready(batch, threads)
+        process.stay([latency.fastest_cpu(cpus)] if threads == 1 else cpus)
 
     with ThreadPoolExecutor(len(cpus)) as pool:
-        return [name for name, good in zip(processes, pool.map(prepare, processes), strict=True) if good]
+        list(pool.map(prepare_one, processes))
 
 
-def classified(processes: dict[str, Process], images: int, batch: int, end: float) -> dict[str, np.ndarray]:
+def classified(
+    processes: Mapping[str, Process], problems: dict[tuple, str], images: int, batch: int, end: float
+) -> dict[str, np.ndarray]:
     """The logits of every network, (N, 10), one thread each, as many at once as there are CPUs.
 
-    N is `images`, or as many as the time until `end` allows, the same for all; 500 at most for torch.compile.
+    N is `images`, or as many as the time until `end` allows, the same for all; 500 at most for torch.compile. Why a
+    network gives none is entered in `problems`.
     """
     cpus = usable_cpu_numbers()
     each = sum(process.loaded["each_ms"] for process in processes.values()) / 1e3
     fit = int(len(cpus) * max(0.0, end - time.monotonic()) / each) if processes else 0
     chosen = min(images, max(batch, fit))
 
-    def classify(name: str) -> tuple[str, np.ndarray | None]:
-        process, alone = processes[name], _left_to_others(name, batch, 1)
+    def classify(process: Process) -> np.ndarray | Lost:
+        alone = _left_to_others(process.name, batch, 1)
         try:
             process.stay(cpus)
             process.ready(1 if alone else batch, 1)
-            return name, np.array(process.ask("logits", images=min(chosen, FEW_IMAGES) if alone else chosen))
-        except RuntimeError:
-            return name, None
+            return np.array(process.ask("logits", images=min(chosen, FEW_IMAGES) if alone else chosen))
+        except Lost as lost:
+            return lost
 
     with ThreadPoolExecutor(len(cpus)) as pool:
-        return {name: found for name, found in pool.map(classify, processes) if found is not None}
+        found = dict(zip(processes, pool.map(classify, processes.values()), strict=True))
+    problems |= {(name,): str(answer) for name, answer in found.items() if isinstance(answer, Lost)}
+    return {name: answer for name, answer in found.items() if not isinstance(answer, Lost)}
 
 
 def row(times: pd.DataFrame, variant: Variant, batch: int, threads: int) -> dict[str, float]:
@@ -432,7 +424,9 @@ def row(times: pd.DataFrame, variant: Variant, batch: int, threads: int) -> dict
     if own.empty:
         return {}
     steady = latency.settled(own)["ms"]
-    percentiles = {f"p{q}_ms": float(np.percentile(steady, q)) for q in (50, 95, 99)}
+    percentiles = {
+        f"p{q}_ms": float(np.percentile(steady, q)) for q, least in LEAST_CALLS.items() if len(steady) >= least
+    }
     found = {**percentiles, "cold_ms": float(own[own["call"] == 0]["ms"].median()), "calls": len(steady)}
     if (chosen["network"] == "teacher eager fp32").any():
         ratio = latency.speedup(latency.settled(chosen), "teacher eager fp32", variant.name, batch, threads)
@@ -441,20 +435,32 @@ def row(times: pd.DataFrame, variant: Variant, batch: int, threads: int) -> dict
 
 
 def predictions(
-    networks: Mapping[str, nn.Module], counts: tuple[int, ...], batches: tuple[int, ...]
-) -> dict[tuple, dict[str, float]]:
-    """What each network could take at best, by model, precision, batch and threads: `roofline.predicted_ms`."""
-    found, layers = {}, {name: roofline.layers(network) for name, network in networks.items()}
-    for count in counts:
-        for batch in batches:
-            moved = max(roofline.largest_traffic(table, "fp32", batch) for table in layers.values())
-            peak = roofline.peak(count, moved, PEAK_SECONDS)
-            for precision in ("fp32", "int8"):
-                facts = {"peak_gmacs": getattr(peak, precision) / 1e9, "bandwidth_gb": peak.bandwidth / 1e9}
-                for name, table in layers.items():
-                    by_macs, by_roofline = roofline.predicted_ms(table, precision, batch, peak)
-                    best = {"predicted_macs_ms": by_macs, "predicted_ms": by_roofline}
-                    found[name, precision, batch, count] = {**best, **facts}
+    networks: Mapping[str, nn.Module], counts: tuple[int, ...], batches: tuple[int, ...], end: float
+) -> tuple[dict[tuple, dict[str, float]], str]:
+    """What each network could take at best, by model, precision, batch and threads: `roofline.predicted_ms`.
+
+    And in words, why there is none for some; empty if all are there.
+    """
+    found: dict[tuple, dict[str, float]] = {}
+    try:
+        layers = {name: roofline.layers(network) for name, network in networks.items()}
+        for count, batch in itertools.product(counts, batches):
+            if time.monotonic() > end:
+                return found, "no time to measure all peaks of the machine"
+            found |= _predicted(layers, count, batch)
+    except Exception as error:  # a machine whose peaks cannot be measured still has its court
+        return found, f"the peaks of the machine could not be measured: {in_words(f'{type(error).__name__}: {error}')}"
+    return found, ""
+
+
+def _predicted(layers: Mapping[str, pd.DataFrame], count: int, batch: int) -> dict[tuple, dict[str, float]]:
+    found, moved = {}, max(roofline.largest_traffic(table, "fp32", batch) for table in layers.values())
+    peak = roofline.peak(count, moved, PEAK_SECONDS)
+    for precision in ("fp32", "int8"):
+        facts = {"peak_gmacs": getattr(peak, precision) / 1e9, "bandwidth_gb": peak.bandwidth / 1e9}
+        for name, table in layers.items():
+            by_macs, by_roofline = roofline.predicted_ms(table, precision, batch, peak)
+            found[name, precision, batch, count] = {"predicted_macs_ms": by_macs, "predicted_ms": by_roofline, **facts}
     return found
 
 
@@ -479,16 +485,17 @@ def _size(path: Path) -> int | None:
 def table(rows: list[dict]) -> str:
     """The rows as text, best first within each setting; those without figures say why."""
     frame = pd.DataFrame(rows)
-    for name in TABLE:
-        frame[name] = frame.get(name)
     parts = []
     for (threads, batch), found in frame.groupby(["threads", "batch"]):
-        timed = found[found["p50_ms"].notna()].sort_values("p50_ms")
         parts.append(f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
+        timed = found[found["p50_ms"].notna()].sort_values("p50_ms")
         if len(timed):
-            parts.append(timed[TABLE].drop(columns=["batch", "threads"]).to_string(index=False, float_format="%.2f"))
-        names = (found["model"] + " " + found["runtime"] + " " + found["precision"])[found["p50_ms"].isna()]
-        parts += [f"  {', '.join(group)}: {words}" for words, group in names.groupby(found["status"], sort=False)]
+            interval = [f"{low:.2f}-{high:.2f}" for low, high in timed[["speedup_low", "speedup_high"]].to_numpy(float)]
+            shown = timed.assign(**{"95 %": interval})[SHOWN]
+            parts.append(shown.to_string(index=False, float_format="%.2f", na_rep="-"))
+        missing = found[found["status"] != "ok"]
+        names = missing["model"] + " " + missing["runtime"] + " " + missing["precision"]
+        parts += [f"  {', '.join(group)}: {words}" for words, group in names.groupby(missing["status"], sort=False)]
     first = rows[0]
     parts.append(f"{first['machine']} ({first['flags']}), {first['cpus']} CPUs, load {first['load_average']}")
     parts.append(f"{first['versions']}; {first['system']}; {first['clock']}")
@@ -508,16 +515,33 @@ def _short(value: object) -> object:
 
 
 def run(student: str, patience: float, json_path: Path | None) -> None:
-    """The command `latency`: teacher and one published student, the table, and the file if one is wanted."""
-    networks = {"teacher": artifacts.load("teacher"), "student": artifacts.load(student)}
+    """The command `latency`: teacher and one published student, the table, and the file if one is wanted.
+
+    Raises:
+        ValueError: `patience` is no number of seconds.
+        OSError: the file cannot be written; nothing was measured.
+    """
+    if not (math.isfinite(patience) and patience > 0):
+        raise ValueError(f"--patience {patience} is no time to wait: give seconds, more than 0, as 100")
+    if json_path:
+        check_writable(json_path.resolve().parent)
+    names = {"teacher": "teacher", "student": student}
+    networks = {model: artifacts.load(name) for model, name in names.items()}
     test = cifar10.load("test") if os.environ.get("KDIG_DATA") else cifar10.load_sample("test")
-    rows = latency_rows(networks, test, patience=patience)
+    rows = [{**found, "artifact": names[found["model"]]} for found in latency_rows(networks, test, patience=patience)]
     print(table(rows))
-    few = min((found["accuracy_images"] for found in rows if "accuracy_images" in found), default=0)
-    part = f" (torch.compile, or all where time was short: on the first {few:,})" * (few < len(test))
-    print(
-        f"accuracy on {test.name}{part}; times in ms, speed-up against the teacher in eager PyTorch, bytes of the file"
-    )
+    print(f"accuracy on {test.name}{few_images(rows, len(test))}; times in ms, speed-up against the teacher in eager")
+    print("PyTorch, bytes of the file, peak memory in MB of a process that opens it for one image")
     if json_path:
         write(rows, json_path)
         print(f"{len(rows)} rows in {json_path}")
+
+
+def few_images(rows: list[dict], images: int) -> str:
+    """In brackets, which runtimes were given fewer than `images` images; empty if none was."""
+    frame = pd.DataFrame(rows).dropna(subset="accuracy_images")
+    runtimes = frame["runtime"].where(frame["runtime"] == "compile", "others").map(WHO)
+    fewest = frame.groupby(runtimes)["accuracy_images"].min()
+    fewest = fewest[fewest < images].sort_values()
+    words = [f"{name} on the first {count:,.0f} images" for name, count in fewest.items()]
+    return f" ({', '.join(words)})" * bool(words)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from kdig_utils import models
 from kdig_utils.cifar10 import ImageSet
+from kdig_utils.models import exact_float32
 from kdig_utils.overlay import EpochDraws, draw_epoch
 from kdig_utils.paths import replacing
 from kdig_utils.runs import RunSpec, TeacherSpec
@@ -76,7 +77,7 @@ class Run:
         epoch: finished epochs.
         position: images of the current epoch that are done.
         loss_sum: sum of the losses of those images, on the device.
-        seconds: time spent training; runs side by side share it.
+        seconds: time spent training and measuring; runs side by side share it.
         curve: one entry a finished epoch.
         generator: state of the random numbers of dropout.
     """
@@ -131,17 +132,18 @@ def train_together(
     """Train runs side by side, each as if it were alone, and yield each one when it is finished.
 
     A run is made (`next` of `runs`) when there is a place for it and, on a GPU, memory; another one starts only if,
-    from the speed measured so far, it will end before `deadline`. What does not end is saved in its checkpoint.
+    from the speed measured so far, it will end before `deadline`. What does not end is saved in its checkpoint. A run
+    that diverges is dropped, and the error comes when the others are done.
 
     Args:
         at_once: runs side by side; they take turns, on a GPU each on a stream of its own.
         deadline: on the clock of `time.monotonic`.
 
     Raises:
-        TrainingDiverged: a loss is not finite.
+        TrainingDiverged: losses were not finite; the message names their runs. All others are handed over before.
         ValueError: a checkpoint is damaged or of another run, or a run with dropout is to share the generator.
     """
-    waiting, active, pace = iter(runs), [], Pace(deadline)
+    waiting, active, pace, diverged = iter(runs), [], Pace(deadline), []
     while True:
         while len(active) < at_once and pace.another_ends(active) and has_room(active):
             if (run := next(waiting, None)) is None:
@@ -153,12 +155,16 @@ def train_together(
                 active.append(steps)
                 check_generators(active)
         if not active:
-            return
+            break
         pace.round_of(active, lambda now: train_round(now, deadline, report))
+        diverged += [f"run {steps.run.spec.run_id}: {steps.diverged}" for steps in active if steps.diverged]
+        active = [steps for steps in active if not steps.diverged]
         for steps in [steps for steps in active if steps.run.finished]:
             active.remove(steps)
             yield steps.run
         active, steps = put_aside(active, pace, report), None  # nothing holds the recordings of a finished run now
+    if diverged:
+        raise TrainingDiverged("; ".join(diverged))
 
 
 class Pace:
@@ -221,6 +227,7 @@ def check_generators(active: list["Steps"]) -> None:
         raise ValueError("a run with dropout shares its random numbers with the runs beside it: train it alone")
 
 
+@exact_float32()
 def train_round(active: list["Steps"], deadline: float, report: Report) -> None:
     """The rest of the current epoch of every run, in turns; measured at its end, unless the deadline came first."""
     device = active[0].run.device
@@ -261,13 +268,13 @@ class Steps:
     Attributes:
         stream: where a GPU runs them; None on the CPU and for runs that cannot be recorded.
         bytes: memory that the run took on the GPU.
+        diverged: why the run cannot go on, once its loss was not finite; the error itself would hold the recordings.
     """
 
     def __init__(self, run: Run, report: Report) -> None:
         self.run, device = run, run.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.backends.cudnn.allow_tf32 = False  # where the spec says float32, it is float32
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         run.loss_sum = run.loss_sum.to(device)
         if run.checkpoint is not None and run.checkpoint.is_file():
@@ -279,6 +286,7 @@ class Steps:
         self.rates = torch.zeros(math.ceil(run.n_images / run.spec.batch_size), device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and run.momenta is None else None
         self.saved = self.ticked = time.monotonic()
+        self.diverged = ""
         run.model.train()
         self.graphs = {} if self.stream is None or run.finished else record(self)
         self.bytes = free - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -301,7 +309,7 @@ class Steps:
         run, device = self.run, self.place.device.type
         batch = self.draws.rows(self.place + self.offsets[:size])
         if run.rates is not None:
-            run.optimizer.param_groups[0]["lr"].copy_(self.rates[self.place // run.spec.batch_size])
+            run.optimizer.param_groups[0]["lr"].copy_(self.rates.take(self.place // run.spec.batch_size))
         with torch.autocast(device, torch.bfloat16, enabled=uses_bfloat16(run)):
             loss = run.batch_loss(batch)
         run.optimizer.zero_grad(set_to_none=True)
@@ -344,15 +352,31 @@ class Steps:
         with torch.cuda.stream(self.stream):  # does nothing for None
             self.load_epoch()
         queued: deque[torch.cuda.Event] = deque()
-        for steps, size in self.pieces(self.run.position):
-            self.advance(steps, size)
-            if self.stream is not None:
-                queued.append(self.stream.record_event())
-                if len(queued) > PIECES_AHEAD:
-                    queued.popleft().synchronize()
-            if self.run.device.type == "cpu" and (self.run.position // self.run.spec.batch_size) % CHECK_EVERY == 0:
-                self.look(share, report)
-            yield True
+        with self.noting_divergence(report):
+            for steps, size in self.pieces(self.run.position):
+                self.advance(steps, size)
+                if self.queue is not None:
+                    queued.append(self.queue.record_event())
+                    if len(queued) > PIECES_AHEAD:
+                        queued.popleft().synchronize()
+                elif (self.run.position // self.run.spec.batch_size) % CHECK_EVERY == 0:
+                    self.look(share, report)
+                yield True
+
+    @property
+    def queue(self) -> "torch.cuda.Stream | None":
+        """Where a GPU's host queues the steps, recorded or not; None on the CPU."""
+        called = torch.cuda.current_stream(self.run.device) if self.run.device.type == "cuda" else None
+        return self.stream or called
+
+    @contextlib.contextmanager
+    def noting_divergence(self, report: Report) -> Iterator[None]:
+        """Keep the error of a run that diverges to itself, so that the runs beside it go on."""
+        try:
+            yield
+        except TrainingDiverged as error:
+            self.diverged = str(error)
+            report(f"{self.run.spec.run_id} has diverged and is dropped: {error}")
 
     def look(self, share: int, report: Report) -> None:
         """Check the loss; save now and then."""
@@ -378,6 +402,7 @@ class Steps:
         self.ticked = now
 
 
+@exact_float32()
 def record(steps: Steps) -> dict[tuple[int, int], "torch.cuda.CUDAGraph"]:
     """Record each kind of piece of an epoch as a CUDA graph; the run is left as it was.
 
@@ -435,31 +460,39 @@ def uses_bfloat16(run: Run) -> bool:
 
 
 def finish_epochs(whole: list[Steps], report: Report) -> None:
-    """Measure the runs, add a row to each curve, turn to the next epoch, save.
+    """Measure the runs, add a row to each curve, turn to the next epoch, save."""
+    measured = [measure(steps.run) for steps in whole]  # all are under way on a GPU before the first is waited for
+    accuracies = [(float(test), float(validation)) for test, validation in measured]
+    for steps, (test, validation) in zip(whole, accuracies, strict=True):
+        steps.clock(len(whole))
+        with steps.noting_divergence(report):
+            finish_epoch(steps, test, validation, report)
+
+
+def finish_epoch(steps: Steps, test: float, validation: float, report: Report) -> None:
+    """Add a row to the curve of a measured run, turn to the next epoch, save.
 
     On a GPU, where an epoch may take no longer than saving it, it is saved only now and then.
     """
-    measured = [measure(steps.run) for steps in whole]  # all are under way on a GPU before the first is waited for
-    for steps, (test, validation) in zip(whole, measured, strict=True):
-        run = steps.run
-        check_finite(run)
-        check_weights(run)
-        row = {
-            "epoch": run.epoch + 1,
-            "train_loss": float(run.loss_sum) / run.n_images,
-            "test_accuracy": float(test),
-            "validation_accuracy": float(validation),
-            "seconds": run.seconds,
-        }
-        run.curve.append(row)
-        run.epoch, run.position = run.epoch + 1, 0
-        run.loss_sum.zero_()
-        if run.device.type == "cpu" or steps.save_is_due:
-            steps.save()
-        report(
-            f"{run.spec.method} k={run.spec.k} seed {run.spec.seed}, epoch {run.epoch}/{run.spec.epochs}: "
-            f"loss {row['train_loss']:.3f}, test {row['test_accuracy']:.2f} %, {run.seconds:.0f} s"
-        )
+    run = steps.run
+    check_finite(run)
+    check_weights(run)
+    row = {
+        "epoch": run.epoch + 1,
+        "train_loss": float(run.loss_sum) / run.n_images,
+        "test_accuracy": test,
+        "validation_accuracy": validation,
+        "seconds": run.seconds,
+    }
+    run.curve.append(row)
+    run.epoch, run.position = run.epoch + 1, 0
+    run.loss_sum.zero_()
+    if run.device.type == "cpu" or steps.save_is_due:
+        steps.save()
+    report(
+        f"{run.spec.method} k={run.spec.k} seed {run.spec.seed}, epoch {run.epoch}/{run.spec.epochs}: "
+        f"loss {row['train_loss']:.3f}, test {row['test_accuracy']:.2f} %, {run.seconds:.0f} s"
+    )
 
 
 def measure(run: Run) -> tuple[Tensor, Tensor]:
@@ -497,6 +530,7 @@ def check_weights(run: Run) -> None:
         raise TrainingDiverged(f"{name} is not finite after epoch {run.epoch + 1}: lower the learning rate")
 
 
+@exact_float32()
 @torch.inference_mode()
 def predict(model: nn.Module, images: ImageSet, batch_size: int | None = None) -> Tensor:
     """Logits of all `images`, (N, 10), with the model in evaluation mode.

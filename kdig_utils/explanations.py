@@ -60,6 +60,11 @@ class Effort:
     corrupted: int = 50
     classified: int = 2000
 
+    def __post_init__(self) -> None:
+        for name in ("images", "corrupted", "classified"):
+            if (count := getattr(self, name)) < 10 or count % 10:
+                raise ValueError(f"{name} = {count} is no multiple of ten: give as many images of each class, as 100")
+
 
 QUICK = Effort(images=10, n_steps=6, curve_steps=6, perturbed=4, mosaics=6, mosaic_steps=4, corrupted=10, classified=60)
 

@@ -11,16 +11,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
-from onnxruntime import quantization
 from torch import Tensor, nn
 
 from kdig_utils import artifacts, cifar10, models
 from kdig_utils.paths import replacing
+
+if TYPE_CHECKING:  # each format imports its packages when it is written: the others do without them
+    import onnx
 
 OPSET = 17
 CALIBRATION_IMAGES = 500
@@ -34,6 +35,8 @@ def export_onnx(model: nn.Module, path: Path) -> None:
     Args:
         model: in evaluation mode; takes pixels in [0, 1], (N, 3, 32, 32), as `images`, and gives `logits`, (N, 10).
     """
+    import onnx  # noqa: F401  # the exporter needs it, and says so in words of its own
+
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     with replacing(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package
@@ -59,7 +62,13 @@ def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) 
 
     Args:
         calibration_images: training images, (N, 3, 32, 32) in [0, 1].
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxruntime is not installed.
     """
+    import onnx
+    from onnxruntime import quantization
+
     logger = logging.getLogger()  # ONNX Runtime recommends a step that this export does not need
     before, _ = logger.level, logger.setLevel(logging.ERROR)
     with replacing(int8_path) as part:
@@ -76,8 +85,8 @@ def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) 
     logger.setLevel(before)
 
 
-class _Batches(quantization.CalibrationDataReader):
-    """ONNX Runtime asks for batches one by one, and for None at the end."""
+class _Batches:
+    """A calibration data reader: ONNX Runtime asks for batches one by one, and for None at the end."""
 
     def __init__(self, images: Tensor) -> None:
         self.batches: Iterator[Tensor] = iter(images.split(CALIBRATION_BATCH))
@@ -93,6 +102,9 @@ def take_bytes(path: Path, bytes_path: Path) -> None:
     A pixel is a byte to begin with: turning it into a float of n / 255, which the first layer turns back into the
     byte n, is work without a result. The logits stay the same.
     """
+    import onnx
+    from onnx import numpy_helper
+
     model = onnx.load(path)
     graph = model.graph
     first = next(node for node in graph.node if "images" in node.input)
@@ -110,15 +122,18 @@ def take_bytes(path: Path, bytes_path: Path) -> None:
         onnx.save(model, part)
 
 
-def _rename_input(graph: onnx.GraphProto, before: str, after: str) -> None:
+def _rename_input(graph: "onnx.GraphProto", before: str, after: str) -> None:
     for node in graph.node:
         for place, name in enumerate(node.input):
             if name == before:
                 node.input[place] = after
 
 
-def slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
+def slimmed(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """The same network without what does not compute: in 8 bits, names and shapes are a sixth of the file."""
+    import onnx
+    from onnx import numpy_helper
+
     graph = model.graph
     constants = {value.name: value for value in graph.initializer}
     for node in graph.node:
@@ -134,7 +149,7 @@ def slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.helper.make_model(slim, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _shorten_names(graph: onnx.GraphProto) -> None:
+def _shorten_names(graph: "onnx.GraphProto") -> None:
     names = {"": ""} | {value.name: value.name for value in (*graph.input, *graph.output)}
 
     def short(name: str) -> str:
@@ -200,7 +215,19 @@ def calibration_images() -> Tensor:
 
 def write_onnx(model: nn.Module, folder: Path) -> None:
     """Write `fp32.onnx`, and `int8.onnx`, which takes bytes."""
+    write_onnx_fp32(model, folder)
+    write_onnx_int8(model, folder)
+
+
+def write_onnx_fp32(model: nn.Module, folder: Path) -> None:
+    """Write `fp32.onnx`."""
     export_onnx(model, folder / "fp32.onnx")
+
+
+def write_onnx_int8(model: nn.Module, folder: Path) -> None:
+    """Write `int8.onnx`, which takes bytes, from `fp32.onnx`, which is written if it is not there."""
+    if not (folder / "fp32.onnx").is_file():
+        write_onnx_fp32(model, folder)
     quantise_onnx(folder / "fp32.onnx", folder / "float_input.onnx", calibration_images())
     take_bytes(folder / "float_input.onnx", folder / "int8.onnx")
 
@@ -215,7 +242,12 @@ def write_executorch_int8(model: nn.Module, folder: Path) -> None:
     quantise_executorch(model, folder / "int8.pte", calibration_images())
 
 
-FORMATS = {"onnx": write_onnx, "executorch_int8": write_executorch_int8, "executorch_fp32": write_executorch_fp32}
+FORMATS = {
+    "onnx_fp32": write_onnx_fp32,
+    "onnx_int8": write_onnx_int8,
+    "executorch_int8": write_executorch_int8,
+    "executorch_fp32": write_executorch_fp32,
+}
 
 
 def read_network(weights: Path, k: int) -> nn.Module:
@@ -223,19 +255,25 @@ def read_network(weights: Path, k: int) -> nn.Module:
     return artifacts.read_weights(models.student(k) if k else models.teacher(), weights)
 
 
-def write_all(weights: Path, k: int, folder: Path, names: list[str]) -> None:
-    """Write the formats in turn; after each, print one JSON line: its name, and "" or the error."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever an exporter prints goes elsewhere
+def write_formats(weights: Path, k: int, folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Write the formats in turn; after each, give its name, and "" or the error."""
     for name in names:
         try:
             FORMATS[name](read_network(weights, k), folder)
             error = ""
         except Exception as raised:  # to be told in the rows of this format
             error = f"{type(raised).__name__}: {raised}"
-        print(json.dumps([name, error]), file=answers, flush=True)
+        yield name, error
+
+
+def main(weights: str, k: str, folder: str, *names: str) -> None:
+    """Write the formats; print one JSON line for each as soon as it is there."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an exporter prints goes elsewhere
+    for answer in write_formats(Path(weights), int(k), Path(folder), list(names)):
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
     gc.disable()  # millions of small objects live until the end of this short process
-    write_all(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(*sys.argv[1:])

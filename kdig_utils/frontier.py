@@ -8,6 +8,7 @@ from torch import nn
 
 from kdig_utils import claims, models
 from kdig_utils.artifacts import model_for
+from kdig_utils.runs import of_one_teacher
 
 BYTES_OF_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1}
 METHODS_SWEPT = ("student", "kd", "kd_ig", "ig")
@@ -80,7 +81,8 @@ def largest_within(budget: int) -> pd.DataFrame:
 def ours(ledger: pd.DataFrame, epochs: int, train_images: int) -> pd.DataFrame:
     """Mean accuracy of each method and size, with its 95 % t-interval over the seeds.
 
-    Only runs at the paper's other settings count, with maps and logits paired with their own images.
+    Only runs at the paper's other settings count, with maps and logits paired with their own images, and of several
+    teachers only the students of the one that has most.
 
     Args:
         ledger: as `Ledger.read()` returns it.
@@ -95,7 +97,7 @@ def ours(ledger: pd.DataFrame, epochs: int, train_images: int) -> pd.DataFrame:
     table = claims.with_teacher_accuracy(ledger)
     right = (table["epochs"] == epochs) & (table["train_images"] == train_images) & (table["pairing"] == "matched")
     others = table[right].apply(lambda run: claims.other_settings(run, ignoring=("epochs", "batch_size")), axis=1)
-    chosen = table[right][others == ""] if right.any() else table[right]
+    chosen = of_one_teacher(table[right][others == ""] if right.any() else table[right])
     factors = sizes().set_index("k")["factor"]
     rows = []
     for (method, k), runs in chosen.groupby(["method", "k"]):

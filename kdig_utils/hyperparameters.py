@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from kdig_utils import losses, paths
 from kdig_utils.comparisons import best_of_normal
 from kdig_utils.engine import Report, TrainingDiverged
-from kdig_utils.runs import METHODS, RunSpec, spec_of
+from kdig_utils.runs import METHODS, RunSpec, of_one_teacher, spec_of
 from kdig_utils.study import Study, print_line
 
 with warnings.catch_warnings():  # of its progress bar, which is never shown
@@ -347,8 +347,8 @@ def trials(ledger: pd.DataFrame, base: RunSpec) -> pd.DataFrame:
         **{name: pd.Series([getattr(s, name) for s in specs], same.index, dtype=float) for name in names}
     )
     rows = rows[pd.Series(varied, same.index, dtype=bool)]
-    if not base.teacher_sha256 and len(rows):
-        rows = rows[rows["teacher_sha256"] == rows["teacher_sha256"].mode()[0]]
+    if not base.teacher_sha256:
+        rows = of_one_teacher(rows)
     return rows.assign(fresh=rows["seed"].astype(int) >= FRESH_SEEDS.start).reset_index(drop=True)
 
 
@@ -404,8 +404,8 @@ def choices(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(optimism=table["test_accuracy"] - table["fresh_accuracy"])
 
 
-def finalists(rows: pd.DataFrame) -> list[dict[str, float]]:
-    """The settings worth fresh seeds: the three best by validation, the test images' choice, the paper's.
+def candidates(rows: pd.DataFrame) -> list[dict[str, float]]:
+    """The settings that may be preferred: the three best by validation, and the paper's; no test image had a say.
 
     Args:
         rows: of `trials`.
@@ -413,14 +413,28 @@ def finalists(rows: pd.DataFrame) -> list[dict[str, float]]:
     names = _settings(rows)
     best = rows[~rows["fresh"]].sort_values("validation_accuracy", ascending=False, kind="stable")
     settings = best[names].drop_duplicates().head(FINALISTS).to_dict("records")
-    settings += choices(rows)[names].to_dict("records")
+    return _distinct(settings + choices(rows)[names].filter(["paper"], axis=0).to_dict("records"))
+
+
+def finalists(rows: pd.DataFrame) -> list[dict[str, float]]:
+    """The settings worth fresh seeds: the candidates, and the test images' choice, to see what that would have cost.
+
+    Args:
+        rows: of `trials`.
+    """
+    chosen_on_test = choices(rows)[_settings(rows)].filter(["test"], axis=0)
+    return _distinct(candidates(rows) + chosen_on_test.to_dict("records"))
+
+
+def _distinct(settings: list[dict[str, float]]) -> list[dict[str, float]]:
     return [setting for place, setting in enumerate(settings) if setting not in settings[:place]]
 
 
 def preferred(ledger: pd.DataFrame, method: str = "kd") -> dict[str, float] | None:
-    """The setting that validation prefers: of the finalists the one with the best mean over the fresh seeds.
+    """The setting that validation prefers: of the candidates the one with the best mean over the fresh seeds.
 
-    Best of thirty single runs is luck as well; fresh seeds have none of it. So there is no answer before them.
+    Best of thirty single runs is luck as well; fresh seeds have none of it. So there is no answer before them. The
+    test images' choice is no candidate, however well it does: test images proposed it.
 
     Returns:
         Its hyperparameters, or None while the search and its fresh seeds are not run yet.
@@ -430,7 +444,7 @@ def preferred(ledger: pd.DataFrame, method: str = "kd") -> dict[str, float] | No
     if rows.empty or fresh.empty:
         return None
     runs = {tuple(values): its for values, its in fresh.groupby(names)}
-    wanted = [tuple(setting.values()) for setting in finalists(rows)]
+    wanted = [tuple(setting.values()) for setting in candidates(rows)]
     if any(len(runs.get(setting, ())) < len(FRESH_SEEDS) for setting in wanted):
         return None
     best = max(wanted, key=lambda setting: runs[setting]["validation_accuracy"].astype(float).mean())

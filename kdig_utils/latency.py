@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,15 @@ WARM_UP_SECONDS = 2.0
 LEAST_ROUNDS = 10
 BLOCK_CALLS = 12  # in a row, before the next network has its turn
 UNSETTLED_CALLS = 3  # of a block: they bring the weights back into the caches
+BOOK = "epyc_2cpus"  # the book's own record in results/latency
+COLUMNS = [  # of a row of the court, and so of each file in results/latency
+    *("model", "artifact", "k", "weights", "runtime", "precision", "batch", "threads"),
+    *("p50_ms", "p95_ms", "p99_ms", "cold_ms", "calls", "speedup", "speedup_low", "speedup_high"),
+    *("predicted_macs_ms", "predicted_ms", "peak_gmacs", "bandwidth_gb"),
+    *("accuracy", "accuracy_images", "max_difference", "agreement"),
+    *("import_ms", "load_ms", "first_ms", "each_ms", "peak_mb", "bytes", "status"),
+    *("machine", "flags", "cpus", "load_average", "clock", "system", "versions", "day", "note"),
+]
 
 Times = Callable[[int], Sequence[float]]  # milliseconds of so many calls in a row
 
@@ -41,7 +51,7 @@ class Speedup(NamedTuple):
 
 def processor() -> str:
     """The model name of this machine's CPU."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return _cpuinfo("model name") or _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
 
 def processor_flags() -> list[str]:
@@ -51,11 +61,29 @@ def processor_flags() -> list[str]:
     return [flag for flag in flags if re.fullmatch(wanted, flag)]
 
 
+def fastest_cpu(numbers: Sequence[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """The CPU of the highest clock among `numbers`; the last of them where the system does not say."""
+
+    def highest(number: int) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return int((system / f"cpu{number}" / "cpufreq" / "cpuinfo_max_freq").read_text())
+        return 0
+
+    return max(numbers, key=lambda number: (highest(number), number))
+
+
 def _cpuinfo(key: str) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(key):
                 return line.partition(":")[2].strip()
+    return ""
+
+
+def _sysctl(key: str) -> str:
+    """What macOS says of itself; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["sysctl", "-n", key], capture_output=True, text=True).stdout.strip()
     return ""
 
 
@@ -74,19 +102,21 @@ def sizes(networks: Mapping[str, nn.Module]) -> pd.DataFrame:
 
 @torch.inference_mode()
 def call_times(network: nn.Module, images: Tensor, calls: int) -> np.ndarray:
-    """Milliseconds of each of `calls` calls, the first included, without any warm-up."""
+    """Milliseconds of each of `calls` calls, the first included, without any warm-up; on a GPU until it is done."""
     network.eval()
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
     times = []
     for _call in range(calls):
         start = time.perf_counter_ns()
         network(images)
+        wait()
         times.append((time.perf_counter_ns() - start) / 1e6)
     return np.array(times)
 
 
-def warm_up(times: Times, calls: int = WARM_UP_CALLS) -> None:
-    """Call until the median of `calls` calls is within 5 % of that of those before, for two seconds at most."""
-    end = time.perf_counter() + WARM_UP_SECONDS
+def warm_up(times: Times, calls: int = WARM_UP_CALLS, seconds: float = WARM_UP_SECONDS) -> None:
+    """Call until the median of `calls` calls is within 5 % of that of those before, for `seconds` at most."""
+    end = time.perf_counter() + seconds
     before = np.median(times(calls))
     while time.perf_counter() < end:
         after = np.median(times(calls))
@@ -96,7 +126,11 @@ def warm_up(times: Times, calls: int = WARM_UP_CALLS) -> None:
 
 
 def interleave(
-    timed: Mapping[str, Times], seconds: float, calls: int = BLOCK_CALLS, least_rounds: int = LEAST_ROUNDS
+    timed: Mapping[str, Times],
+    seconds: float,
+    calls: int = BLOCK_CALLS,
+    least_rounds: int = LEAST_ROUNDS,
+    warm_up_seconds: float = WARM_UP_SECONDS,
 ) -> pd.DataFrame:
     """Let the networks take turns, after warming up: columns round, network, call, ms.
 
@@ -106,9 +140,12 @@ def interleave(
     Args:
         timed: for each network, what gives the milliseconds of so many calls in a row.
         seconds: time for the rounds, without the warm-up; at least `least_rounds` are made.
+        warm_up_seconds: of each network, at most.
     """
+    if not timed:
+        return pd.DataFrame(columns=["round", "network", "call", "ms"])
     for times in timed.values():
-        warm_up(times, min(calls, WARM_UP_CALLS))
+        warm_up(times, min(calls, WARM_UP_CALLS), warm_up_seconds)
     order = np.random.default_rng(0)
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < least_rounds or time.perf_counter() < end:
@@ -200,38 +237,68 @@ def _ratio_of_medians(slow: np.ndarray, fast: np.ndarray, axis: int = -1) -> np.
     return np.median(slow, axis=axis) / np.median(fast, axis=axis)
 
 
-def first_calls(order: Sequence[str], batch: int, calls: int, processes: int) -> pd.DataFrame:
-    """The released protocol, many times over: columns process, order, network, call, ms.
+def first_calls(order: Sequence[str], batch: int, calls: int, processes: int, device: str = "cpu") -> pd.DataFrame:
+    """The released protocol, many times over: columns process, order, network, call, ms, threads, machine.
 
     Each time, in a process in which no network has run before, each network of `order` ("teacher" or "student", with
     random weights) is called `calls` times, without a warm-up, one network after the other. The processes are copies
-    (forks) of one that has imported PyTorch and done nothing with it; Linux and macOS only.
+    (forks) of one that has imported PyTorch and done nothing with it. `threads` are PyTorch's, in those processes.
+
+    Args:
+        device: "cpu", or "cuda": images and weights are there before the first call, which finds no kernel chosen yet.
+
+    Raises:
+        RuntimeError: the system cannot fork (Windows).
     """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        raise RuntimeError(
+            f"{platform.system()} has no forkserver, which makes the fresh processes: measure first calls on Linux or "
+            "macOS, or in WSL"
+        )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with context.Pool(1, maxtasksperchild=1) as pool:
-        found = pool.starmap(_first_calls, [(tuple(order), batch, calls)] * processes, chunksize=1)
+        found = pool.starmap(_first_calls, [(tuple(order), batch, calls, device)] * processes, chunksize=1)
+    frames = [frame.assign(process=number) for number, frame in enumerate(found)]
+    times = pd.concat(frames, ignore_index=True).assign(order=" first, ".join(order), machine=_named(device))
+    return times[["process", "order", "network", "call", "ms", "threads", "machine"]]
+
+
+def _named(device: str) -> str:
+    return processor() if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _first_calls(order: Sequence[str], batch: int, calls: int, device: str) -> pd.DataFrame:
+    make = {"teacher": models.teacher, "student": lambda: models.student(5)}
+    networks = {name: make[name]().to(device) for name in order}
+    images = torch.rand(batch, 3, 32, 32).to(device)
     return pd.DataFrame(
-        {"process": number, "order": " first, ".join(order), "network": name, "call": call, "ms": ms}
-        for number, times in enumerate(found)
-        for name, of_network in times.items()
-        for call, ms in enumerate(of_network)
+        {"network": name, "call": call, "ms": ms, "threads": torch.get_num_threads()}
+        for name, network in networks.items()
+        for call, ms in enumerate(call_times(network, images, calls))
     )
 
 
-def _first_calls(order: Sequence[str], batch: int, calls: int) -> dict[str, list[float]]:
-    make = {"teacher": models.teacher, "student": lambda: models.student(5)}
-    networks, images = {name: make[name]() for name in order}, torch.rand(batch, 3, 32, 32)
-    return {name: call_times(network, images, calls).tolist() for name, network in networks.items()}
-
-
 def submitted_first_calls() -> pd.DataFrame:
-    """The calls of all files in results/latency/first_calls, with the column `file`; empty where there are none."""
-    files = sorted((paths.repository_root() / "results" / "latency" / "first_calls").glob("*.csv"))
+    """The calls of all files in results/latency/first_calls, with the column `file`, the book's own first."""
+    files = _book_first(paths.repository_root() / "results" / "latency" / "first_calls", "csv")
     return pd.concat([pd.DataFrame(), *(pd.read_csv(path).assign(file=path.stem) for path in files)])
 
 
 def submitted() -> pd.DataFrame:
-    """The rows of all files in results/latency, with the column `file`; empty where there are none."""
-    files = sorted((paths.repository_root() / "results" / "latency").glob("*.json"))
-    return pd.DataFrame([{**row, "file": path.stem} for path in files for row in json.loads(path.read_text())])
+    """The rows of all files in results/latency, with the column `file`, the book's own first.
+
+    Where there is no file, there is no row, but the columns are there.
+    """
+    files = _book_first(paths.repository_root() / "results" / "latency", "json")
+    rows = [{**row, "file": path.stem} for path in files for row in json.loads(path.read_text())]
+    return pd.DataFrame(rows, columns=None if rows else [*COLUMNS, "file"])
+
+
+def _book_first(folder: Path, ending: str) -> list[Path]:
+    return sorted(folder.glob(f"*.{ending}"), key=lambda path: (path.stem != BOOK, path.stem))
+
+
+def books_own(record: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the book's own machine, by the name of its file."""
+    return record[record["file"] == BOOK]

@@ -1,7 +1,8 @@
 """The teacher, MobileNet-V2 for 32 × 32 images, and the students that are cut from it (paper, section 3)."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -178,3 +179,14 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Let a GPU's convolutions, where they are in float32, not round to TF32; leaves the setting as it was."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

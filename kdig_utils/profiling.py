@@ -118,9 +118,11 @@ def floor_seconds(
     return max(step_macs(model, batch_size) / rates.macs, moved / rates.bytes)
 
 
-def students_per_hour(step_seconds: float, spec: RunSpec, n_images: int = 50_000) -> float:
-    """Finished runs of `spec` an hour, if a step of one student costs this much; evaluation is left out."""
-    return 3600 / (step_seconds * spec.epochs * math.ceil(n_images / spec.batch_size))
+def students_per_hour(
+    step_seconds: float, spec: RunSpec, n_images: int = 50_000, epoch_end_seconds: float = 0.0
+) -> float:
+    """Finished runs of `spec` an hour, if a step of one student, and what comes between two epochs, cost this much."""
+    return 3600 / (spec.epochs * (step_seconds * math.ceil(n_images / spec.batch_size) + epoch_end_seconds))
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Rates:

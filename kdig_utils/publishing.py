@@ -6,10 +6,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
-from kdig_utils import artifacts, engine, models
+from kdig_utils import artifacts, campaigns, engine, models
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.paths import replacing, repository_root
 from kdig_utils.runs import METHODS, RunSpec, TeacherSpec, spec_of
@@ -22,6 +23,7 @@ OWN_ADDRESS = re.compile(
     r"(?:colab\.research\.google\.com/github/|git clone [^\n\"]*?https://github\.com/"
     r"|repository-code: https://github\.com/|\burl: https://github\.com/)([\w-]+/[\w-]+)"
 )
+TEACHER_SIGNALS = {"kd": "answers", "ig": "reasons", "at": "attention"}  # by the part of a method's name
 HALF_TOLERANCE = 0.01  # points of test accuracy that float16 may cost
 
 
@@ -76,19 +78,55 @@ def write_address() -> list[Path]:
     return changed
 
 
-def results_table(ledger: pd.DataFrame, campaign: str = "main") -> str:
-    """The campaign as a Markdown table: one row for each setting that was run, one for each method that was not."""
-    lines = ["| method | seeds | epochs | mean test accuracy | parameters |", "|---|---|---|---|---|"]
-    rows = ledger[ledger["campaign"] == campaign]
+def results_table(ledger: pd.DataFrame) -> str:
+    """What the README shows of the ledger, in Markdown: the methods, then how far each campaign is."""
+    return f"{methods_table(ledger)}\n\n{campaigns_table(ledger)}"
+
+
+def methods_table(ledger: pd.DataFrame) -> str:
+    """Teacher and students of `campaigns.main_runs` beside the paper's; a row for each method, run or not."""
+    students, teachers = campaigns.main_runs(ledger), ledger[ledger["method"] == "teacher"]
+    taught = teachers["weights_sha256"].isin(students["teacher_sha256"])
+    shown = {"teacher": teachers[taught] if taught.any() else teachers, **dict(iter(students.groupby("method")))}
+    lines = [
+        "| method | learns from labels and | seeds | epochs | test accuracy | parameters | in the paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method in ("teacher", *METHODS):
-        runs = rows[rows["method"] == method]
-        for (epochs, parameters), group in runs.groupby(["epochs", "parameters"], dropna=False):
-            mean = group["test_accuracy"].astype(float).mean()
-            continued = any(getattr(spec_of(row), "initial_sha256", "") for _index, row in group.iterrows())
-            budget = f"{epochs:g}" + (", after an earlier short training" if continued else "")
-            lines.append(f"| `{method}` | {len(group)} | {budget} | {mean:.2f} % | {parameters:,.0f} |")
-        if runs.empty:
-            lines.append(f"| `{method}` | | | not run yet | |")
+        for cells in _cells_of(shown.get(method, ledger.head(0))):
+            lines.append(f"| `{method}` | {_signals_of(method)} | {cells} | {_in_the_paper(method):.2f} % |")
+    return "\n".join(lines)
+
+
+def _cells_of(runs: pd.DataFrame) -> Iterator[str]:
+    """Seeds, epochs, mean accuracy with standard deviation, and parameters: once for each number of epochs."""
+    if runs.empty:
+        yield " | | not run yet |"
+    for (epochs, parameters), group in runs.groupby(["epochs", "parameters"], dropna=False):
+        accuracy = group["test_accuracy"].astype(float)
+        spread = f" ± {accuracy.std():.2f}" if len(group) > 1 else ""
+        continued = any(getattr(spec_of(row), "initial_sha256", "") for _index, row in group.iterrows())
+        budget = f"{epochs:g}" + (", after an earlier short training" if continued else "")
+        yield f"{len(group)} | {budget} | {accuracy.mean():.2f}{spread} % | {parameters:,.0f}"
+
+
+def _signals_of(method: str) -> str:
+    return ", ".join(signal for part, signal in TEACHER_SIGNALS.items() if part in method.split("_"))
+
+
+def _in_the_paper(method: str) -> float:
+    """Its test accuracy, in per cent, there: the mean of ten runs; of the one teacher."""
+    from kdig_utils import claims  # needs PyYAML and statsmodels; a machine that only trains may lack them
+
+    return float(np.mean(claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")))
+
+
+def campaigns_table(ledger: pd.DataFrame) -> str:
+    """How many runs of each campaign the ledger holds, as a Markdown table."""
+    lines = ["| campaign | its runs | done |", "|---|---|---|"]
+    for row in campaigns.progress(ledger).itertuples():
+        title = campaigns.CAMPAIGNS[row.campaign].__doc__.splitlines()[0].rstrip(".")
+        lines.append(f"| `{row.campaign}` | {title} | {row.done} of {row.runs} |")
     return "\n".join(lines)
 
 

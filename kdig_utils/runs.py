@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
@@ -186,7 +187,9 @@ COLUMNS = (
     "run_id", "campaign", "method", "k", "seed", "pairing", "epochs", "train_fraction", "test_accuracy",
     "validation_accuracy", "train_loss", "parameters", "macs", "seconds", "device", "train_images", "test_images",
     "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
+    "compiled",
 )  # fmt: skip
+LATER_COLUMNS = ("compiled",)  # ledgers from before have none: empty, which is what they would say
 
 NUMBER_COLUMNS = (
     "k", "seed", "epochs", "train_fraction", "test_accuracy", "validation_accuracy", "train_loss", "parameters", "macs",
@@ -222,6 +225,7 @@ class Ledger:
             )
         except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
             raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
+        table = table.assign(**{name: "" for name in LATER_COLUMNS if name not in table.columns})
         if missing := [name for name in COLUMNS if name not in table.columns]:
             raise ValueError(
                 f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
@@ -274,6 +278,13 @@ def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
+def of_one_teacher(rows: pd.DataFrame) -> pd.DataFrame:
+    """The ledger rows of the teacher that has most of them, and those without one: students of two do not mix."""
+    teachers = rows.loc[rows["teacher_sha256"].fillna("") != "", "teacher_sha256"]
+    other = set(teachers) - set(teachers.mode()[:1])
+    return rows[~rows["teacher_sha256"].isin(other)]
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Device, versions and code commit of this process, for the ledger."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -287,11 +298,11 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def code_commit() -> str:
-    """The commit of the code, with `+` if the package has uncommitted changes; empty outside a clone."""
+    """The commit of the code, with `+` if the package has uncommitted changes; outside a clone `KDIG_COMMIT`."""
     options = {"cwd": repository_root(), "capture_output": True, "text": True}
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=False, **options).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "kdig_utils"], check=False, **options).stdout.strip()
     except FileNotFoundError:
-        return ""
-    return commit + ("+" if changed else "")
+        commit, changed = "", ""
+    return commit + ("+" if changed else "") if commit else os.environ.get("KDIG_COMMIT", "")

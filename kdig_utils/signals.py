@@ -19,26 +19,29 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from kdig_utils import cifar10
-from kdig_utils.attribution import attribute
+from kdig_utils.attribution import attribute, half_pays, secant_attributions
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.integrated_gradients import (
     attribution_map,
     baseline,
     check_baseline,
+    check_finite,
     integrated_gradients,
     quadrature,
 )
 from kdig_utils.losses import attention_map
-from kdig_utils.models import Teacher, logits_and_features, weights_sha256
+from kdig_utils.models import Teacher, exact_float32, logits_and_features, weights_sha256
 from kdig_utils.paths import check_writable, replacing
-from kdig_utils.secants import compiles
+from kdig_utils.secants import SecantNetwork, compiles
 
 SIGNALS = ("logits", "maps", "attention", "error")
 # How maps in [0, 1] are stored, and by how much a stored value may differ: half of the largest spacing
 # (a uint8 is read as float16, which rounds once more).
 QUANTISATION_ERROR = {"float16": 2**-12, "uint8": 1 / 510 + 2**-12}
 # Images a batch, and points of the path in one pass: a CPU wants its caches to hold them, a GPU wants many.
-BATCHES = {"cpu": (64, 32), "cuda": (2048, 2048)}
+CPU_BATCHES = (64, 32)
+MOST_POINTS = 2048
+SECANT = "secant"
 COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
 
 
@@ -48,7 +51,7 @@ class SignalSettings:
 
     Attributes:
         n_steps: evaluations along the path of Integrated Gradients.
-        method: the quadrature.
+        method: the quadrature, or `secant` for intervals that know where the ReLUs switch (`secants`, chapter 04).
         baseline: `mean_colour` is the paper's, zeros after normalisation.
         tap: index of the feature block whose attention map is kept (9 for k = 5).
         error: None takes `n_steps` of `method`; a number asks `attribution.attribute` for this relative error instead.
@@ -67,7 +70,10 @@ class SignalSettings:
     storage: str = "float16"
 
     def __post_init__(self) -> None:
-        quadrature(self.method, self.n_steps)
+        if self.method != SECANT:
+            quadrature(self.method, self.n_steps)
+        elif self.n_steps < 1:
+            raise ValueError(f"n_steps = {self.n_steps} is too few: use at least 1")
         check_baseline(self.baseline)
         if self.error is not None and not 0 < self.error < 1:
             raise ValueError(f"error = {self.error} is not a relative error: choose one above 0 and below 1, as 0.05")
@@ -111,6 +117,7 @@ class TeacherSignals:
         return self.logits, self.maps, self.attention, self.error
 
 
+@exact_float32()
 def compute_signals(
     teacher: Teacher,
     images: ImageSet,
@@ -122,7 +129,7 @@ def compute_signals(
     """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
 
     Args:
-        batch_size: images between two flushes; None takes what suits the device (`BATCHES`; the GPU's was not run yet).
+        batch_size: images between two flushes; None takes what suits the device (`batch_sizes`).
         report: called after each batch with the number of images done and in all; `print_progress` makes one.
 
     Raises:
@@ -135,24 +142,54 @@ def compute_signals(
     arrays = _open_store(folder, _shapes(teacher, len(images), settings), manifest)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     device = next(teacher.parameters()).device
-    compiled = settings.error is not None and len(images) >= COMPILE_FROM and device.type == "cpu" and compiles()
-    batch_size = batch_size or BATCHES.get(device.type, BATCHES["cpu"])[0]
-    for positions in remaining.split(batch_size) if len(remaining) else ():  # split makes one empty part of nothing
+    by_secants = settings.error is not None or settings.method == SECANT
+    compiled = by_secants and len(images) >= COMPILE_FROM and device.type == "cpu" and compiles()
+    images_a_batch, points = batch_sizes(folded, device)
+    batches = remaining.split(batch_size or images_a_batch)
+    for positions in batches if len(remaining) else ():  # split makes one empty part of nothing
         rows = _signals_of_batch(
             teacher,
             folded,
             images.images(positions).to(device),
             images.labels[positions].to(device),
             settings,
+            points,
             compiled,
         )
         for name, values in rows.items():
-            arrays[name][positions] = values.cpu().numpy()
+            arrays[name][positions.numpy()] = values.cpu().numpy()  # NumPy takes a tensor of one for a number
             arrays[name].flush()
-        arrays["done"][positions] = True  # last, and flushed after the rows: a row marked done is whole
+        arrays["done"][positions.numpy()] = True  # last, and flushed after the rows: a row marked done is whole
         arrays["done"].flush()
         report(int(arrays["done"].sum()), len(images))
     return open_signals(teacher, images, folder, settings)
+
+
+def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """Images a batch, and points of the path in one pass; on a GPU such that half of its free memory holds them.
+
+    The other half is for gradients and for what the libraries work in. Ask before anything else is computed: memory
+    that PyTorch keeps for later counts as taken.
+    """
+    if device.type != "cuda":
+        return CPU_BATCHES
+    free, _total = torch.cuda.mem_get_info(device)
+    points = max(1, min(MOST_POINTS, free // (2 * kept_bytes(model, device))))
+    return points, points
+
+
+def kept_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes that a forward pass keeps of each image for the gradient of its pixels."""
+    kept = {1: 0, 2: 0}
+    for count in kept:
+
+        def weigh(value: Tensor, count: int = count) -> Tensor:
+            kept[count] += value.nbytes
+            return value
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(weigh, lambda value: value):
+            model(torch.zeros(count, 3, 32, 32, device=device, requires_grad=True))
+    return kept[2] - kept[1]  # weights are kept once, however many images there are
 
 
 def open_signals(
@@ -181,10 +218,18 @@ def open_signals(
 
 @torch.no_grad()
 def _signals_of_batch(
-    teacher: Teacher, folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, compiled: bool
+    teacher: Teacher,
+    folded: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: SignalSettings,
+    points: int,
+    compiled: bool,
 ) -> dict[str, Tensor]:
     logits, features = logits_and_features(teacher, images, settings.tap)
-    attributions, error = _attributions(folded, images, labels, settings, compiled)
+    attributions, error = _attributions(folded, images, labels, settings, points, compiled)
+    check_finite(logits, "rows of logits")
+    check_finite(attributions, "attributions")
     maps = attribution_map(attributions)
     scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
     return {
@@ -196,17 +241,21 @@ def _signals_of_batch(
 
 
 def _attributions(
-    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, compiled: bool
+    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, points: int, compiled: bool
 ) -> tuple[Tensor, Tensor]:
     """Attributions of a batch, and the error of each."""
     baselines = baseline(settings.baseline, images, cifar10.MEAN)
-    size = BATCHES.get(images.device.type, BATCHES["cpu"])[1]
     if settings.error is not None:
         found = attribute(
-            folded, images, baselines, labels, settings.error, internal_batch_size=size, compiled=compiled
+            folded, images, baselines, labels, settings.error, internal_batch_size=points, compiled=compiled
         )
         return found.attributions, found.error
-    attributions = integrated_gradients(folded, images, baselines, labels, settings.n_steps, settings.method, size)
+    if settings.method == SECANT:
+        network = SecantNetwork(folded, half_pays(images.device), compiled)
+        attributions = secant_attributions(network, images, baselines, labels, settings.n_steps, "logit", points)
+    else:
+        rule = settings.n_steps, settings.method
+        attributions = integrated_gradients(folded, images, baselines, labels, *rule, points)
     rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
     return attributions, (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
 
@@ -221,10 +270,11 @@ def print_progress(step: int = 1000, clock: Callable[[], float] = time.monotonic
     state = {"first": None, "printed": 0}
 
     def report(done: int, total: int) -> None:
-        if state["first"] is None:  # the first batch may hold rows of an earlier call
+        begins = state["first"] is None
+        if begins:  # the first batch may hold rows of an earlier call, so that it tells no speed
             state["first"] = (done, clock())
-        if done // step > state["printed"] // step or done == total:
-            before, since = state["first"] if done > state["first"][0] else (0, started)
+        if done == total or (not begins and done // step > state["printed"] // step):
+            before, since = (0, started) if begins else state["first"]
             speed = (done - before) / max(clock() - since, 1e-9)
             minutes, seconds = divmod(round((total - done) / speed), 60)
             print(f"{done:,} of {total:,} images, {speed:.1f} images/s, {minutes} min {seconds:02d} s left", flush=True)

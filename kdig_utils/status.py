@@ -1,5 +1,6 @@
 """What is there and what is missing, a line each: for the command `status`, and for what the others print."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pandas as pd
 import torch
 
 from kdig_utils import artifacts, campaigns
-from kdig_utils.runs import METHODS
+from kdig_utils.comparisons import setting_of
+from kdig_utils.runs import METHODS, spec_of
 
 
 def campaign_lines(ledger: pd.DataFrame) -> list[str]:
@@ -27,15 +29,31 @@ def finished(row: pd.Series) -> str:
 
 
 def ledger_lines(table: pd.DataFrame) -> list[str]:
-    """A line for each campaign, method, k and number of epochs: the runs and their mean accuracy."""
+    """A line for each campaign and setting: the runs and their mean accuracy."""
     order = {method: place for place, method in enumerate(("teacher", *METHODS))}
-    groups = table.groupby(["campaign", "method", "k", "epochs", "pairing"], dropna=False)
-    found = sorted(groups, key=lambda group: (str(group[0][0]), order[group[0][1]], group[0][2:4]))
+    groups = with_other_settings(table).groupby(["campaign", "method", "k", "epochs", "other_settings"], dropna=False)
+    found = sorted(groups, key=lambda group: (str(group[0][0]), order[group[0][1]], group[0][2:]))
     return [
-        f"{campaign}: {method} k={k}, {epochs} epochs{'' if pairing != 'shuffled' else ', shuffled'}: {len(runs)} run"
+        f"{campaign}: {method} k={k}, {epochs} epochs{others and ', '}{others}: {len(runs)} run"
         f"{'s' if len(runs) > 1 else ''}, mean {runs['test_accuracy'].mean():.2f} % ({' '.join(runs['run_id'])})"
-        for (campaign, method, k, epochs, pairing), runs in found
+        for (campaign, method, k, epochs, others), runs in found
     ]
+
+
+def with_other_settings(table: pd.DataFrame) -> pd.DataFrame:
+    """The ledger with other_settings: what a run has, besides method, k and epochs, that is not the default, in words.
+
+    Runs with one method, k, number of epochs and these words were trained alike, but for seed, images and teacher.
+    """
+    return table.assign(other_settings=[_other_settings(run) for run in table.to_dict("records")])
+
+
+def _other_settings(run: dict) -> str:
+    defaults = {field.name: field.default for field in fields(spec_of(run))}
+    others = {name: value for name, value in setting_of(run).items() if value != defaults[name]}
+    words = {"k": "", "epochs": "", "initial_sha256": "after earlier epochs"}
+    told = [words.get(name, f"{name.replace('_', ' ')} {value}") for name, value in others.items()]
+    return ", ".join(filter(None, told))
 
 
 def checkpoint_line(path: Path) -> str:

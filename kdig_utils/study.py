@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from kdig_utils import artifacts, cifar10, controls, models, paths, signals, training
+from kdig_utils.campaigns import main_runs
 from kdig_utils.cifar10 import ImageSet
-from kdig_utils.engine import Report, Run, Trained, train_together
-from kdig_utils.models import Student, Teacher
+from kdig_utils.engine import SIDE_BY_SIDE, Report, Run, Trained, train_together
+from kdig_utils.models import Student, Teacher, exact_float32
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec, environment
 from kdig_utils.signals import SignalSettings, TeacherSignals
 
@@ -29,6 +30,7 @@ MAIN_METHODS = ("student", "kd", "ig", "kd_ig")
 SMOKE_IMAGES = 500
 # The schedule of the best public MobileNet-V2 on CIFAR-10, with a square cut out of each image (chapter 01).
 TEACHER_RECIPE = TeacherSpec(epochs=200, batch_size=128, learning_rate=0.1, schedule="cosine", cutout=8)
+WEIGHTS_SEEDS = 3  # of each method whose weights go home: enough for an interval over seeds
 RUN_BYTES = 60_000_000  # a checkpoint of the teacher, written beside the one before, and its weights
 
 
@@ -100,30 +102,38 @@ class Study:
         return signals.compute_signals(teacher, self.train, folder, settings, report=signals.print_progress(1000))
 
     def students(self) -> pd.DataFrame:
-        """The ledger rows of the main campaign's students; outside `published`, what is missing is trained first."""
+        """The ledger rows of the study's students, trained first if need be; in `published` those of `main_runs`."""
         wanted = self.run_all(self.specs)
         ledger = self.ledger.read()
-        main = ledger["run_id"].isin(wanted) if self.specs else ledger["campaign"] == "main"
-        return ledger[main & (ledger["method"] != "teacher")].reset_index(drop=True)
+        return ledger[ledger["run_id"].isin(wanted)].reset_index(drop=True) if self.specs else main_runs(ledger)
 
     def run_all(
         self,
         specs: Iterable[RunSpec],
         campaign: str = "main",
-        at_once: int = 1,
+        at_once: int | None = None,
         deadline: float = math.inf,
         report: Report = print_line,
         loss: Callable[..., Tensor] | None = None,
     ) -> list[str]:
-        """Train what the ledger does not hold yet, `at_once` runs side by side; return the identities of all runs.
+        """Train what the ledger does not hold yet, side by side; return the identities of all runs.
 
         Each finished run is in the ledger before another one starts. What `deadline` (`time.monotonic`) cuts off goes
-        on from its checkpoint the next time.
+        on from its checkpoint the next time, before the others: while no speed is measured yet, no run is refused.
+
+        Args:
+            at_once: runs side by side; None takes what suits the device (`engine.SIDE_BY_SIDE`).
+            loss: in place of `training.student_loss`: the same, compiled; the ledger says so.
+
+        Raises:
+            TrainingDiverged: losses were not finite; all other runs are in the ledger.
         """
         specs = [self.completed(spec) for spec in specs]
         known = set(self.ledger.read()["run_id"])
-        runs = (self._student_run(spec, loss) for spec in specs if spec.run_id not in known)
-        self._train(runs, campaign, at_once, deadline, report)
+        left = [spec for spec in specs if spec.run_id not in known]
+        left.sort(key=lambda spec: not (self.folders["checkpoints"] / f"{spec.run_id}.pt").is_file())
+        runs = (self._student_run(spec, loss) for spec in left)
+        self._train(runs, campaign, at_once, deadline, report, compiled=loss is not None)
         return [spec.run_id for spec in specs]
 
     def completed(self, spec: RunSpec) -> RunSpec:
@@ -138,15 +148,21 @@ class Study:
             return spec
         return dataclasses.replace(spec, epochs=self.specs[0].epochs, batch_size=self.specs[0].batch_size)
 
-    def run(self, spec: RunSpec | TeacherSpec, campaign: str = "main", initial: Teacher | None = None) -> pd.Series:
-        """The ledger row of a run, training it, or going on with it, if it is not there yet."""
+    def run(
+        self,
+        spec: RunSpec | TeacherSpec,
+        campaign: str = "main",
+        initial: Teacher | None = None,
+        deadline: float = math.inf,
+    ) -> pd.Series | None:
+        """The ledger row of a run, training it, or going on with it, if it is not there yet; None if time was over."""
         if self.ledger.find(spec) is None:
             if isinstance(spec, TeacherSpec):
                 checkpoint = self._checkpoint(spec.run_id)
                 run = training.teacher_run(spec, self.train, self.test, initial, checkpoint, self.device)
             else:
                 run = self._student_run(spec)
-            self._train([run], campaign)
+            self._train([run], campaign, deadline=deadline)
         return self.ledger.find(spec)
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
@@ -159,12 +175,12 @@ class Study:
         return {"curves": self.curves, "weights": self.folder / "weights", "checkpoints": self.folder / "checkpoints"}
 
     def files(self, rows: pd.DataFrame) -> list[Path]:
-        """What goes home with these ledger rows: curves, the weights of the first seeds, checkpoints of open runs."""
-        first = rows[rows["seed"].astype(int) == 0]
+        """What goes home with these rows: curves, checkpoints of open runs, weights of teachers and first seeds."""
+        chosen = rows[(rows["seed"].astype(int) < WEIGHTS_SEEDS) | (rows["method"] == "teacher")]
         curves = [self.curves / f"{run_id}.csv" for run_id in rows["run_id"]]
-        weights = [self._weights_path(run_id) for run_id in first["run_id"]]
         open_runs = sorted(self.folders["checkpoints"].glob("*.pt"))
-        return [path for path in (*curves, *weights, *open_runs) if path.is_file()]
+        weights = [self._weights_path(run_id) for run_id in chosen.sort_values("seed", kind="stable")["run_id"]]
+        return [path for path in (*curves, *open_runs, *weights) if path.is_file()]
 
     def student(self, method: str, k: int = 5) -> Student:
         """One trained student: the published one, or this study's first with this method and k, trained if need be.
@@ -219,13 +235,14 @@ class Study:
         self,
         runs: Iterable[Run],
         campaign: str,
-        at_once: int = 1,
+        at_once: int | None = None,
         deadline: float = math.inf,
         report: Report = print_line,
+        compiled: bool = False,
     ) -> None:
         """Train the runs; each one's row is in the ledger before another one starts."""
-        for run in train_together(runs, at_once, deadline, report):
-            self._record(run.spec, run.trained, campaign)
+        for run in train_together(runs, at_once or SIDE_BY_SIDE[self.device.type], deadline, report):
+            self._record(run.spec, run.trained, campaign, compiled="yes" if compiled else "")
             run.checkpoint.unlink(missing_ok=True)
 
     def _checkpoint(self, run_id: str) -> Path:
@@ -255,7 +272,8 @@ class Study:
         path = self.folder / "signals" / f"{self._teacher_sha256[:12]}_saliency.npy"
         if not path.is_file():
             print_line(f"plain gradients of {len(self.train):,} images")
-            maps = controls.saliency_maps(self.teacher.to(self.device), self.train)
+            with exact_float32():
+                maps = controls.saliency_maps(self.teacher.to(self.device), self.train)
             with paths.replacing(path) as part, part.open("wb") as file:
                 np.save(file, maps.numpy())
         maps = torch.from_numpy(np.load(path))
@@ -265,7 +283,7 @@ class Study:
     def _signals_on_device(self) -> dict[tuple[int, bool], TeacherSignals]:
         return {}
 
-    def _record(self, spec: RunSpec | TeacherSpec, trained: Trained, campaign: str) -> None:
+    def _record(self, spec: RunSpec | TeacherSpec, trained: Trained, campaign: str, compiled: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it."""
         artifacts.save_weights(trained.model, self._weights_path(spec.run_id))
         with paths.replacing(self.curves / f"{spec.run_id}.csv") as part:
@@ -275,6 +293,7 @@ class Study:
         self.ledger.append(
             spec,
             campaign=campaign,
+            compiled=compiled,
             **{name: round(float(last[name]), 6) for name in ("test_accuracy", "validation_accuracy", "train_loss")},
             seconds=round(float(last["seconds"]), 1),
             parameters=models.count_parameters(trained.model),

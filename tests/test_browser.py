@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from kdig_utils import artifacts, browser, cifar10
+from kdig_utils import artifacts, browser, cifar10, court
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[tests]'")
 
@@ -78,7 +78,7 @@ def test_the_site_is_small_and_the_int8_student_a_tenth_of_the_teacher(site: Pat
     assert sizes["student", "int8"] < 0.1 * sizes["teacher", "fp32"]
 
 
-def test_the_examples_are_test_images_of_all_classes_and_two_that_only_the_teacher_gets_right(
+def test_the_examples_are_test_images_of_all_classes_and_some_that_only_the_teacher_gets_right(
     site: Path, assets: dict
 ) -> None:
     test = cifar10.load_sample("test")
@@ -90,8 +90,10 @@ def test_the_examples_are_test_images_of_all_classes_and_two_that_only_the_teach
     assert labels == test.labels[positions].tolist()
     assert set(labels[:10]) == set(range(10))
     said = {(network["name"], network["precision"]): network["probabilities"] for network in assets["networks"]}
-    assert np.argmax(said["teacher", "fp32"][10:], axis=1).tolist() == labels[10:]
-    assert not np.equal(np.argmax(said["student", "fp32"][10:], axis=1), labels[10:]).any()
+    answers = {name: np.argmax(said[name, "fp32"], axis=1).tolist() for name in ("teacher", "student")}
+    assert len(labels) <= 10 + browser.DISAGREEMENTS
+    assert answers["teacher"][10:] == labels[10:]
+    assert not np.equal(answers["student"][10:], labels[10:]).any()
 
 
 def test_the_stored_probabilities_are_those_of_the_published_networks(assets: dict) -> None:
@@ -118,6 +120,18 @@ def test_without_npm_the_site_says_why_it_is_empty_and_the_book_goes_on(
     monkeypatch.setattr(browser.shutil, "which", lambda *_, **__: None)
     missing = browser.write_site(tmp_path / "site")
     assert "npm was not found" in missing
+    assert json.loads((tmp_path / "site" / "assets.json").read_text()) == {"missing": missing}
+
+
+def test_without_the_packages_that_export_the_site_names_them_and_the_book_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runtime").mkdir()
+    monkeypatch.setattr(browser, "runtime", lambda: tmp_path / "runtime")
+    for package in browser.EXPORTERS:
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    missing = browser.write_site(tmp_path / "site")
+    assert "onnx and onnxruntime not found" in missing
     assert json.loads((tmp_path / "site" / "assets.json").read_text()) == {"missing": missing}
 
 
@@ -218,9 +232,10 @@ def test_the_browser_classifies_every_example_as_python_does(loaded: Page, asset
     for place in range(len(assets["examples"]) - 1, -1, -1):
         shown = after(loaded, loaded.locator(f"input[value='{place}']").check)
         expected = np.array([network["probabilities"][place] for network in assets["networks"]])
-        np.testing.assert_allclose(shown[fp32], expected[fp32], atol=1e-3)
         np.testing.assert_array_equal(shown[fp32].argmax(1), expected[fp32].argmax(1))
         np.testing.assert_allclose(shown, expected, atol=0.1)
+        differences = np.array(loaded.locator("[data-difference]").all_text_contents())
+        assert set(differences[fp32]) == {"0.0000"}
 
 
 def test_a_picture_of_ones_own_is_cropped_shrunk_and_classified(loaded: Page, assets: dict, tmp_path: Path) -> None:
@@ -239,6 +254,82 @@ def test_a_picture_of_ones_own_is_cropped_shrunk_and_classified(loaded: Page, as
     sync_api.expect(loaded.locator("[data-part=status]")).to_contain_text("own.txt could not be read as a picture")
 
 
+@pytest.mark.parametrize("side", [512, 3000])
+def test_a_large_picture_is_averaged_and_its_finest_stripes_are_not_aliased(
+    loaded: Page, tmp_path: Path, side: int
+) -> None:
+    """A slow wave under stripes of one pixel: what comes out is the wave, as Pillow's box filter gives it."""
+    place = np.arange(side)
+    wave = 110 + 50 * np.sin(2 * np.pi * place / side)[:, None] * np.cos(2 * np.pi * place / side)
+    striped = wave + 60 * (-1.0) ** place
+    large = Image.fromarray(np.repeat(striped[..., None], 3, axis=2).round().astype(np.uint8))
+    large.save(tmp_path / "wave.png")
+    after(loaded, lambda: loaded.set_input_files("input[type=file]", tmp_path / "wave.png"))
+    expected = np.asarray(large.resize((32, 32), Image.Resampling.BOX), dtype=float)
+    np.testing.assert_allclose(shown_pixels(loaded), expected, atol=4)
+
+
+def shown_pixels(page: Page) -> np.ndarray:
+    """The picture that the networks see, (32, 32, 3), 0 to 255."""
+    context = "document.querySelector('canvas[data-part=picture]').getContext('2d')"
+    return np.reshape(page.evaluate(f"[...{context}.getImageData(0, 0, 32, 32).data]"), (32, 32, 4))[..., :3]
+
+
+def test_the_picture_chosen_last_is_the_one_that_stays(address: str, chromium: Opener, assets: dict) -> None:
+    with chromium() as page:
+        held = []
+        page.route("**/map_01.png", lambda route: held.append(route))
+        page.goto(address)
+        page.locator("input[value='1']").check()
+        page.locator("input[value='2']").check()
+        caption = page.locator("[data-part=picture-caption]")
+        sync_api.expect(caption).to_contain_text(f"test image {assets['examples'][2]['index']},")
+        held[0].continue_()
+        page.wait_for_load_state("networkidle")
+        sync_api.expect(caption).to_contain_text(f"test image {assets['examples'][2]['index']},")
+
+
+def test_the_networks_load_before_a_picture_is_there(address: str, chromium: Opener) -> None:
+    with chromium() as page:
+        held = []
+        page.route("**/map_00.png", lambda route: held.append(route))
+        page.goto(address)
+        page.get_by_role("button", name="Load the networks").click()
+        sync_api.expect(page.get_by_role("button", name="Measure")).to_be_visible(timeout=30_000)
+        assert not page.locator("[data-part=failures]").text_content()
+        held[0].continue_()
+        page.wait_for_selector("tfoot")
+
+
+def test_after_an_error_of_the_runtime_the_page_says_so_and_goes_on(address: str, chromium: Opener) -> None:
+    with chromium() as page:
+        page.goto(address)
+        page.get_by_role("button", name="Load the networks").click()
+        page.wait_for_selector("tfoot")
+        page.evaluate(f"({BREAK})('{address.replace('book/try_it.html', '_static/try_it/ort.wasm.min.mjs')}')")
+        page.get_by_role("button", name="Measure").click()
+        sync_api.expect(page.locator("[data-part=status]")).to_contain_text("The networks stopped: out of memory")
+        sync_api.expect(page.get_by_role("button", name="Measure")).to_be_enabled()
+        page.evaluate("mend()")
+        after(page, page.locator("input[value='1']").check)
+
+
+# The next calls of all networks fail, until mend() is called.
+BREAK = """async (address) => {
+  const { prototype } = (await import(address)).InferenceSession;
+  const { run } = prototype;
+  prototype.run = async () => { throw new Error("out of memory"); };
+  window.mend = () => { prototype.run = run; };
+}"""
+
+
+def test_an_example_replaces_the_picture_of_ones_own(loaded: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "own.png")
+    after(loaded, lambda: loaded.set_input_files("input[type=file]", tmp_path / "own.png"))
+    after(loaded, loaded.locator("input[value='1']").check)
+    assert loaded.locator("input[type=file]").input_value() == ""
+
+
 def test_the_latency_of_every_network_is_measured_here(loaded: Page, assets: dict) -> None:
     loaded.get_by_role("button", name="Measure").click()
     loaded.wait_for_selector("[data-p50]", timeout=60_000)
@@ -251,6 +342,8 @@ def test_the_latency_of_every_network_is_measured_here(loaded: Page, assets: dic
     rows = json.loads(download.value.path().read_text())
     np.testing.assert_allclose([row["p50_ms"] for row in rows], medians)
     assert all(row["p50_ms"] <= row["p95_ms"] for row in rows)
+    assert all({*court.TABLE, "machine", "day", "status", "note"} <= set(row) for row in rows)
+    assert all(row["status"] == "ok" and "Mozilla" in row["machine"] for row in rows)
 
 
 def test_the_keyboard_alone_is_enough(address: str, chromium: Opener) -> None:

@@ -1,7 +1,9 @@
 """Campaigns: the runs of the paper's tables, found again in any ledger, packed and unpacked without loss."""
 
+import dataclasses
 import io
 import math
+import re
 import tarfile
 from pathlib import Path
 
@@ -102,6 +104,19 @@ def test_rows_of_a_campaign_are_found_whichever_campaign_trained_them(ledger: Le
     assert list(campaigns.rows(Ledger(Path("none.csv")).read(), "pairing").columns) == list(table.columns)
 
 
+def test_students_of_two_teachers_do_not_mix(ledger: Ledger) -> None:
+    """The teacher with more of a campaign's rows is the one that counts; students without a teacher always do."""
+    whole = campaigns.specs("ablation")
+    fill(ledger, [dataclasses.replace(s, teacher_sha256="old") if s.uses_teacher else s for s in whole[:16]])
+    fill(ledger, [dataclasses.replace(s, teacher_sha256="new") for s in whole if s.uses_teacher])
+    table = ledger.read()
+    found = campaigns.rows(table, "ablation")
+    assert set(found["teacher_sha256"]) == {"", "new"}
+    assert len(found) == 7 * 10 + 2
+    assert campaigns.progress(table).set_index("campaign").loc["ablation", ["done", "left"]].tolist() == [72, 8]
+    assert (campaigns.progress(table)["left"] >= 0).all()
+
+
 def test_progress_counts_and_estimates(ledger: Ledger) -> None:
     assert campaigns.progress(ledger.read())["hours"].isna().all()
     fill(ledger, campaigns.specs("ablation")[:20], seconds=36.0)
@@ -148,7 +163,8 @@ def test_what_is_packed_is_unpacked_in_pieces_of_16_mb(
     ledger: Ledger, runs_on_disk: tuple[list[str], list[Path]], tmp_path: Path
 ) -> None:
     run_ids, files = runs_on_disk
-    pieces = campaigns.pack(ledger, run_ids, files, tmp_path / "out", "ablation")
+    pieces, left_out = campaigns.pack(ledger, run_ids, files, tmp_path / "out", "ablation")
+    assert not left_out
     assert len(pieces) == math.ceil(30.01e6 / 16e6)
     assert max(path.stat().st_size for path in pieces) <= 16_000_000
     home = Ledger(tmp_path / "home" / "runs.csv")
@@ -159,23 +175,24 @@ def test_what_is_packed_is_unpacked_in_pieces_of_16_mb(
     assert campaigns.unpack(pieces, home, folders(tmp_path / "home")) == []
 
 
-def test_a_pack_that_would_be_too_large_leaves_the_last_files_out(
+def test_a_pack_that_would_be_too_large_leaves_files_out_and_names_them(
     ledger: Ledger, runs_on_disk: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_ids, files = runs_on_disk
     monkeypatch.setattr(campaigns, "PACK_BYTES", 3_000_000)
-    pieces = campaigns.pack(ledger, run_ids, files, tmp_path / "out", "a")
+    pieces, left_out = campaigns.pack(ledger, run_ids, files, tmp_path / "out", "a")
     assert len(pieces) <= 8
     campaigns.unpack(pieces, Ledger(tmp_path / "home.csv"), folders(tmp_path / "home"))
     assert {path.parent.name for path in (tmp_path / "home").rglob("*.*")} == {"curves", "weights"}
     assert len(list((tmp_path / "home" / "weights").iterdir())) == 1
+    assert left_out == files[-1:]
 
 
 @pytest.mark.parametrize("damage", ["first piece missing", "last piece missing", "truncated", "not a pack"])
 def test_a_pack_that_is_not_whole_changes_nothing(
     ledger: Ledger, runs_on_disk: tuple[list[str], list[Path]], tmp_path: Path, damage: str
 ) -> None:
-    pieces = campaigns.pack(ledger, *runs_on_disk, tmp_path / "out", "ablation")
+    pieces = campaigns.pack(ledger, *runs_on_disk, tmp_path / "out", "ablation").pieces
     if damage == "truncated":
         pieces[0].write_bytes(pieces[0].read_bytes()[:-1000])
     elif damage == "not a pack":
@@ -200,6 +217,22 @@ def test_a_pack_writes_nowhere_else(ledger: Ledger, tmp_path: Path, name: str) -
 
 
 # The command
+
+
+def test_a_run_that_diverges_does_not_block_its_campaign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = RunSpec("student", k=17, learning_rate=1e39)
+    monkeypatch.setitem(campaigns.CAMPAIGNS, "tiny", lambda: [wild, RunSpec("student", k=17)])
+    monkeypatch.setattr(study, "SMOKE_IMAGES", 50)
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path))
+    words = ["campaign", "tiny", "--profile", "smoke", "--budget-minutes", "9", "--pack", str(tmp_path / "out")]
+    for _again in range(2):
+        assert command_line.main(words) == 1
+        shown = capsys.readouterr()
+        assert "tiny: 1 of 2 runs done" in shown.out
+        assert "packed: tiny.tar.00" in shown.out
+        assert re.search(r"^error: run \w{12}: .*lower the learning rate", shown.err)
 
 
 def test_a_campaign_is_trained_packed_and_carried_home(

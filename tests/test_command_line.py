@@ -1,7 +1,10 @@
 """The command line: help with examples, one clear line on bad input, and work that ends in ledger and artifacts."""
 
+import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from kdig_utils import artifacts, cifar10, models, study
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "data", "teacher", "signals", "train", "campaign", "search", "unpack", "reproduce", "status", "publish", "readme",
     "links", "latency", "explain",
@@ -57,6 +61,47 @@ def test_each_command_has_help_with_an_example(command: str, capsys: pytest.Capt
     assert f"\n  python -m kdig_utils {command}" in shown.split("examples:")[1]
 
 
+# What the GPU machines of ../shared/gpu/README.md lack of the package's requirements.
+NOT_ON_A_BARE_MACHINE = ("alembic", "captum", "optuna", "sqlalchemy", "pooch", "IPython", "papermill", "nbformat")
+ON_A_BARE_MACHINE = f"""
+import sys
+for name in {NOT_ON_A_BARE_MACHINE}:
+    sys.modules[name] = None  # importing it fails
+from kdig_utils import __main__, campaigns, study
+from kdig_utils.runs import RunSpec
+campaigns.CAMPAIGNS["ablation"] = lambda: [RunSpec("student", k=17)]
+study.SMOKE_IMAGES = 50
+for words in sys.argv[1:]:
+    print("exit status", __main__.main(words.split()))
+"""
+
+
+def test_a_machine_without_the_larger_packages_runs_campaigns(tmp_path: Path) -> None:
+    """And says of a command that does need one which it is."""
+    environment = {**os.environ, "KDIG_WORKSPACE": str(tmp_path), "KDIG_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    train = "campaign ablation --profile smoke --budget-minutes 5"
+    command = [
+        sys.executable,
+        "-c",
+        ON_A_BARE_MACHINE,
+        "status",
+        train,
+        "search --method kd --budget-minutes 1",
+        "explain",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert "ablation: 1 of 1 runs done" in ended.stdout, ended.stderr
+    assert re.findall(r"exit status (\d)", ended.stdout)[1:] == ["0", "2", "2"]
+    for package in ("sqlalchemy", "captum"):
+        assert f"error: {package} is not installed: pip install {package}" in ended.stderr
+
+
+def test_help_says_how_the_code_is_named_where_it_is_no_clone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["campaign", "--help"])
+    assert "KDIG_COMMIT" in capsys.readouterr().out
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         command_line.main(["--help"])
@@ -88,7 +133,7 @@ def test_bad_input_is_one_line_with_value_and_remedy(
 
 def test_bad_input_as_a_process_has_no_traceback() -> None:
     words = [sys.executable, "-m", "kdig_utils", "train", "--method", "kdd"]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert not ended.stdout
@@ -167,6 +212,37 @@ def test_from_teacher_to_published_student(clone: Path, small_data: None, capsys
     assert len(ledger.read()) == 3, "what is in the ledger is not trained again"
 
 
+def test_a_teacher_whose_time_is_over_is_packed_to_go_on_elsewhere(
+    clone: Path, small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["teacher", "--epochs", "2", "--seed", "1", "--batch-size", "8", "--pack", str(tmp_path / "out")]
+    shown, minutes = [], 0.005
+    while not shown or "not finished: run it again" in shown[-1]:
+        assert command_line.main([*words, "--budget-minutes", str(minutes)]) == 0
+        shown.append(capsys.readouterr().out)
+        minutes *= 2
+        for checkpoint in (clone / "workspace").glob("full/checkpoints/*.pt"):  # carried to another machine
+            content = checkpoint.read_bytes()
+            checkpoint.unlink()
+            assert command_line.main(["unpack", *map(str, (tmp_path / "out").iterdir())]) == 0
+            assert checkpoint.read_bytes() == content
+    assert "goes on at epoch" in "".join(shown)
+    with tarfile.open(tmp_path / "out" / "teacher.tar.00") as pack:
+        assert {name.split("/")[0] for name in pack.getnames()} == {"sha256.json", "runs.csv", "curves", "weights"}
+
+
+def test_train_shows_a_run_that_another_campaign_trained(
+    clone: Path, small_data: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "student_study", lambda _n_steps: study.open_study("full"))
+    monkeypatch.setattr(study.Study, "_teacher_sha256", "")
+    for name in ("first", "second"):
+        capsys.readouterr()
+        words = ["train", "--method", "student", "--k", "17", "--epochs", "1", "--campaign", name]
+        assert command_line.main(words) == 0
+        assert "first: student k=17, 1 epochs: 1 run" in capsys.readouterr().out
+
+
 def test_status_shows_a_damaged_artifact_and_fails(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"method": "student", "k": 17, "test_accuracy": 50.0, "run_id": "0123456789ab"}
     artifacts.publish("student_k17", models.student(17), half=False, **facts)
@@ -183,8 +259,8 @@ def test_readme_table_has_a_row_for_every_method_and_keeps_the_rest(clone: Path)
     ledger.append(TeacherSpec(epochs=3), campaign="other", test_accuracy=90.0, parameters=2236682)
     assert command_line.main(["readme"]) == 0
     text = (clone / "README.md").read_text()
-    assert "| `kd` | 2 | 7 | 80.50 % | 543,498 |" in text
-    assert text.count("not run yet") == 8
+    assert "| `kd` | answers | 2 | 7 | 80.50 ± 0.71 % | 543,498 |" in text
+    assert text.count("not run yet") == 7
     assert text.startswith("before\n")
     assert text.endswith("after\n")
 

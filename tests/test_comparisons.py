@@ -1,6 +1,8 @@
 """Comparisons on runs whose truth was planted: what is there is found as often as promised, what is not is not."""
 
+import json
 import math
+from dataclasses import asdict
 from functools import partial
 from itertools import combinations, permutations
 from typing import NamedTuple
@@ -16,9 +18,9 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower, TTestPower
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
-from kdig_utils import comparisons
+from kdig_utils import campaigns, comparisons
 from kdig_utils.comparisons import against, equivalence, family, paired, paired_equivalence, unpaired
-from kdig_utils.runs import METHODS
+from kdig_utils.runs import METHODS, RunSpec
 
 DEVIATION = 0.32  # about the paper's, from seed to seed
 
@@ -303,6 +305,20 @@ def test_a_ledger_is_complete_when_every_method_has_enough_runs():
     assert not comparisons.complete(ledger({}))
 
 
+def test_a_setting_that_was_planted_is_found_in_the_method_that_it_changes():
+    rng = np.random.default_rng(10)
+    matched = drawn(rng, {"student": 0.0, "kd": 0.0, "ig": 0.6})
+    shuffled = drawn(rng, {"student": 0.0, "kd": 0.0, "ig": 0.0}).assign(pairing="shuffled")
+    table = comparisons.between(matched, shuffled, ["kd", "ig"]).set_index("method")
+    assert (table["p_holm"] < 0.05).to_dict() == {"kd": False, "ig": True}
+    means = {method: values.mean() for method, values in comparisons.runs_by_method(matched).items()}
+    others = {method: values.mean() for method, values in comparisons.runs_by_method(shuffled).items()}
+    assert table.loc["ig", "difference"] == pytest.approx(means["ig"] - others["ig"])
+    assert list(table["p_holm"]) == pytest.approx(list(multipletests(table["p"], method="holm")[1]))
+    with pytest.raises(ValueError, match="no run of at in one of the two"):
+        comparisons.between(matched, shuffled, ["kd", "at"])
+
+
 # Refusals
 
 
@@ -312,6 +328,62 @@ def test_runs_of_two_experiments_are_not_mixed(name, value):
     other = rows.assign(**{name: value}, seed=rows["seed"] + 100)
     with pytest.raises(ValueError, match=f"mix {name}.*choose rows with one {name}"):
         comparisons.runs_by_method(pd.concat([rows, other]))
+
+
+def with_specs(rows: pd.DataFrame, **changes: object) -> pd.DataFrame:
+    """The rows as the ledger has them: with the spec of each run, and its teacher, which `student` has not."""
+    specs = []
+    for row in rows.to_dict("records"):
+        teacher = {} if row["method"] == "student" else {"teacher_sha256": "a"}
+        specs.append(asdict(RunSpec(row["method"], seed=row["seed"], data_md5="d", **{**teacher, **changes})))
+    taught = [spec["teacher_sha256"] for spec in specs]
+    return rows.assign(spec=[json.dumps(spec) for spec in specs], teacher_sha256=taught)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read_by"),
+    [
+        ("alpha", 0.3, "kd"),
+        ("temperature", 4.0, "kd"),
+        ("answers", "online", "kd_at"),
+        ("overlay_probability", 0.4, "ig"),
+        ("n_steps", 20, "kd_ig"),
+        ("gamma", 8.0, "at"),
+        ("pairing", "shuffled", "ig_at"),
+        ("precision", "float32", "student"),
+        ("sample_seed", 3, "student"),
+        ("validation_images", 5000, "student"),
+        ("batch_size", 32, "student"),
+        ("teacher_sha256", "b", "at"),
+    ],
+)
+def test_runs_that_differ_in_any_field_that_their_method_reads_are_not_mixed(name, value, read_by):
+    rows = drawn(np.random.default_rng(8), {read_by: 0.0}, n=2)
+    one, other = with_specs(rows), with_specs(rows.assign(seed=rows["seed"] + 100), **{name: value})
+    with pytest.raises(ValueError, match=f"mix {name} .*{value}: choose rows with one {name}$"):
+        comparisons.runs_by_method(pd.concat([one, other]))
+
+
+def test_everything_that_differs_is_named():
+    rows = drawn(np.random.default_rng(8), {"kd": 0.0}, n=2)
+    other = with_specs(rows.assign(seed=rows["seed"] + 100), alpha=0.3, precision="float32")
+    with pytest.raises(ValueError, match=r"alpha 0\.01, 0\.3; precision native, float32: .*alpha and one precision"):
+        comparisons.runs_by_method(pd.concat([with_specs(rows), other]))
+
+
+def test_fields_that_a_method_does_not_read_are_no_settings():
+    rows = drawn(np.random.default_rng(8), {"student": 0.0, "at": 0.0})
+    student = with_specs(rows[rows["method"] == "student"], pairing="matched", alpha=0.3, gamma=8.0)
+    at = with_specs(rows[rows["method"] == "at"], pairing="shuffled", n_steps=5, alpha=0.6, answers="online")
+    assert list(comparisons.runs_by_method(pd.concat([student, at]))) == ["student", "at"]
+
+
+def test_the_runs_of_each_campaign_of_comparisons_are_of_one_setting():
+    for name in ("ablation", "pairing", "monte-carlo"):
+        runs = pd.DataFrame({"method": spec.method, "spec": json.dumps(asdict(spec))} for spec in campaigns.specs(name))
+        assert comparisons.mixed(runs) == {}
+    sizes = pd.DataFrame({"method": s.method, "spec": json.dumps(asdict(s))} for s in campaigns.specs("compression"))
+    assert list(comparisons.mixed(sizes)) == ["k"]
 
 
 def test_a_seed_that_stands_there_twice_is_refused():

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdig_utils import engine, models, training
 from kdig_utils.cifar10 import ImageSet, first_of_each_class
 from kdig_utils.engine import Pace, Run, Steps, Trained, fit, train_together
 from kdig_utils.runs import RunSpec, TeacherSpec
+from kdig_utils.signals import TeacherSignals
 from kdig_utils.training import student_run, teacher_run
 
 IMAGES = 50
@@ -43,6 +45,9 @@ DIFFERENT = (
     small("student", seed=3, k=15, epochs=1),
     small("student", seed=4, train_fraction=0.8, learning_rate=1e-2),
 )
+
+
+COSINE = TeacherSpec(epochs=2, batch_size=4, schedule="cosine", cutout=8)  # without momenta, so it is recorded
 
 
 def same(first: Trained, second: Trained) -> bool:
@@ -88,6 +93,56 @@ def test_runs_with_dropout_are_refused_beside_others(train: ImageSet, held_out: 
     runs = (teacher_run(TeacherSpec(seed=seed, epochs=1), train, held_out) for seed in range(2))
     with pytest.raises(ValueError, match=r"dropout shares its random numbers.*train it alone"):
         list(train_together(runs, at_once=2))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("n_images", [16, IMAGES])  # seen in the weights after the only step, or in the loss
+def test_a_run_that_diverges_is_dropped_and_named_when_the_others_are_done(
+    train: ImageSet, held_out: ImageSet, at_once: int, n_images: int
+) -> None:
+    few, wild = train.subset(torch.arange(n_images)), small(seed=1, learning_rate=1e39, epochs=1)
+    specs, lines = [small(), wild, small(seed=2)], []
+    runs = train_together((student_run(spec, few, held_out) for spec in specs), at_once, report=lines.append)
+    ended = [next(runs), next(runs)]
+    with pytest.raises(engine.TrainingDiverged, match=rf"^run {wild.run_id}: [^;]*lower the learning rate[^;]*$"):
+        next(runs)
+    assert {run.spec.seed for run in ended} == {0, 2}
+    assert all(same(run.trained, fit(student_run(run.spec, few, held_out))) for run in ended)
+    assert sum("has diverged and is dropped" in line for line in lines) == 1
+
+
+def test_a_run_that_diverged_keeps_its_last_good_checkpoint(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path
+) -> None:
+    run = student_run(small(), train, held_out, None, tmp_path / "c.pt")
+
+    def spoil(line: str) -> None:
+        if "epoch 1/2" in line:
+            run.loss_sum.fill_(math.nan)
+
+    with pytest.raises(engine.TrainingDiverged, match="the loss is nan in epoch 2"):
+        list(train_together([run], report=spoil))
+    assert same(
+        fit(student_run(small(), train, held_out, None, tmp_path / "c.pt")), fit(student_run(small(), train, held_out))
+    )
+
+
+# The time
+
+
+def test_a_runs_seconds_hold_its_measuring(
+    train: ImageSet, held_out: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = engine.measure
+
+    def slow(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(0.5)
+        return measure(run)
+
+    monkeypatch.setattr(engine, "measure", slow)
+    runs = list(train_together((student_run(small(seed=s, epochs=1), train, held_out) for s in (0, 1)), at_once=2))
+    assert [run.seconds for run in runs] == pytest.approx([run.curve[-1]["seconds"] for run in runs])
+    assert sum(run.seconds for run in runs) > 1.0
 
 
 # The budget
@@ -148,6 +203,74 @@ def test_another_run_starts_only_if_it_ends_beside_the_others(train: ImageSet, h
 
 
 # Steps
+
+
+class NoReadsOfTheDevice(TorchDispatchMode):
+    """What a stream that captures refuses: an operation whose outcome the host waits for."""
+
+    def __torch_dispatch__(
+        self, function: torch._ops.OpOverload, _types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def signals_of(images: ImageSet, side: int) -> TeacherSignals:
+    n, generator = len(images), torch.Generator().manual_seed(0)
+    return TeacherSignals(
+        torch.randn(n, 10, generator=generator),
+        torch.rand(n, 32, 32, generator=generator).half(),
+        torch.rand(n, side * side, generator=generator),
+        torch.zeros(n),
+        {"teacher_sha256": "", "indices": images.indices.tolist(), "settings": {"tap": models.attention_tap(17)}},
+    )
+
+
+KINDS = ("student", "every signal", "answers online", "teacher by cosine")
+
+
+def run_of(kind: str, train: ImageSet, held_out: ImageSet, device: str = "cpu") -> Run:
+    if kind == "teacher by cosine":
+        return teacher_run(COSINE, train, held_out, device=device)
+    specs = {"student": small(), "every signal": small("kd_ig_at"), "answers online": small("kd", answers="online")}
+    teacher = models.teacher(0).eval().to(device)
+    return student_run(specs[kind], train, held_out, signals_of(train, side=32), device=device, teacher=teacher)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_nothing_back_from_the_device(train: ImageSet, held_out: ImageSet, kind: str) -> None:
+    """Else it could not be recorded: the host would need a number that is not computed while a stream captures."""
+    steps = Steps(run_of(kind, train, held_out), print)
+    steps.load_epoch()
+    steps.step(4)
+    with NoReadsOfTheDevice():
+        steps.step(4)
+    with pytest.raises(AssertionError, match="waits for the device"), NoReadsOfTheDevice():
+        _rate = steps.rates[steps.place]  # what such a line would be
+
+
+def test_a_recorded_teacher_follows_its_schedule(train: ImageSet, held_out: ImageSet) -> None:
+    """The rate that each step takes on the device is that of the schedule, number by number."""
+    few = train.subset(torch.arange(12))
+    run = teacher_run(COSINE, few, held_out)
+    steps, rates = Steps(run, print), []
+    for run.epoch in range(2):
+        steps.load_epoch()
+        for _step in range(3):
+            steps.step(4)
+            rates.append(float(run.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx(training.schedule(COSINE, 3)[0])
+
+
+def test_tf32_is_off_while_a_run_is_trained_and_as_it_was_afterwards(train: ImageSet, held_out: ImageSet) -> None:
+    seen = []
+    run = student_run(small(epochs=1), train, held_out)
+    run.model.register_forward_hook(lambda *_arguments: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    fit(run)
+    assert set(seen) == {False}  # in training and in measuring
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -262,6 +385,36 @@ def test_replayed_run_ends_as_a_called_one(
     request.getfixturevalue("fake_gpu")
     replayed = list(train_together((student_run(spec, few, held_out) for spec in specs), at_once=2))
     assert all(same(run.trained, alone) for run, alone in zip(replayed, called, strict=True))
+
+
+def test_replayed_teacher_ends_as_a_called_one(
+    train: ImageSet, held_out: ImageSet, request: pytest.FixtureRequest
+) -> None:
+    """Its learning rate and the random numbers of its dropout move under the recording."""
+    few = train.subset(torch.arange(18))
+    called = fit(teacher_run(COSINE, few, held_out))
+    request.getfixturevalue("fake_gpu")
+    assert same(fit(teacher_run(COSINE, few, held_out)), called)
+
+
+@pytest.mark.slow
+@NEEDS_GPU
+def test_recorded_teacher_on_a_gpu_learns_as_the_one_it_calls(train: ImageSet, held_out: ImageSet) -> None:
+    """Without dropout, whose random numbers are a GPU's own; one is recorded, the other one called step by step."""
+    spec, losses = dataclasses.replace(COSINE, precision="float32", learning_rate=0.01), []
+    for momenta in (None, [0.9] * 1000):
+        run = teacher_run(spec, train, held_out, device="cuda")
+        run.momenta, run.model.classifier[0].p = momenta, 0.0
+        losses.append(fit(run).curve["train_loss"].to_numpy())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.slow
+@NEEDS_GPU
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_can_be_recorded_on_a_gpu(train: ImageSet, held_out: ImageSet, kind: str) -> None:
+    trained = fit(run_of(kind, train, held_out, "cuda"))
+    assert trained.curve["train_loss"].notna().all()
 
 
 @pytest.mark.slow

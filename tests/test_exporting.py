@@ -1,5 +1,7 @@
 """Files for the edge, checked against PyTorch on real images."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from kdig_utils import artifacts, cifar10, models
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from kdig_utils import exporting, roofline  # noqa: E402
+from kdig_utils import exporting, processes, roofline  # noqa: E402
 
 RELEASED = Path(__file__).parents[2] / "shared" / "reference" / "students"
 
@@ -127,6 +129,34 @@ def test_a_student_at_92_percent_loses_at_most_a_fifth_of_a_point(tmp_path):
     right = {name: (logits(tmp_path / name, x).argmax(1) == official.labels.numpy()) for name, x in inputs.items()}
     assert 100 * right["fp32.onnx"].mean() == pytest.approx(92.28, abs=0.02)
     assert 100 * (right["fp32.onnx"].mean() - right["int8.onnx"].mean()) <= 0.2
+
+
+def test_eight_bits_are_made_from_the_float32_file(exported, tmp_path):
+    _network, folder = exported
+    network, exact = models.student(17).eval(), tmp_path / "fp32.onnx"
+    exporting.FORMATS["onnx_int8"](network, tmp_path)  # needs fp32.onnx, and writes it
+    assert {path.name for path in folder.iterdir()} == {path.name for path in tmp_path.iterdir()}
+    written = exact.stat().st_mtime_ns
+    exporting.FORMATS["onnx_int8"](network, tmp_path)
+    assert exact.stat().st_mtime_ns == written
+
+
+def test_a_quantisation_that_fails_leaves_the_other_formats(tmp_path, monkeypatch):
+    def fails(*_arguments: object) -> None:
+        raise RuntimeError("an operator that is not known")
+
+    monkeypatch.setattr(exporting, "quantise_onnx", fails)
+    artifacts.save_weights(models.student(17), tmp_path / "weights.safetensors")
+    answers = list(exporting.write_formats(tmp_path / "weights.safetensors", 17, tmp_path, ["onnx_fp32", "onnx_int8"]))
+    assert answers == [("onnx_fp32", ""), ("onnx_int8", "RuntimeError: an operator that is not known")]
+    assert (tmp_path / "fp32.onnx").is_file()
+
+
+def test_without_onnx_the_other_formats_can_still_be_written():
+    hidden = "import sys; sys.modules.update(onnx=None, onnxruntime=None); "
+    program = hidden + "from kdig_utils import exporting; print(*exporting.FORMATS)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=processes.environment())
+    assert "executorch_int8" in ran.stdout, ran.stderr
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -82,6 +82,13 @@ def test_means_have_the_interval_of_scipy_and_only_the_right_runs_count():
     assert found.accuracy == pytest.approx(np.mean(accuracies))
 
 
+def test_students_of_another_teacher_are_not_averaged_with_ours():
+    mine = [row("kd_ig", 91.0 + seed, seed=seed) for seed in range(3)]
+    others = [{**row("kd_ig", 50.0, seed=seed), "teacher_sha256": "another teacher"} for seed in (3, 4)]
+    (found,) = frontier.ours(ledger(*mine, *others), 100, 50000).itertuples()
+    assert (found.runs, found.accuracy, found.teacher) == (3, 92.0, 94.0)
+
+
 def test_one_run_has_no_interval_and_an_empty_ledger_no_rows():
     (single,) = frontier.ours(ledger(row("student", 91.0)), 100, 50000).itertuples()
     assert np.isnan(single.low)

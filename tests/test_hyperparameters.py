@@ -278,8 +278,27 @@ def test_choices_say_what_is_promised_and_what_fresh_seeds_give(searched_ledger:
 def test_preferred_waits_for_fresh_seeds_and_follows_them(searched_ledger: pd.DataFrame) -> None:
     assert hyperparameters.preferred(searched_ledger) == {"alpha": 0.3, "temperature": 2.5}
     assert hyperparameters.preferred(searched_ledger.iloc[:4]) is None
-    assert hyperparameters.preferred(searched_ledger.iloc[:-1]) is None
+    assert hyperparameters.preferred(searched_ledger.iloc[:-2]) is None
     assert hyperparameters.preferred(searched_ledger, "kd_ig") is None
+
+
+def test_the_test_images_favourite_is_not_preferred_even_if_it_is_the_best(searched_ledger: pd.DataFrame) -> None:
+    rows = hyperparameters.trials(searched_ledger, base_spec("kd"))
+    favourite = {"alpha": 0.9, "temperature": 2.5}
+    assert favourite in hyperparameters.finalists(rows)
+    assert favourite not in hyperparameters.candidates(rows)
+    its = searched_ledger["run_id"].isin(rows.query("alpha == 0.9 and fresh")["run_id"])
+    better = searched_ledger["validation_accuracy"] + 5.0 * its
+    ledger = searched_ledger.assign(validation_accuracy=better)
+    assert hyperparameters.choices(hyperparameters.trials(ledger, base_spec("kd"))).loc["test", "alpha"] == 0.9
+    assert hyperparameters.preferred(ledger) == {"alpha": 0.3, "temperature": 2.5}
+    assert hyperparameters.preferred(ledger[~its]) == {"alpha": 0.3, "temperature": 2.5}
+
+
+def test_what_validation_and_test_images_both_choose_may_be_preferred(searched_ledger: pd.DataFrame) -> None:
+    by_both = searched_ledger["spec"].map(lambda spec: json.loads(spec)["alpha"] == 0.9)
+    ledger = searched_ledger.assign(validation_accuracy=searched_ledger["validation_accuracy"] + 5.0 * by_both)
+    assert hyperparameters.preferred(ledger) == {"alpha": 0.9, "temperature": 2.5}
 
 
 def test_committed_ledger_prefers_nothing_that_was_not_run() -> None:

@@ -87,6 +87,7 @@ def test_students_an_hour_follow_from_the_papers_settings() -> None:
     """50,000 images in batches of 64 are 782 steps an epoch, the last one smaller; 100 epochs."""
     assert profiling.students_per_hour(3600 / 78_200, RunSpec("student")) == pytest.approx(1)
     assert profiling.students_per_hour(1.0, RunSpec("student", epochs=1), 64) == 3600
+    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=2), 64, epoch_end_seconds=9.0) == 3600 / 20
 
 
 def test_measured_rates_are_possible_for_a_processor() -> None:
@@ -129,15 +130,28 @@ def test_benchmark_measures_every_way_and_its_ratio() -> None:
     assert "extrapolated" in ran.stdout
 
 
+@pytest.mark.slow
+def test_benchmark_of_the_signals_says_how_long_all_images_take() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDIG_ROOT": str(ROOT)}
+    words = [sys.executable, ROOT / "benchmarks" / "signals.py", "--quick"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    row = json.loads(ran.stdout)
+    assert row["seconds_for_50000"] == pytest.approx(50_000 / row["images"] * row["seconds"], rel=0.01)
+
+
 def test_committed_rows_agree_with_themselves() -> None:
     """Students an hour follow from the milliseconds of a step, and the share from the floor, up to rounding."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
     assert rows
     for row in rows:
         spec = RunSpec(row["method"], k=row["k"])
-        hourly = profiling.students_per_hour(row["ms_per_step"] / 1000, spec)
+        step, between = row["ms_per_step"] / 1000, row["epoch_end_seconds"]
+        hourly = profiling.students_per_hour(step, spec, epoch_end_seconds=between)
         assert row["students_per_hour"] == pytest.approx(hourly, rel=0.01)
-        assert row["share_of_floor"] == pytest.approx(hourly / row["floor_students_per_hour"], rel=0.015)
+        steps_alone = profiling.students_per_hour(step, spec)
+        assert row["share_of_floor"] == pytest.approx(steps_alone / row["floor_students_per_hour"], rel=0.015)
+        assert (row["workers"] > 0) == (row["way"] == "the authors' way")
         assert row["gigamacs_per_step"] * 1e9 == pytest.approx(
             profiling.step_macs(models.student(row["k"]), spec.batch_size), rel=0.005
         )

@@ -256,3 +256,30 @@ def test_environment_says_what_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert found["device"].startswith("CPU")
     monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
     assert runs.code_commit() == ""  # not a clone
+    monkeypatch.setenv("KDIG_COMMIT", "0123abc")
+    assert runs.code_commit() == "0123abc"
+
+
+def test_a_clone_names_its_own_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (commit := runs.code_commit()):
+        pytest.skip("needs the git repository: this is a copy without it")
+    monkeypatch.setenv("KDIG_COMMIT", "0123abc")
+    assert runs.code_commit() == commit
+
+
+# Of a ledger
+
+
+def test_rows_of_the_teacher_with_most_of_them_stay_and_those_without_a_teacher() -> None:
+    rows = pd.DataFrame({"teacher_sha256": ["b", "", "a", "b", "", "a", "b"], "row": range(7)})
+    assert runs.of_one_teacher(rows)["row"].tolist() == [0, 1, 3, 4, 6]
+    assert runs.of_one_teacher(rows[:0]).empty
+    students = rows[rows["teacher_sha256"] == ""]
+    assert runs.of_one_teacher(students).equals(students)
+
+
+def test_a_ledger_from_before_compiled_was_noted_reads_as_not_compiled(ledger: Ledger) -> None:
+    ledger.append(RunSpec("kd"), campaign="main")
+    pd.read_csv(ledger.path, dtype=str).drop(columns="compiled").to_csv(ledger.path, index=False)
+    ledger.append(RunSpec("ig"), campaign="main", compiled="yes")
+    assert ledger.read()["compiled"].tolist() == ["", "yes"]

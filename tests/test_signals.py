@@ -1,5 +1,6 @@
 """Teacher signals: each row belongs to its image, and a store cannot be mixed up or half used."""
 
+import copy
 import errno
 import json
 import shutil
@@ -11,7 +12,7 @@ import torch
 from captum.attr import IntegratedGradients
 from torch import nn
 
-from kdig_utils import cifar10, losses, models, signals
+from kdig_utils import artifacts, cifar10, losses, models, signals
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.signals import SignalSettings, compute_signals, open_signals
 
@@ -76,6 +77,35 @@ def test_rows_equal_rescoring_random_images(teacher: models.Teacher, images: Ima
         captum = IntegratedGradients(teacher).attribute(image, baselines, label, n_steps=3).abs().sum(1)[0]
         assert close(found.maps[i].float(), captum / captum.max())
     print(f"{len(chosen)} random images of {IMAGES}, seed 0")
+
+
+def test_kept_bytes_are_those_counted_by_hand() -> None:
+    """Each convolution and each ReLU6 keeps its input, four bytes a value; weights do not grow with the images."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1, stride=2), nn.ReLU6())
+    network.requires_grad_(False)
+    assert signals.kept_bytes(network, torch.device("cpu")) == 4 * ((3 + 4 + 4) * 32 * 32 + 2 * 16 * 16)
+
+
+@pytest.mark.parametrize("free", [10**6, 10**9, 80 * 10**9])
+def test_a_gpus_batch_fits_into_half_of_its_free_memory(
+    teacher: models.Teacher, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 80 * 10**9))
+    monkeypatch.setattr(signals, "kept_bytes", lambda _model, _device: 7 * 10**6)
+    _images, points = signals.batch_sizes(teacher, torch.device("cuda"))
+    assert 1 <= points <= 2048
+    assert points == 1 or points * 7 * 10**6 <= free / 2
+    assert points in (1, 2048) or (points + 1) * 7 * 10**6 > free / 2
+
+
+def test_maps_are_computed_without_tf32(teacher: models.Teacher, images: ImageSet, tmp_path: Path) -> None:
+    """Whatever was computed before: the setting is of the process."""
+    seen, before = [], torch.backends.cudnn.allow_tf32
+    network = copy.deepcopy(teacher)
+    network.classifier.register_forward_hook(lambda *_arguments: seen.append(torch.backends.cudnn.allow_tf32))
+    compute_signals(network, images.subset(torch.arange(1)), tmp_path, SignalSettings(n_steps=1))
+    assert set(seen) == {False}
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_another_images_map_is_told_apart(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
@@ -267,6 +297,28 @@ def test_asking_for_an_error_gives_nearly_the_maps_of_many_steps_in_bytes(
     assert float(found.error.max()) <= 0.05
     with pytest.raises(ValueError, match=r"error = 0\.05 instead of None"):
         open_signals(teacher, few, tmp_path, SignalSettings())
+
+
+def test_maps_by_secants_need_fewer_evaluations_than_by_gradients(sample_train: ImageSet, tmp_path: Path) -> None:
+    teacher, few = artifacts.load("teacher"), sample_train.subset(torch.arange(3))
+    fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(300, "riemann_middle")).maps.float()
+    secant, gauss = (
+        compute_signals(teacher, few, tmp_path / method, SignalSettings(n_steps, method)).maps.float()
+        for n_steps, method in ((12, "secant"), (24, "gausslegendre"))
+    )
+    apart = [(found - fine).flatten(1).norm(dim=1) / fine.flatten(1).norm(dim=1) for found in (secant, gauss)]
+    assert float(apart[0].max()) < 0.05
+    assert bool((apart[0] < apart[1]).all())
+    with pytest.raises(ValueError, match="n_steps = 0 is too few"):
+        SignalSettings(0, "secant")
+
+
+def test_progress_after_a_resume_tells_only_the_speed_of_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 10.0, 20.0])
+    report = signals.print_progress(100, clock=lambda: next(times))
+    report(30_064, 50_000)  # 30,000 were there
+    report(30_164, 50_000)
+    assert capsys.readouterr().out.splitlines() == ["30,164 of 50,000 images, 10.0 images/s, 33 min 04 s left"]
 
 
 def test_progress_tells_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

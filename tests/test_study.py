@@ -1,6 +1,7 @@
 """A study: each run is made once, goes on after a stop, and is in the ledger only with all that belongs to it."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -101,6 +102,59 @@ def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: p
     row = made.ledger.read().iloc[0]
     assert row["method"] == "teacher"
     assert row["weights_sha256"] == first
+
+
+def test_weights_of_teachers_and_of_three_seeds_go_home_and_checkpoints_before_them(small_study: Study) -> None:
+    teacher = TeacherSpec(seed=7, epochs=1, batch_size=8, data_md5=small_study.train.md5)
+    small_study.run_all(RunSpec("student", k=17, epochs=1, batch_size=8, seed=seed) for seed in range(4))
+    small_study.run(teacher)
+    (small_study.folders["checkpoints"] / "0123456789ab.pt").write_bytes(b"open")
+    rows = small_study.ledger.read()
+    files = small_study.files(rows)
+    assert [path.parent.name for path in files] == ["curves"] * 5 + ["checkpoints"] + ["weights"] * 4
+    chosen = rows.set_index("run_id").loc[[path.stem for path in files[-4:]]]
+    assert chosen["seed"].tolist() == [0, 1, 2, 7]
+    assert chosen.index[-1] == teacher.run_id
+    assert small_study.files(rows[:0]) == [files[5]]
+
+
+def test_a_run_whose_time_is_over_is_put_aside_and_goes_on(small_study: Study) -> None:
+    teacher = TeacherSpec(epochs=2, batch_size=8, data_md5=small_study.train.md5)
+    assert small_study.run(teacher, deadline=time.monotonic()) is None
+    calls = 1
+    while (row := small_study.run(teacher, deadline=time.monotonic() + 0.2)) is None:
+        calls += 1
+        assert [path.stem for path in small_study.folders["checkpoints"].glob("*.pt")] == [teacher.run_id]
+        assert calls < 100
+    assert calls > 1
+    assert row["run_id"] == teacher.run_id
+    assert len(small_study.curve(teacher.run_id)) == 2
+
+
+def test_runs_that_were_put_aside_go_on_before_the_others(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs, made = [RunSpec("student", k=17, epochs=1, batch_size=8, seed=seed) for seed in range(4)], []
+    checkpoints = small_study.folders["checkpoints"]
+    checkpoints.mkdir(parents=True)
+    (checkpoints / f"{small_study.completed(specs[2]).run_id}.pt").touch()
+    monkeypatch.setattr(Study, "_student_run", lambda _study, spec, _loss: spec.seed)
+    monkeypatch.setattr(study, "train_together", lambda runs, *_rest: made.extend(runs) or [])
+    small_study.run_all(specs)
+    assert made == [2, 0, 1, 3]
+
+
+def test_the_ledger_says_which_runs_were_compiled(small_study: Study) -> None:
+    plain, compiled = (dataclasses.replace(SPECS[0], seed=seed) for seed in (1, 2))
+    small_study.run_all([plain])
+    small_study.run_all([compiled], loss=training.student_loss)
+    assert small_study.ledger.read()["compiled"].tolist() == ["", "yes"]
+
+
+def test_as_many_runs_side_by_side_as_suit_the_device(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(study, "train_together", lambda runs, at_once, *_rest: asked.append(at_once) or [])
+    small_study.run_all([])
+    small_study.run_all([], at_once=3)
+    assert asked == [engine.SIDE_BY_SIDE["cpu"], 3]
 
 
 def test_unknown_student_lists_what_was_run(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """Effects and variances that were planted in synthetic ledgers are recovered; what cannot be split is refused."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +10,9 @@ from scipy import stats
 from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.diagnostic import lilliefors
 
-from kdig_utils import variance
+from kdig_utils import campaigns, variance
 from kdig_utils.comparisons import paper_rows
-from kdig_utils.runs import METHODS
+from kdig_utils.runs import COLUMNS, METHODS, Ledger, RunSpec, spec_of
 
 PLANTED = {"kd": 0.5, "ig": 0.25, "at": -0.1, "kd:ig": 0.3, "kd:at": 0.0, "ig:at": -0.2, "kd:ig:at": 0.7}
 FACTS = {"campaign": "synthetic", "k": 5, "epochs": 100, "pairing": "matched", "train_fraction": 1.0}
@@ -162,6 +165,35 @@ def test_what_runs_with_one_seed_share_is_found_below_the_difference_of_the_meth
     assert (found.groups, found.runs) == (300, 8)
     # Without taking the methods out, their differences count as luck.
     assert variance.variance_components(rows, "seed").within > 2 * found.within
+
+
+@pytest.mark.usefixtures("quick_corrections")
+def test_crossed_components_are_recovered_from_the_ledger_of_their_campaign(tmp_path):
+    """Seed and draw each by itself, and what neither explains: the three parts of a crossed design."""
+    planted, specs = {"draw": 0.3, "seed": 0.5, "both": 0.2}, campaigns.specs("components")
+    ledger = Ledger(tmp_path / "runs.csv")
+    ledger.merge(pd.DataFrame([crossed_row(spec) for spec in specs], columns=list(COLUMNS)))
+    rows = campaigns.rows(ledger.read(), "components")
+    rows["draw"] = [spec_of(row).sample_seed for _index, row in rows.iterrows()]
+    assert len(rows) == campaigns.COMPONENT_DRAWS * campaigns.COMPONENT_SEEDS
+    found = []
+    for study in range(100):
+        rng = np.random.default_rng(study)
+        luck = {name: planted[name] * rng.normal(size=rows[name].nunique()) for name in ("draw", "seed")}
+        noise = planted["both"] * rng.normal(size=len(rows))
+        rows["test_accuracy"] = 90 + luck["draw"][rows["draw"]] + luck["seed"][rows["seed"].astype(int)] + noise
+        of_draws = variance.variance_components(rows, "draw", fixed=["seed"])
+        of_seeds = variance.variance_components(rows, "seed", fixed=["draw"])
+        found.append((of_draws.between, of_seeds.between, of_draws.within))
+    means, errors = np.mean(found, axis=0), np.std(found, axis=0) / np.sqrt(len(found))
+    print(f"variances of draw, seed, both: {means.round(4)}, planted {[round(s**2, 4) for s in planted.values()]}")
+    assert (np.abs(means - np.square(list(planted.values()))) < 3 * errors).all()
+    assert (errors < np.square(list(planted.values())) / 5).all(), "else the test could not fail"
+
+
+def crossed_row(spec: RunSpec) -> dict[str, object]:
+    names = ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")
+    return {**{name: getattr(spec, name) for name in names}, "test_accuracy": 90.0, "spec": json.dumps(asdict(spec))}
 
 
 def test_no_difference_between_groups_is_a_share_whose_interval_holds_zero():

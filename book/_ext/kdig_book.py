@@ -15,14 +15,14 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from kdig_utils import claims, prose
+from kdig_utils import claims, prose, status
 from kdig_utils.runs import METHODS, Ledger
 
 logger = logging.getLogger(__name__)
 
 REMOTE_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LOCAL_BADGE = "/book/figures/colab-badge.svg"
-SETTINGS = ["method", "epochs", "k", "pairing", "train_fraction", "test_images", "campaign"]
+SETTINGS = ["method", "epochs", "k", "other_settings", "test_images", "campaign"]
 SCORECARD = "notebooks/16_scorecard"
 CHAPTER_LINK = re.compile(r"([\w./-]+)\.ipynb")
 HEADINGS = (
@@ -32,8 +32,7 @@ HEADINGS = (
     "seeds",
     "epochs",
     "k",
-    "pairing",
-    "train share",
+    "other settings",
     "test images",
     "campaign",
 )
@@ -41,7 +40,7 @@ HEADINGS = (
 
 def summary(ledger: pd.DataFrame) -> list[tuple[str, ...]]:
     """One row for each setting that was run and for each method that was not, in the order of `METHODS`."""
-    rows = []
+    rows, ledger = [], status.with_other_settings(ledger)
     for method in ("teacher", *METHODS):
         runs = ledger[ledger["method"] == method]
         rows += [_row(setting, group) for setting, group in runs.groupby(SETTINGS, dropna=False)]

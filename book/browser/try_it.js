@@ -11,12 +11,16 @@
   const MOST_ROUNDS = 100;
   const FEWEST_ROUNDS = 20;
   const SECONDS = 6; // after this, no more rounds than FEWEST_ROUNDS
+  const ANNOUNCED = 10; // a screen reader hears of each tenth round
   const TICKS = 20; // a timed sample lasts at least so many steps of the browser's clock: an error of 5 % at most
+  const LARGEST = 4096; // pixels of a side: the largest canvas that phones have
+  const BLANK = new Float32Array(3 * SIZE * SIZE); // what a network is called with while no picture is there
 
   let assets; // assets.json, written by kdig_utils/browser.py
   let runtime; // ONNX Runtime Web
   let networks = []; // the entries of assets.networks, each with its session and what it took to load
   let picture = null; // what is classified: {pixels, example}; example is null for a picture of one's own
+  let latest = 0; // counts the pictures chosen: one that is decoded late must not replace a later one
   let queue = Promise.resolve(); // one inference at a time
 
   // ---- The page
@@ -65,6 +69,7 @@
         button("measure", measure, true, "Measure the latency on this device"),
       ),
       element("p", { class: "kdig-try-status", role: "status", "data-part": "status" }),
+      element("progress", { "data-part": "progress", "aria-label": "rounds measured", max: MOST_ROUNDS, hidden: true }),
       element("p", { "data-part": "failures" }),
       element("div", { "data-part": "predictions", class: "kdig-try-scroll" }),
       element("div", { "data-part": "latency", class: "kdig-try-scroll" }),
@@ -115,8 +120,18 @@
   // ---- Pictures
 
   async function showExample(example) {
+    const mine = ++latest;
     const name = assets.classes[example.label];
-    const [image, map] = await Promise.all([example.picture, example.map].map((file) => decoded(new URL(file, base))));
+    let images;
+    try {
+      images = await Promise.all([example.picture, example.map].map((file) => decoded(new URL(file, base))));
+    } catch {
+      if (mine === latest) say(`The picture of the class ${name} could not be loaded: choose another one.`);
+      return;
+    }
+    if (mine !== latest) return;
+    const [image, map] = images;
+    part("file").value = "";
     draw("picture", image, `CIFAR-10 test image ${example.index}: ${name}`);
     draw("map", map, `IG map of the teacher for the class ${name}: bright where the picture spoke for it`);
     part("map").closest("figure").hidden = false;
@@ -127,11 +142,14 @@
   async function showOwn() {
     const file = part("file").files[0];
     if (!file) return;
+    const mine = ++latest;
     const address = URL.createObjectURL(file);
     try {
-      draw("picture", shrunk(await decoded(address)), "Your picture, cropped to a square and shrunk to 32 × 32 pixels");
+      const image = await decoded(address);
+      if (mine !== latest) return;
+      draw("picture", shrunk(image), "Your picture, cropped to a square and shrunk to 32 × 32 pixels");
     } catch {
-      say(`${file.name} could not be read as a picture: choose a PNG, JPEG or WebP file.`);
+      if (mine === latest) say(`${file.name} could not be read as a picture: choose a PNG, JPEG or WebP file.`);
       return;
     } finally {
       URL.revokeObjectURL(address);
@@ -153,7 +171,7 @@
   /** The middle square of an image, halved until the last step is less than a half: browsers alias larger steps. */
   function shrunk(image) {
     const side = Math.min(image.naturalWidth, image.naturalHeight);
-    let size = Math.max(SIZE, Math.min(side, 1024));
+    let size = Math.max(SIZE, Math.min(side, LARGEST));
     let canvas = element("canvas", { width: size, height: size });
     const [left, top] = [(image.naturalWidth - side) / 2, (image.naturalHeight - side) / 2];
     smooth(canvas).drawImage(image, left, top, side, side, 0, 0, size, size);
@@ -239,7 +257,7 @@
       logSeverityLevel: 3, // errors: it warns of each constant that quantisation left over
     });
     const ready = { ...network, session, load_ms: performance.now() - start };
-    await call(ready, tensor(picture.pixels)); // an operator that is missing shows only now
+    await call(ready, tensor(BLANK)); // an operator that is missing shows only now
     return ready;
   }
 
@@ -256,15 +274,20 @@
     return powers.map((power) => power / sum);
   }
 
+  /** Do `work` when all before it is done. What goes wrong is said, and the page goes on. */
+  function inTurn(work) {
+    queue = queue.then(work).catch((error) => say(`The networks stopped: ${error.message ?? error}. Try again, or load this page anew.`));
+    return queue;
+  }
+
   function classify() {
     const chosen = picture;
-    queue = queue.then(async () => {
-      if (chosen !== picture) return; // another picture was chosen meanwhile
+    return inTurn(async () => {
+      if (!chosen || chosen !== picture) return; // none yet, or another one was chosen meanwhile
       const predictions = [];
       for (const network of networks) predictions.push(await probabilities(network, chosen.pixels));
       if (chosen === picture) showPredictions(predictions, chosen.example);
     });
-    return queue;
   }
 
   // ---- Predictions
@@ -335,6 +358,8 @@
   async function samples(input, step) {
     const runs = [];
     for (const network of networks) {
+      say(`Warming up ${title(network)} …`);
+      await pause();
       await timed(network, input, WARM_UP);
       const rough = await timed(network, input, WARM_UP);
       runs.push({ network, repeats: Math.max(1, Math.ceil((TICKS * step) / Math.max(rough, step / WARM_UP))), times: [] });
@@ -347,7 +372,8 @@
         const run = runs[(i + round) % runs.length];
         run.times.push(await timed(run.network, input, run.repeats));
       }
-      say(`Measuring: round ${round + 1} of at most ${MOST_ROUNDS} …`);
+      part("progress").value = round + 1;
+      if (round % ANNOUNCED === 0) say(`Measuring: round ${round + 1} of at most ${MOST_ROUNDS} …`);
       await pause();
     }
     return runs;
@@ -362,11 +388,13 @@
     return sorted[below] + (place - below) * (sorted[above] - sorted[below]);
   }
 
-  function measure() {
+  async function measure() {
     part("measure").disabled = true;
-    queue = queue.then(async () => {
+    part("progress").value = 0;
+    part("progress").hidden = false;
+    await inTurn(async () => {
       const step = clockStep();
-      const runs = await samples(tensor(picture.pixels), step);
+      const runs = await samples(tensor(picture ? picture.pixels : BLANK), step);
       const rows = runs.map(({ network, repeats, times: all }) => ({
         ...network,
         repeats,
@@ -375,11 +403,11 @@
         p95: quantile(all, 0.95),
       }));
       showLatency(rows, step);
-      part("measure").disabled = false;
-      part("measure").textContent = "Measure again";
-      part("measure").focus({ preventScroll: true }); // a button that is switched off loses it
     });
-    return queue;
+    part("progress").hidden = true;
+    part("measure").disabled = false;
+    part("measure").textContent = "Measure again";
+    part("measure").focus({ preventScroll: true }); // a button that is switched off loses it
   }
 
   function showLatency(rows, step) {
@@ -445,7 +473,12 @@
       speedup: null,
       accuracy: null,
       bytes: row.bytes,
-      device: navigator.userAgent,
+      calls: row.samples,
+      load_ms: row.load_ms,
+      status: "ok",
+      machine: navigator.userAgent,
+      day: new Date().toISOString().slice(0, 10),
+      note: row.repeats > 1 ? `a sample is the mean of ${row.repeats} calls` : "",
     }));
     return URL.createObjectURL(new Blob([JSON.stringify(table, null, 1)], { type: "application/json" }));
   }
