@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from kdig_utils import artifacts
+from kdig_utils.__main__ import keep_freed_memory
 from kdig_utils.attribution import attribute, half_pays, secant_attributions
 from kdig_utils.cifar10 import load_sample
 from kdig_utils.integrated_gradients import baseline, integrated_gradients
@@ -162,6 +163,7 @@ def one_threads(all_ways: dict[str, Way], problem: Problem) -> dict[str, dict]:
 
 
 def main() -> None:
+    keep_freed_memory()  # for every way, as the command line does
     started = time.perf_counter()
     teacher, sample = artifacts.load("teacher"), load_sample("test")
     folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)

@@ -484,7 +484,7 @@ def _size(path: Path) -> int | None:
 
 def table(rows: list[dict]) -> str:
     """The rows as text, best first within each setting; those without figures say why."""
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).astype({"bytes": "Int64"})
     parts = []
     for (threads, batch), found in frame.groupby(["threads", "batch"]):
         parts.append(f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
