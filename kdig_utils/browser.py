@@ -96,7 +96,7 @@ def examples(teacher: nn.Module, student: nn.Module) -> ImageSet:
 
 
 def ig_maps(teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The teacher's IG map of each image for its label, divided by its maximum, as the students saw them: (N, H, W)."""
+    """The teacher's IG map of each image for its label by the paper's 50 steps, divided by its maximum: (N, H, W)."""
     settings = SignalSettings()
     attributions = integrated_gradients(
         teacher, images, baseline(settings.baseline, images), labels, settings.n_steps, settings.method

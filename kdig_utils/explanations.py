@@ -329,23 +329,27 @@ def record(rows: pd.DataFrame, path: Path) -> None:
             pd.concat([table, new] if len(table) else [new], ignore_index=True).round(5).to_csv(part, index=False)
 
 
+@models.exact_float32()
 def explain_runs(
     study: Study,
     effort: Effort,
     path: Path,
     deadline: float = math.inf,
     report: Callable[[str], None] = lambda line: None,
+    runs: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Explain every run of the ledger whose weights are here and that the table lacks; return the whole table.
+    """Explain the runs whose weights are here and that the table lacks; return the whole table.
 
-    Each network's rows are written before the next one starts; none starts after `deadline` (`time.monotonic`).
-    Students of another teacher than the study's are passed over: their maps would be compared with a stranger's.
+    `runs` are rows of the ledger, by default all. Each network's rows are written before the next one starts; none
+    starts after `deadline` (`time.monotonic`). Students of another teacher than the study's are passed over: their
+    maps would be compared with a stranger's.
     """
     teacher = study.teacher.to(study.device)
     asked = examination(teacher, study.test.to(study.device), effort)
     if not (read(path)["run_id"] == "").any():
         record(explain_controls(asked), path)
-    for row, network in _networks(study, set(read(path)["run_id"])):
+    runs = study.ledger.read() if runs is None else runs
+    for row, network in _networks(study, runs[~runs["run_id"].isin(read(path)["run_id"])]):
         if time.monotonic() > deadline:
             break
         rows = explain(network.to(study.device), asked)
@@ -356,13 +360,13 @@ def explain_runs(
     return read(path)
 
 
-def _networks(study: Study, known: set[str]) -> Iterator[tuple[pd.Series, nn.Module]]:
-    """The runs that are not explained yet, each with its network, from the workspace or published."""
+def _networks(study: Study, runs: pd.DataFrame) -> Iterator[tuple[pd.Series, nn.Module]]:
+    """These runs, each with its network, from the workspace or published, where it is there."""
     published = {entry["run_id"]: name for name, entry in artifacts.manifest().items()}
     sha256 = models.weights_sha256(study.teacher)
-    for _index, row in study.ledger.read().iterrows():
+    for _index, row in runs.iterrows():
         taught_by = row["weights_sha256"] if row["method"] == "teacher" else row["teacher_sha256"]
-        if row["run_id"] in known or taught_by not in ("", sha256):
+        if taught_by not in ("", sha256):
             continue
         if (study.folders["weights"] / f"{row['run_id']}.safetensors").is_file():
             yield row, study.weights(spec_of(row))

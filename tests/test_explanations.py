@@ -117,8 +117,10 @@ def test_each_run_with_weights_is_explained_once_and_a_deadline_stops_between_ne
     monkeypatch.setattr(explanations, "explain_controls", lambda _asked: rows("", "edges"))
     explanations.explain_runs(study, QUICK, path, deadline=-np.inf)
     assert seen == []
-    table = explanations.explain_runs(study, QUICK, path)
     ledger = study.ledger.read()
+    asked = explanations.explain_runs(study, QUICK, path, runs=ledger[ledger["method"] == "kd"])
+    assert set(asked["method"]) == {"kd", "edges"}
+    table = explanations.explain_runs(study, QUICK, path)
     assert set(table["run_id"]) - {""} <= set(ledger["run_id"])
     assert {"teacher", "student", "kd", "ig", "kd_ig", "edges"} <= set(table["method"])
     count = len(seen)
