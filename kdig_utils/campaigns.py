@@ -20,12 +20,11 @@ import pandas as pd
 from kdig_utils import models
 from kdig_utils.overlay import PAIRINGS
 from kdig_utils.paths import replacing
-from kdig_utils.runs import METHODS, Ledger, RunSpec, of_one_teacher, spec_of
+from kdig_utils.runs import MAIN_METHODS, METHODS, Ledger, RunSpec, of_one_teacher, spec_of
 
 SEEDS = 10
 COMPRESSION_SEEDS = 3
 RESAMPLES = 60
-SWEPT_METHODS = ("student", "kd", "ig", "kd_ig")
 RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
 COMPONENT_SEEDS = 3
 COMPONENT_DRAWS = 12
@@ -66,7 +65,7 @@ def compression() -> list[RunSpec]:
         RunSpec(method, k=k, seed=seed)
         for seed in range(COMPRESSION_SEEDS)
         for k in models.REMOVABLE_BLOCKS
-        for method in SWEPT_METHODS
+        for method in MAIN_METHODS
     ]
 
 
@@ -155,7 +154,7 @@ def rows_of(ledger: pd.DataFrame, wanted: Iterable[RunSpec]) -> pd.DataFrame:
 def main_runs(ledger: pd.DataFrame) -> pd.DataFrame:
     """The students that stand for the study: the paper's settings at k = 5, one number of epochs and one teacher.
 
-    Whichever campaign trained them. Of several numbers of epochs the one at which most of `SWEPT_METHODS` were run, and
+    Whichever campaign trained them. Of several numbers of epochs the one at which most of `MAIN_METHODS` were run, and
     of those the largest; of several teachers the one with the most students.
     """
     students = ledger[ledger["method"] != "teacher"]
@@ -171,7 +170,7 @@ def _has_main_settings(spec: RunSpec) -> bool:
 
 
 def _completeness(runs: pd.DataFrame) -> tuple[int, int]:
-    return len(set(runs["method"]) & set(SWEPT_METHODS)), int(runs["epochs"].max())
+    return len(set(runs["method"]) & set(MAIN_METHODS)), int(runs["epochs"].max())
 
 
 def _bare(row: pd.Series) -> str:

@@ -121,8 +121,7 @@ def latency_rows(
         (roofline), accuracy and accuracy_images, max_difference and agreement (of logits and predictions with the same
         network in eager PyTorch), bytes (of the file), import_ms (of the runtime's Python package), load_ms (of the
         file), first_ms, peak_mb (of the fresh process, opened for one image and one thread), status (`ok`, or what is
-        missing and why),
-        and the machine's facts.
+        missing and why), and the machine's facts.
     """
     start, counts = time.monotonic(), threads or tuple(sorted({1, usable_cpus()}))
     ends = {part: start + share * patience for part, share in SHARES.items()}
@@ -139,14 +138,10 @@ def latency_rows(
         opened(variants, problems, folders, _pixels(test, Path(folder)), ends) as processes,
     ):
         loaded = {name: process.loaded for name, process in processes.items()}
-        times = []
-        for batch, count in settings:
-            report(f"measuring batch {batch} with {count} thread{'s' * (count > 1)}")
-            times.append(_times(processes, problems, batch, count, MEASURING * patience, ends["measuring"]))
+        found = measured(processes, problems, settings, MEASURING * patience, ends["measuring"], report)
         report("classifying test images")
         logits = classified(processes, problems, len(test), max(batches), ends["classifying"])
     outputs = {variant.name: compared(variant, logits, test) for variant in variants}
-    found = pd.concat([NO_CALLS, *times], ignore_index=True)
     weights = {name: models.weights_sha256(network)[:12] for name, network in networks.items()}
     return [
         _whole(
@@ -165,6 +160,22 @@ def latency_rows(
         for batch in batches
         for v in variants
     ]
+
+
+def measured(
+    processes: dict[str, Process],
+    problems: dict[tuple, str],
+    settings: list[tuple[int, int]],
+    seconds: float,
+    end: float,
+    report: Callable[[str], None],
+) -> pd.DataFrame:
+    """The calls of all networks at all settings, (batch size, threads) each: the columns of `_times`."""
+    times = [NO_CALLS]
+    for batch, threads in settings:
+        report(f"measuring batch {batch} with {threads} thread{'s' * (threads > 1)}")
+        times.append(_times(processes, problems, batch, threads, seconds, end))
+    return pd.concat(times, ignore_index=True)
 
 
 def _pixels(test: ImageSet, folder: Path) -> Path:

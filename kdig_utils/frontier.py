@@ -8,10 +8,9 @@ from torch import nn
 
 from kdig_utils import claims, models
 from kdig_utils.artifacts import model_for
-from kdig_utils.runs import of_one_teacher
+from kdig_utils.runs import MAIN_METHODS, of_one_teacher
 
 BYTES_OF_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1}
-METHODS_SWEPT = ("student", "kd", "kd_ig", "ig")
 
 
 @cache
@@ -113,7 +112,7 @@ def paper_sweep() -> pd.DataFrame:
     sizes_there = claims.lookup("compression")
     return pd.DataFrame(
         {"method": method, "k": row["k"], "factor": row["factor"], "accuracy": value, "change": value - teacher}
-        for method in METHODS_SWEPT
+        for method in MAIN_METHODS
         for row, value in zip(sizes_there, sweep[method], strict=True)
     )
 

@@ -20,6 +20,7 @@ SCHEDULES = ("one_cycle", "cosine")
 ANSWERS = ("stored", "online")
 PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
+MAIN_METHODS = ("student", "kd", "ig", "kd_ig")  # the paper's main comparison, and its sizes of the student
 
 
 class Spec:

@@ -22,11 +22,10 @@ from kdig_utils.campaigns import main_runs
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.engine import SIDE_BY_SIDE, Report, Run, Trained, train_together
 from kdig_utils.models import Student, Teacher, exact_float32
-from kdig_utils.runs import Ledger, RunSpec, TeacherSpec, environment
+from kdig_utils.runs import MAIN_METHODS, Ledger, RunSpec, TeacherSpec, environment
 from kdig_utils.signals import SignalSettings, TeacherSignals
 
 PROFILES = ("published", "smoke", "full")
-MAIN_METHODS = ("student", "kd", "ig", "kd_ig")
 SMOKE_IMAGES = 500
 # The schedule of the best public MobileNet-V2 on CIFAR-10, with a square cut out of each image (chapter 01).
 TEACHER_RECIPE = TeacherSpec(epochs=200, batch_size=128, learning_rate=0.1, schedule="cosine", cutout=8)

@@ -8,8 +8,7 @@ import pytest
 
 from kdig_utils import __main__ as command_line
 from kdig_utils import campaigns, paths, publishing
-from kdig_utils.runs import METHODS, Ledger, RunSpec, TeacherSpec
-from kdig_utils.study import MAIN_METHODS
+from kdig_utils.runs import MAIN_METHODS, METHODS, Ledger, RunSpec, TeacherSpec
 
 OLD, NEW = "an old teacher", "a new teacher"
 

@@ -10,8 +10,8 @@ import torch
 
 from kdig_utils import artifacts, cifar10, engine, models, paths, study, training
 from kdig_utils.cifar10 import ImageSet
-from kdig_utils.runs import COLUMNS, Ledger, RunSpec, TeacherSpec
-from kdig_utils.study import MAIN_METHODS, PROFILES, Study, open_study
+from kdig_utils.runs import COLUMNS, MAIN_METHODS, Ledger, RunSpec, TeacherSpec
+from kdig_utils.study import PROFILES, Study, open_study
 
 SPECS = tuple(RunSpec(method, k=17, epochs=1, batch_size=8) for method in ("student", "kd_ig"))
 
