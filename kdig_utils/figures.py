@@ -1,6 +1,7 @@
 """How the book's figures look: one style, one colour a method, an alternative text and a caption for each."""
 
 import io
+from collections.abc import Iterable
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from kdig_utils import evidence
 from kdig_utils.runs import METHODS
 
 # Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
@@ -41,21 +43,23 @@ def style() -> None:
     )
 
 
-def show(figure: Figure, alt: str, caption: str) -> None:
+def show(figure: Figure, alt: str, caption: str, kind: str | Iterable[str]) -> None:
     """Show a figure with its alternative text, and its caption below; close it.
 
     Args:
         alt: what the figure shows, for readers who do not see it.
         caption: what it rests on: which images, how many seeds, how many epochs.
+        kind: its kind of evidence, in the vocabulary of `evidence`; of a figure with several, all of them.
 
     Raises:
-        ValueError: one of the two is empty.
+        ValueError: alternative text or caption is empty, or a kind is not in the vocabulary.
     """
     if not alt.strip() or not caption.strip():
         raise ValueError(f"a figure needs an alternative text and a caption, got {alt!r} and {caption!r}: write both")
+    named = f"Evidence: {evidence.in_words(kind)}"
     display(Image(data=png(figure), format="png", alt=alt))
     plt.close(figure)
-    display(Markdown(f"*{caption}*"))
+    display(Markdown(f"*{caption}* {named}."))
 
 
 def png(figure: Figure) -> bytes:

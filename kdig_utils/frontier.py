@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kdig_utils import claims, models
+from kdig_utils import claims, evidence, models
 from kdig_utils.artifacts import model_for
+from kdig_utils.comparisons import mean_interval
 from kdig_utils.runs import MAIN_METHODS, of_one_teacher
+from kdig_utils.scorecard import by_seed, with_teacher_accuracy
 
 BYTES_OF_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -93,15 +95,15 @@ def ours(ledger: pd.DataFrame, epochs: int, train_images: int) -> pd.DataFrame:
         teacher, the accuracy of their teacher (NaN for `student`).
     """
     columns = ["method", "k", "factor", "runs", "accuracy", "low", "high", "teacher"]
-    table = claims.with_teacher_accuracy(ledger)
+    table = with_teacher_accuracy(ledger)
     right = (table["epochs"] == epochs) & (table["train_images"] == train_images) & (table["pairing"] == "matched")
-    others = table[right].apply(lambda run: claims.other_settings(run, ignoring=("epochs", "batch_size")), axis=1)
+    others = table[right].apply(lambda run: evidence.other_settings(run, ignoring=("epochs", "batch_size")), axis=1)
     chosen = of_one_teacher(table[right][others == ""] if right.any() else table[right])
     factors = sizes().set_index("k")["factor"]
     rows = []
     for (method, k), runs in chosen.groupby(["method", "k"]):
-        found = claims.mean([claims.accuracies(runs, method)])
-        facts = (method, int(k), factors[k], found.runs, found.value, found.low, found.high)
+        its = by_seed(runs, method)
+        facts = (method, int(k), factors[k], len(its), *mean_interval(its))
         rows.append(dict(zip(columns, (*facts, runs["teacher_accuracy"].mean()), strict=True)))
     return pd.DataFrame(rows, columns=columns)
 

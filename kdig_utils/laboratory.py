@@ -6,17 +6,16 @@ Accuracies are in per cent, by seed; their differences in points, always taken s
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from kdig_utils import campaigns, controls
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.claims import SIGNIFICANCE
-from kdig_utils.comparisons import paired, paired_equivalence
+from kdig_utils.comparisons import holm, mean_interval, paired, paired_equivalence
 from kdig_utils.overlay import PAIRINGS, EpochDraws, overlay, signal_positions
 from kdig_utils.runs import RunSpec, spec_of
 
@@ -139,7 +138,7 @@ def gains(accuracies: dict[str, pd.Series]) -> pd.DataFrame:
     baseline, *_others = accuracies.values()
     rows = {name: _gain(values, baseline) for name, values in accuracies.items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(GAINS)).astype(float)
-    return _corrected(table.astype({"runs": int}), "p")
+    return table.astype({"runs": int}).assign(p_holm=[np.nan, *holm(table["p"].iloc[1:])])
 
 
 def differences(accuracies: dict[str, pd.Series], first: str, others: Iterable[str], margin: float) -> pd.DataFrame:
@@ -151,12 +150,12 @@ def differences(accuracies: dict[str, pd.Series], first: str, others: Iterable[s
 
     Returns:
         Columns pairs, difference with its 95 % interval low to high (points), p of the paired t-test, level_p of the
-        paired test of equivalence, both with Holm's correction for the others that were run, and finding: `above`,
+        paired test of equivalence, both with Holm's correction for all others, run or not, and finding: `above`,
         `below`, `level`, `undecided`, or `not run yet` with fewer than two pairs.
     """
     rows = {name: _difference(accuracies[first], accuracies[name], margin) for name in others}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(DIFFERENCES)).astype(float)
-    table = _corrected(_corrected(table.astype({"pairs": int}), "p"), "level_p")
+    table = table.astype({"pairs": int}).assign(p_holm=holm(table["p"]), level_p_holm=holm(table["level_p"]))
     return table.assign(finding=[_finding(row) for row in table.itertuples()])
 
 
@@ -220,9 +219,9 @@ def _setting(spec: RunSpec) -> RunSpec:
 
 
 def _gain(values: pd.Series, baseline: pd.Series) -> dict[str, float]:
-    row: dict[str, float] = {"runs": len(values), "mean": values.mean()}
-    if len(values) > 1:
-        row["low"], row["high"] = stats.ttest_1samp(values, 0.0).confidence_interval(1 - SIGNIFICANCE)
+    row: dict[str, float] = {"runs": len(values), "mean": np.nan}
+    if len(values):
+        row |= dict(zip(("mean", "low", "high"), mean_interval(values), strict=True))
     shared = values.index.intersection(baseline.index)
     if values is not baseline and len(shared) > 1:
         gain = paired(values[shared], baseline[shared])
@@ -238,14 +237,6 @@ def _difference(first: pd.Series, second: pd.Series, margin: float) -> dict[str,
     level = paired_equivalence(first[shared], second[shared], margin)
     same = {name: getattr(found, name) for name in ("difference", "low", "high", "p")}
     return {"pairs": found.runs, **same, "level_p": level.p}
-
-
-def _corrected(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Holm's correction of the p-values that there are, in the column's `_holm`."""
-    tested = table[column].notna()
-    if tested.any():
-        table.loc[tested, f"{column}_holm"] = multipletests(table.loc[tested, column], method="holm")[1]
-    return table
 
 
 def _finding(row: tuple) -> str:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdig_utils import claims
+from kdig_utils import claims, verdicts
 from kdig_utils.paths import repository_root
 from kdig_utils.runs import NUMBER_COLUMNS
+from kdig_utils.scorecard_text import written
 
 STATISTICS = ("mean", "min", "max", "std", "count")
 NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?")
@@ -42,14 +43,14 @@ class Contradiction(ValueError):
     """Prose quotes what its source does not say; the message names both."""
 
 
-def quoted(role: str, text: str, ledger: pd.DataFrame, verdicts: Callable[[], pd.Series]) -> str:
+def quoted(role: str, text: str, ledger: pd.DataFrame, verdict_of: Callable[[], pd.Series]) -> str:
     """What a role shows: its quoted text if that is true, or the number itself if nothing was quoted.
 
     Args:
         role: `ledger`, `paper` or `claim`.
         text: what stands in the role: `quote <source>`, or the source alone.
         ledger: as `Ledger.read()` returns it.
-        verdicts: gives the verdict of each claim by its name; called only if one is quoted.
+        verdict_of: gives the verdict of each claim by its name; called only if one is quoted.
 
     Raises:
         Contradiction: the source says something else, or there is no such source.
@@ -57,13 +58,13 @@ def quoted(role: str, text: str, ledger: pd.DataFrame, verdicts: Callable[[], pd
     found = re.fullmatch(r"(?P<quote>.+?)\s*<(?P<source>[^<>]+)>", text.strip(), re.DOTALL)
     quote, source = (found["quote"], found["source"]) if found else ("", text.strip())
     try:
-        if role == "claim" and quote in ("verdict", *claims.VERDICTS):
-            return _same_verdict(quote, source, verdicts())
+        if role == "claim" and quote in ("verdict", *verdicts.VERDICTS):
+            return _same_verdict(quote, source, verdict_of())
         value, unit = _value(role, source, ledger)
     except (KeyError, ValueError) as error:
         raise Contradiction(f"{{{role}}}`{text}`: {error.args[0]}") from error
     if not quote:
-        return claims.written(value, unit) if unit is not None else f"{round(value, 2):,.10g}"
+        return written(value, unit) if unit is not None else f"{round(value, 2):,.10g}"
     if not agrees(quote, value):
         raise Contradiction(f"{{{role}}}`{text}`: the prose says {quote}, the {role} says {value:.6g}")
     return quote
@@ -88,8 +89,8 @@ def _claim(name: str) -> claims.Claim:
     raise KeyError(f"there is no claim {name!r}: take a name from claims.yml")
 
 
-def _same_verdict(quote: str, name: str, verdicts: pd.Series) -> str:
-    found = verdicts[_claim(name).name]
+def _same_verdict(quote: str, name: str, its: pd.Series) -> str:
+    found = its[_claim(name).name]
     if quote not in ("verdict", found):
         raise ValueError(f"the prose says {quote}, the scorecard says {found}")
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kdig_utils import artifacts, campaigns, engine, models
+from kdig_utils import artifacts, campaigns, engine, evidence, models
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.paths import replacing, repository_root
 from kdig_utils.runs import METHODS, RunSpec, TeacherSpec, spec_of
@@ -79,8 +79,19 @@ def write_address() -> list[Path]:
 
 
 def results_table(ledger: pd.DataFrame) -> str:
-    """What the README shows of the ledger, in Markdown: the methods, then how far each campaign is."""
-    return f"{methods_table(ledger)}\n\n{campaigns_table(ledger)}"
+    """What the README shows of the ledger, in Markdown: claims by kind of evidence, methods, and each campaign."""
+    return "\n\n".join(table(ledger) for table in (claims_table, methods_table, campaigns_table))
+
+
+def claims_table(ledger: pd.DataFrame) -> str:
+    """How many claims of each kind of evidence have which verdict; what a clock must settle is in chapter 16."""
+    from kdig_utils import scorecard, verdicts  # as in `_in_the_paper`
+
+    card = scorecard.scorecard(ledger)
+    counts = scorecard.by_kind(card[card["evidence"] != evidence.TIMED])
+    lines = [f"| evidence that settles the claim | {' | '.join(verdicts.VERDICTS)} |", "|---" * 7 + "|"]
+    lines += [f"| {kind} | {' | '.join(str(n or '') for n in counts.loc[kind])} |" for kind in counts.index]
+    return "\n".join(lines)
 
 
 def methods_table(ledger: pd.DataFrame) -> str:
@@ -89,7 +100,7 @@ def methods_table(ledger: pd.DataFrame) -> str:
     taught = teachers["weights_sha256"].isin(students["teacher_sha256"])
     shown = {"teacher": teachers[taught] if taught.any() else teachers, **dict(iter(students.groupby("method")))}
     lines = [
-        "| method | learns from labels and | seeds | epochs | test accuracy | parameters | in the paper |",
+        "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in ("teacher", *METHODS):
@@ -99,15 +110,16 @@ def methods_table(ledger: pd.DataFrame) -> str:
 
 
 def _cells_of(runs: pd.DataFrame) -> Iterator[str]:
-    """Seeds, epochs, mean accuracy with standard deviation, and parameters: once for each number of epochs."""
+    """Seeds, epochs, mean accuracy with standard deviation, and kind of evidence: once for each number of epochs."""
     if runs.empty:
-        yield " | | not run yet |"
-    for (epochs, parameters), group in runs.groupby(["epochs", "parameters"], dropna=False):
+        yield f" | | | {evidence.NOT_RUN}"
+    for epochs, group in runs.groupby("epochs"):
         accuracy = group["test_accuracy"].astype(float)
         spread = f" ± {accuracy.std():.2f}" if len(group) > 1 else ""
         continued = any(getattr(spec_of(row), "initial_sha256", "") for _index, row in group.iterrows())
         budget = f"{epochs:g}" + (", after an earlier short training" if continued else "")
-        yield f"{len(group)} | {budget} | {accuracy.mean():.2f}{spread} % | {parameters:,.0f}"
+        kind = evidence.in_words(evidence.of_runs(group))
+        yield f"{len(group)} | {budget} | {accuracy.mean():.2f}{spread} % | {kind}"
 
 
 def _signals_of(method: str) -> str:

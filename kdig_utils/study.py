@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kdig_utils import artifacts, cifar10, controls, models, paths, signals, training
+from kdig_utils import artifacts, cifar10, controls, evidence, models, paths, signals, training
 from kdig_utils.campaigns import main_runs
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.engine import SIDE_BY_SIDE, Report, Run, Trained, train_together
@@ -99,6 +99,15 @@ class Study:
         folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}_{tap}"
         teacher = self.teacher.to(self.device)
         return signals.compute_signals(teacher, self.train, folder, settings, report=signals.print_progress(1000))
+
+    def kinds(self, *methods: str) -> list[str]:
+        """The kinds of evidence that this study's networks are: `teacher`, and students by their method."""
+        ledger = self.ledger.read()
+        shown = ledger[ledger["method"].isin(methods)]
+        if self.profile == "published":
+            published = [entry["run_id"] for entry in artifacts.manifest().values()]
+            shown = shown[shown["run_id"].isin(published)]
+        return evidence.of_runs(shown)
 
     def students(self) -> pd.DataFrame:
         """The ledger rows of the study's students, trained first if need be; in `published` those of `main_runs`."""

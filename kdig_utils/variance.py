@@ -13,10 +13,9 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.diagnostic import lilliefors
-from statsmodels.stats.multitest import multipletests
 
 from kdig_utils.claims import SIGNIFICANCE
-from kdig_utils.comparisons import runs_by_method
+from kdig_utils.comparisons import holm, runs_by_method
 from kdig_utils.runs import METHODS
 
 FACTORS = ("kd", "ig", "at")
@@ -77,7 +76,7 @@ def factor_effects(rows: pd.DataFrame, blocks: Sequence[str] = ()) -> pd.DataFra
     table = pd.DataFrame(
         {"effect": fit.params[list(TERMS)] * scale, "low": low, "high": high, "p": fit.pvalues[list(TERMS)]}
     )
-    return table.assign(p_holm=multipletests(table["p"], method="holm")[1]).rename_axis("term")
+    return table.assign(p_holm=holm(table["p"])).rename_axis("term")
 
 
 def switched(methods: pd.Series, factor: str) -> pd.Series:

@@ -444,3 +444,28 @@ def test_plans_that_cannot_be_made_are_refused():
         comparisons.expected_best(two()[0], 11)
     with pytest.raises(ValueError, match="10 and 9 runs cannot be paired"):
         comparisons.p_values_of_listings(two()[0], two()[1][:9])
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"), [([0.1] * 5, 2 / 2**5), ([1, 2, 3, -4], 14 / 2**4), (list(range(1, 11)), 2 / 2**10)]
+)
+def test_the_exact_test_counts_the_signs_that_are_as_extreme(differences, p):
+    assert comparisons.sign_flips(np.array(differences, float)) == pytest.approx(p)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_permutation_tests_are_the_ones_of_scipy(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(0.3, 1, 6).round(1), rng.normal(0, 1, 6).round(1)  # with ties
+    difference = {"statistic": lambda x, y: x.mean() - y.mean(), "n_resamples": np.inf}
+    unpaired = stats.permutation_test((a, b), permutation_type="independent", **difference)
+    paired = stats.permutation_test((a, b), permutation_type="samples", **difference)
+    assert comparisons.reshuffled(a, b) == pytest.approx(unpaired.pvalue)
+    assert comparisons.sign_flips(a - b) == pytest.approx(paired.pvalue)
+
+
+def test_the_papers_best_method_is_beyond_all_but_two_of_184756_splits():
+    runs = comparisons.runs_by_method(comparisons.paper_rows())
+    assert comparisons.reshuffled(*(runs[name].to_numpy() for name in ("kd_ig", "student"))) == pytest.approx(
+        2 / 184_756, rel=0.01
+    )

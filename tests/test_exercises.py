@@ -47,7 +47,7 @@ def test_a_name_that_is_gone_is_found_and_prose_and_files_are_not_taken_for_code
     )
     assert names_in(solution) == {("claims", "effects")}
     assert not is_there("claims", "effects")
-    assert is_there("claims", "scorecard")
+    assert is_there("claims", "lookup")
     assert is_there("study", "test")
     assert names_in(solution.replace("Solution", "Note")) == set()
 

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from kdig_utils import publishing
+from kdig_utils import evidence, publishing
 from kdig_utils.runs import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,7 @@ def test_notebook_stores_no_stderr_widgets_or_progress_bars(path: Path) -> None:
 
 
 @each_notebook
-def test_every_figure_has_an_alternative_text_and_a_caption(path: Path) -> None:
+def test_every_figure_has_an_alternative_text_a_caption_and_its_kind_of_evidence(path: Path) -> None:
     for cell in code_cells(path):
         for place, output in enumerate(cell.outputs):
             if "image/png" not in output.get("data", {}):
@@ -84,7 +84,9 @@ def test_every_figure_has_an_alternative_text_and_a_caption(path: Path) -> None:
             assert len(output.metadata.get("image/png", {}).get("alt", "")) > 20, cell.source
             after = cell.outputs[place + 1 : place + 2]
             caption = after[0].get("data", {}).get("text/markdown", "") if after else ""
-            assert re.fullmatch(r"\*.+\*", caption, re.DOTALL), f"no caption after the figure of\n{cell.source}"
+            found = re.fullmatch(r"\*.+\* Evidence: (.+)\.", caption, re.DOTALL)
+            assert found, f"no caption with its kind of evidence after the figure of\n{cell.source}"
+            assert evidence.in_words(found[1].split(" · ")) == found[1]
 
 
 @each_notebook

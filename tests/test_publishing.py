@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from kdig_utils import __main__ as command_line
-from kdig_utils import campaigns, paths, publishing
+from kdig_utils import campaigns, evidence, paths, publishing, verdicts
 from kdig_utils.runs import MAIN_METHODS, METHODS, Ledger, RunSpec, TeacherSpec
 
 OLD, NEW = "an old teacher", "a new teacher"
@@ -86,9 +86,19 @@ def test_students_of_two_teachers_are_not_mixed_and_the_table_shows_theirs(ledge
 def test_an_empty_ledger_shows_every_method_and_campaign_as_not_run(tmp_path: Path) -> None:
     empty = Ledger(tmp_path / "runs.csv").read()
     assert campaigns.main_runs(empty).empty
-    table = publishing.results_table(empty)
-    assert table.count("not run yet") == len(METHODS) + 1
-    assert table.count("| 0 of ") == len(campaigns.CAMPAIGNS)
+    assert publishing.methods_table(empty).count("| not run yet |") == len(METHODS) + 1
+    assert publishing.results_table(empty).count("| 0 of ") == len(campaigns.CAMPAIGNS)
+
+
+def test_claims_are_counted_by_kind_of_evidence_and_a_count_settles_none_about_training(ledger: Ledger) -> None:
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:]
+        for line in publishing.claims_table(ledger.read()).splitlines()
+    }
+    trained = dict(zip(verdicts.VERDICTS, rows[evidence.TRAINED], strict=True))
+    assert {trained[name] for name in (*verdicts.DECIDED, verdicts.UNDECIDED)} == {""}
+    assert int(rows[evidence.COUNTED][0]) > 0
+    assert evidence.TIMED not in rows
 
 
 def test_a_campaign_counts_what_another_one_trained(ledger: Ledger) -> None:

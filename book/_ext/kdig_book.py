@@ -15,7 +15,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from kdig_utils import claims, prose, status
+from kdig_utils import prose, scorecard, status
 from kdig_utils.runs import METHODS, Ledger
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def ledger_of(env: BuildEnvironment) -> pd.DataFrame:
 @cache
 def verdicts(path: Path, _modified: float) -> pd.Series:
     """The verdict of each claim by its name, from the ledger at `path`, without any timing."""
-    return claims.scorecard(Ledger(path).read()).set_index("name")["verdict"]
+    return scorecard.scorecard(Ledger(path).read()).set_index("name")["verdict"]
 
 
 class QuotedNumber(SphinxRole):

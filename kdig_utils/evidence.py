@@ -1,0 +1,83 @@
+"""What a figure or a claim rests on, in one vocabulary for the whole book. Kinds are named, and never pooled."""
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import fields
+
+import pandas as pd
+
+from kdig_utils.runs import RunSpec
+
+COUNTED = "counted"  # computed from an architecture, a formula or a simulation: no network was trained for it
+PAPER = "the paper's runs, analysed again"
+RELEASED = "released networks, measured here"
+TRAINED = "trained here at the paper's settings"
+PROTOCOL = "trained here, another protocol"  # always with its name behind it
+TIMED = "timed here"
+NOT_RUN = "not run yet"
+KINDS = (COUNTED, PAPER, RELEASED, TRAINED, PROTOCOL, TIMED, NOT_RUN)
+TEACHER_EPOCHS = 100
+TRAIN_IMAGES = 50_000
+# Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
+# are RunSpec's defaults: a field added later is compared as well.
+FREE_FIELDS = frozenset(
+    ("method", "k", "seed", "pairing", "teacher_sha256", "data_md5", "train_fraction", "validation_images", "n_steps")
+)
+
+
+def protocol(name: str) -> str:
+    """The kind of what was trained here in another way than the paper's, with the name of that way."""
+    return f"{PROTOCOL}: {name}"
+
+
+def check(kind: str) -> None:
+    """Raise ValueError unless `kind` is in the vocabulary; a protocol needs its name."""
+    name = kind.removeprefix(f"{PROTOCOL}: ") if kind.startswith(f"{PROTOCOL}: ") else ""
+    if not name.strip() and (kind not in KINDS or kind == PROTOCOL):
+        raise ValueError(f"{kind!r} is no kind of evidence: use one of {'; '.join(KINDS)}; a protocol with its name")
+
+
+def in_words(kinds: str | Iterable[str]) -> str:
+    """One kind, or several side by side, each once, as captions and tables name them.
+
+    Raises:
+        ValueError: none is given, or one is not in the vocabulary.
+    """
+    named = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+    if not named:
+        raise ValueError(f"no kind of evidence is given: use one of {'; '.join(KINDS)}")
+    for kind in named:
+        check(kind)
+    return " · ".join(named)
+
+
+def of_runs(rows: pd.DataFrame) -> list[str]:
+    """The kinds of evidence that these rows of the ledger are, each once: `not run yet` if there is none."""
+    kinds = [_of_run(run) for _index, run in rows.iterrows()]
+    return list(dict.fromkeys(kinds)) or [NOT_RUN]
+
+
+def _of_run(run: pd.Series) -> str:
+    budget = f"{run['epochs']:.0f} epochs"
+    if run["method"] == "teacher":
+        continued = bool(json.loads(run["spec"]).get("initial_sha256"))
+        paper_like = run["epochs"] >= TEACHER_EPOCHS and not continued
+        return TRAINED if paper_like else protocol(f"{budget} of the teacher{' after earlier ones' * continued}")
+    other = other_settings(run, ignoring=["epochs", "sample_seed"])
+    fewer = run["train_images"] < round(TRAIN_IMAGES * run["train_fraction"])
+    named = [
+        budget if run["epochs"] != RunSpec.epochs else "",
+        f"{run['train_images']:,.0f} images" if fewer else "",
+        other,
+    ]
+    return protocol("; ".join(filter(None, named))) if any(named) else TRAINED
+
+
+def other_settings(run: pd.Series, ignoring: Collection[str] = ()) -> str:
+    """The fields of a student's spec, but those in `ignoring`, that are not the paper's, in words; empty if none."""
+    if run["method"] == "teacher":
+        return ""
+    spec = json.loads(run["spec"])
+    compared = [field for field in fields(RunSpec) if field.name not in {*FREE_FIELDS, *ignoring}]
+    other = [field for field in compared if spec.get(field.name, field.default) != field.default]
+    return "; ".join(f"{field.name.replace('_', ' ')} {spec[field.name]}, not {field.default}" for field in other)
