@@ -6,8 +6,9 @@ The modules follow the way of the data, and import only what stands before them:
 - the teacher's reasons: `integrated_gradients` → `secants` → `attribution` → `losses` → `signals`
 - training: `overlay` → `controls` → `runs` → `evidence` → `engine` → `training` → `profiling` → `artifacts`
   → `campaigns` → `study`
-- what runs mean: `claims` → `comparisons` → `verdicts` → `imagenet` → `scorecard` → `scorecard_text` → `variance`
-  → `frontier` → `hyperparameters` → `laboratory` → `faithfulness` → `robustness` → `explanations` → `prose`
+- what runs mean: `claims` → `comparisons` → `verdicts` → `imagenet` → `counted` → `scorecard` → `scorecard_text`
+  → `variance` → `frontier` → `hyperparameters` → `laboratory` → `faithfulness` → `robustness` → `explanations`
+  → `prose`
 - the edge: `latency` → `roofline` → `exporting` → `runtimes` → `browser` → `processes` → `court`
 - the book: `figures` → `publishing` → `status`, `reproduce` → the command line `python -m kdig_utils`
 """

@@ -23,7 +23,7 @@ from kdig_utils.paths import replacing
 from kdig_utils.runs import MAIN_METHODS, METHODS, Ledger, RunSpec, of_one_teacher, spec_of
 
 SEEDS = 10
-COMPRESSION_SEEDS = 3
+COMPRESSION_SEEDS = 5
 RESAMPLES = 60
 RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
 COMPONENT_SEEDS = 3
@@ -55,12 +55,15 @@ def pairing() -> list[RunSpec]:
 
     `student` uses no signals: its runs are those of the ablation.
     """
-    shuffled = [spec for spec in ablation() if spec.uses_teacher]
-    return [dataclasses.replace(spec, pairing="shuffled") for spec in shuffled]
+    return _shuffled(ablation())
+
+
+def _shuffled(specs: list[RunSpec]) -> list[RunSpec]:
+    return [dataclasses.replace(spec, pairing="shuffled") for spec in specs if spec.uses_teacher]
 
 
 def compression() -> list[RunSpec]:
-    """Eight sizes of the student, four methods, three seeds."""
+    """Eight sizes of the student, four methods, five seeds, each map with its own image."""
     return [
         RunSpec(method, k=k, seed=seed)
         for seed in range(COMPRESSION_SEEDS)
@@ -69,9 +72,19 @@ def compression() -> list[RunSpec]:
     ]
 
 
+def compression_pairing() -> list[RunSpec]:
+    """The sizes with shuffled signals, as the released scripts have them."""
+    return _shuffled(compression())
+
+
 def monte_carlo() -> list[RunSpec]:
     """Four methods on sixty stratified draws of 80 % of the training images."""
     return [RunSpec(method, seed=seed, train_fraction=0.8) for seed in range(RESAMPLES) for method in RESAMPLED_METHODS]
+
+
+def monte_carlo_pairing() -> list[RunSpec]:
+    """The sixty draws with shuffled signals, as the released scripts have them."""
+    return _shuffled(monte_carlo())
 
 
 def alignment() -> list[RunSpec]:
@@ -120,7 +133,9 @@ CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
     "ablation": ablation,
     "pairing": pairing,
     "compression": compression,
+    "compression-pairing": compression_pairing,
     "monte-carlo": monte_carlo,
+    "monte-carlo-pairing": monte_carlo_pairing,
     "alignment": alignment,
     "components": components,
     "precision": precision,

@@ -7,7 +7,7 @@ verdict means is in `verdicts`, what the ledger says of each claim in `scorecard
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -153,31 +153,32 @@ def margin() -> float:
     return float(_claims_file()["rules"]["margin"])
 
 
+def interim_significance() -> float:
+    """The level of a look before the planned number of seeds."""
+    return float(_claims_file()["rules"]["interim_significance"])
+
+
 def registrations() -> list[dict[str, str]]:
     """When claims and rules were written down or changed, and what: date, what, and the digest of what it covers."""
     return [dict(entry) for entry in _claims_file()["registrations"]]
 
 
 def digest(date: str) -> str:
-    """Twelve digits of the SHA-256 of the rules, and of all groups and claims, that were registered on `date`.
+    """Twelve digits of the SHA-256 of rules and claims registered on `date`, with the paper's numbers in them.
 
     Whoever changes one of them has to date the change: a test holds the digests of claims.yml against this.
     """
     content = _claims_file()
     dated = {name: content[name] for name in ("rules", "settings") if content["rules"]["registered"] == date}
-    own = [entry for entry in content["claims"] if _registered(entry, content) == date]
-    heads = {name: group for name, group in content["groups"].items() if group["registered"] == date}
-    text = json.dumps([dated, heads, own], sort_keys=True)
+    merged = [asdict(_claim(entry, content)) for entry in content["claims"]]
+    own = [{**claim, "claimed": Claim(**claim).claimed} for claim in merged if claim["registered"] == date]
+    text = json.dumps([dated, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @cache
 def _claims_file() -> dict:
     return yaml.safe_load(files("kdig_utils").joinpath("claims.yml").read_text(encoding="utf-8"))
-
-
-def _registered(entry: dict, content: dict) -> str:
-    return entry.get("registered", content["groups"][entry["group"]]["registered"])
 
 
 def _claim(entry: dict, content: dict) -> Claim:

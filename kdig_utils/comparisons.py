@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import special, stats
+from statsmodels.formula.api import ols
 from statsmodels.stats.power import TTestIndPower
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
@@ -247,6 +248,28 @@ def family(
         instead = f", or compare only {', '.join(runs)}" if runs else ""
         raise ValueError(f"no run of {', '.join(missing)}: train these first{instead}")
     return _corrected([{"first": a, "second": b, **compare(runs[a], runs[b])._asdict()} for a, b in pairs], tests)
+
+
+def interaction(rows: pd.DataFrame, parts: tuple[str, str] = ("kd", "ig")) -> Comparison:
+    """What two parts add together beyond the sum of what each adds: synergy, in points, without the third part.
+
+    Of runs that share nothing: the interaction in a linear model of four methods. NaN for what only pairs have.
+
+    Raises:
+        ValueError: one of the four methods has fewer than two runs.
+    """
+    four = rows[rows["method"].isin(("student", *parts, "_".join(parts)))]
+    if not complete(four, ("student", *parts, "_".join(parts))):
+        raise ValueError(f"an interaction of {' and '.join(parts)} needs two runs or more of four methods: train these")
+    switches = {
+        part: four["method"].str.split("_").map(lambda its, part=part: part in its).astype(int) for part in parts
+    }
+    fit = ols(f"test_accuracy ~ {' * '.join(parts)}", four.astype({"test_accuracy": float}).assign(**switches)).fit()
+    term = ":".join(parts)
+    numbers = dict.fromkeys(Comparison._fields, math.nan)
+    numbers |= dict(zip(("low", "high"), fit.conf_int(SIGNIFICANCE).loc[term], strict=True))
+    runs = int(four["method"].value_counts().min())
+    return Comparison(**numbers | {"runs": runs, "difference": fit.params[term], "p": fit.pvalues[term]})
 
 
 def between(

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pandas as pd
 
-from kdig_utils.runs import RunSpec
+from kdig_utils.runs import RunSpec, spec_of
 
 COUNTED = "counted"  # computed from an architecture, a formula or a simulation: no network was trained for it
 PAPER = "the paper's runs, analysed again"
@@ -20,9 +20,7 @@ TEACHER_EPOCHS = 100
 TRAIN_IMAGES = 50_000
 # Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
 # are RunSpec's defaults: a field added later is compared as well.
-FREE_FIELDS = frozenset(
-    ("method", "k", "seed", "pairing", "teacher_sha256", "data_md5", "train_fraction", "validation_images", "n_steps")
-)
+FREE_FIELDS = frozenset(("method", "k", "seed", "pairing", "teacher_sha256", "data_md5", "train_fraction"))
 
 
 def protocol(name: str) -> str:
@@ -75,9 +73,13 @@ def _of_run(run: pd.Series) -> str:
 
 def other_settings(run: pd.Series, ignoring: Collection[str] = ()) -> str:
     """The fields of a student's spec, but those in `ignoring`, that are not the paper's, in words; empty if none."""
-    if run["method"] == "teacher":
-        return ""
-    spec = json.loads(run["spec"])
-    compared = [field for field in fields(RunSpec) if field.name not in {*FREE_FIELDS, *ignoring}]
-    other = [field for field in compared if spec.get(field.name, field.default) != field.default]
-    return "; ".join(f"{field.name.replace('_', ' ')} {spec[field.name]}, not {field.default}" for field in other)
+    return "" if run["method"] == "teacher" else unlike_the_paper(spec_of(run), ignoring)
+
+
+def unlike_the_paper(spec: RunSpec, ignoring: Collection[str] = ()) -> str:
+    """The same of a spec."""
+    compared = [field for field in fields(spec) if field.name not in {*FREE_FIELDS, *ignoring}]
+    other = {field: getattr(spec, field.name) for field in compared}
+    differing = {field: value for field, value in other.items() if value != field.default}
+    words = (f"{field.name.replace('_', ' ')} {value}, not {field.default}" for field, value in differing.items())
+    return "; ".join(words)

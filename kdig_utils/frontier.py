@@ -97,7 +97,8 @@ def ours(ledger: pd.DataFrame, epochs: int, train_images: int) -> pd.DataFrame:
     columns = ["method", "k", "factor", "runs", "accuracy", "low", "high", "teacher"]
     table = with_teacher_accuracy(ledger)
     right = (table["epochs"] == epochs) & (table["train_images"] == train_images) & (table["pairing"] == "matched")
-    others = table[right].apply(lambda run: evidence.other_settings(run, ignoring=("epochs", "batch_size")), axis=1)
+    free = ("epochs", "batch_size", "n_steps")
+    others = table[right].apply(lambda run: evidence.other_settings(run, ignoring=free), axis=1)
     chosen = of_one_teacher(table[right][others == ""] if right.any() else table[right])
     factors = sizes().set_index("k")["factor"]
     rows = []

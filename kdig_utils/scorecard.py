@@ -1,23 +1,20 @@
 """What the ledger says of each claim: one row a claim, with the paper's number, ours, its verdict and its evidence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
-from torch.fx.experimental.optimization import fuse
 
-from kdig_utils import artifacts, claims, evidence, imagenet, models, verdicts
-from kdig_utils.artifacts import model_for
+from kdig_utils import artifacts, claims, evidence, imagenet, verdicts
 from kdig_utils.claims import Claim
-from kdig_utils.comparisons import holm, sign_flips
-from kdig_utils.integrated_gradients import integrated_gradients
-from kdig_utils.runs import METHODS, of_one_teacher
-from kdig_utils.verdicts import NOT_RUN, NOT_TESTABLE, UNDECIDED
+from kdig_utils.comparisons import family, holm, interaction, runs_by_method, sign_flips, unpaired
+from kdig_utils.counted import COMPUTED
+from kdig_utils.runs import METHODS
+from kdig_utils.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 
 DIRECT, CONCEPTUAL = "shuffled", "matched"  # as the released scripts pair; as the paper's text means it
 FOUND = ("value", "gap", "reach", "low", "high", "p", "p_level")
@@ -39,18 +36,21 @@ def scorecard(
         The fields of `Claim`, and: claimed; value, low, high (95 %; 99.9 % at an interim look), gap to the paper's
         number, its reach; p, p_exact (sign flips), p_holm, p_level (two one-sided tests), p_level_holm; runs, best;
         interim; verdict, reason, found (the kind of evidence that there is, `not run yet` without any); conflicts, the
-        claims with which it cannot hold together; short and short_budget, what runs gave that do not count; and
-        matched_value and matched_verdict, the conceptual replication, where pairing matters.
+        claims that one recipe can hardly meet together with it; short and short_budget, what runs gave that do not
+        count; and matched_value, matched_verdict and matched_interim, of the conceptual replication.
     """
     table = with_teacher_accuracy(ledger)
     table["other_settings"] = [evidence.other_settings(row) for _index, row in table.iterrows()]
+    table["date"] = pd.to_datetime(table["finished"], format="ISO8601", utc=True, errors="coerce")
+    table["first_teacher"] = _first_teacher(table)
     direct = _judged(claims.claims(), table, speedups or {}, explanations)
-    matched = _judged([as_matched(claim) for claim in claims.claims() if claim.depends_on_pairing], table, {}, None)
+    paired = [claim for claim in claims.claims() if claim.depends_on_pairing and claim.measure != "imagenet"]
+    matched = _judged([as_matched(claim) for claim in paired], table, {}, explanations)
     conceptual = {row["name"]: row for row in matched}
     conflicts = conflicting()
     for row in direct:
-        other = conceptual.get(row["name"], {"value": np.nan, "verdict": ""})
-        row |= {"matched_value": other["value"], "matched_verdict": other["verdict"]}
+        other = conceptual.get(row["name"], {"value": np.nan, "verdict": "", "interim": False})
+        row |= {f"matched_{name}": other[name] for name in ("value", "verdict", "interim")}
         row["conflicts"] = ", ".join(conflicts.get(row["name"], ()))
     return pd.DataFrame(direct)
 
@@ -75,15 +75,16 @@ def _judged(
 def _verdict(row: dict, claim: Claim) -> str:
     if np.isnan(row["value"]):
         return NOT_TESTABLE if claim.measure in claims.OUT_OF_REACH and not row["reason"] else NOT_RUN
-    return str(verdicts.judge(claim, row, verdicts.level(row["runs"], claim.seeds)))
+    verdict = str(verdicts.judge(claim, row, verdicts.level(row["runs"], claim.seeds)))
+    return UNDECIDED if row["interim"] and verdict in (REPRODUCED, RESERVATIONS) else verdict
 
 
 def _correct(rows: list[dict], chosen: Sequence[Claim]) -> None:
     """Holm's correction over each registered family; a family of the same size whatever was run."""
-    for name, family in verdicts.families().items():
+    for name, tests in verdicts.families().items():
         its = [(row, claim) for row, claim in zip(rows, chosen, strict=True) if claim.family == name]
         by_test = {verdicts.comparison_of(claim): row["p"] for row, claim in its}
-        corrected = dict(zip(by_test, holm(list(by_test.values()), len(family)), strict=True))
+        corrected = dict(zip(by_test, holm(list(by_test.values()), len(tests)), strict=True))
         alike = [row for row, claim in its if claim.measure == "no_difference"]
         levels = holm([row["p_level"] for row in alike], len(alike)) if alike else ()
         for row, claim in its:
@@ -98,6 +99,18 @@ def with_teacher_accuracy(ledger: pd.DataFrame) -> pd.DataFrame:
     accuracy = teachers.set_index("weights_sha256")["test_accuracy"]
     found = ledger["teacher_sha256"].map(accuracy).astype(float)
     return ledger.assign(teacher_accuracy=found, above_teacher=ledger["test_accuracy"].astype(float) - found)
+
+
+def _first_teacher(table: pd.DataFrame) -> pd.Series:
+    """Whether a student has the first teacher, by date, that is good enough and has students at the paper's settings.
+
+    So a second teacher, later, cannot take the place of a result that is there.
+    """
+    enough = max(claim.settings.get("teacher_accuracy", 0.0) for claim in claims.claims())
+    good = table["teacher_accuracy"] >= enough
+    students = table[good & (table["method"] != "teacher") & (table["other_settings"] == "")]
+    first = students.sort_values("date")["teacher_sha256"].head(1)
+    return table["teacher_sha256"].isin(first)
 
 
 def _measured(
@@ -124,12 +137,12 @@ def _candidates(claim: Claim, table: pd.DataFrame, known: dict) -> tuple[pd.Data
     """The rows of the claim's size with what each lacks; and of those that count a column a method, a row a seed."""
     wanted = ("teacher",) if claim.measure == "teacher" else METHODS
     column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
-    key = (claim.k, wanted, column, claim.registered, *sorted(claim.settings.items()))
+    key = (claim.k, claim.seeds, wanted, column, claim.registered, *sorted(claim.settings.items()))
     if key not in known:
         of_size = (table["k"] == claim.k) | (table["method"] == "teacher")
         rows = table[of_size & table["method"].isin(wanted)].copy()
         rows["lacks"] = [shortfall(run, claim) for _index, run in rows.iterrows()]
-        counting = of_one_teacher(rows[rows["lacks"] == ""])
+        counting = rows[rows["lacks"] == ""]
         by_method = [by_seed(counting, method, column) for method in wanted]
         known[key] = rows, pd.concat(by_method, axis=1).sort_index()
     return known[key]
@@ -164,7 +177,8 @@ def _from_explanations(claim: Claim, table: pd.DataFrame, explanations: pd.DataF
     counting = _counting(claim, table)
     if explanations is None or counting.empty:
         return {"reason": "no explanation was measured of students that count"}
-    measured = explanations[explanations["measure"] == "spearman"].set_index("run_id")["value"]
+    its = explanations[explanations["measure"] == "spearman"].drop_duplicates("run_id")
+    measured = its.set_index("run_id")["value"]
     similar = counting.assign(similarity=counting["run_id"].map(measured)).dropna(subset="similarity")
     pairs = [by_seed(similar, method, "similarity") for method in claim.methods]
     runs = pd.concat(pairs, axis=1, join="inner").sort_index()
@@ -187,7 +201,7 @@ def _counting(claim: Claim, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the claim's methods and size that count."""
     its = table[(table["k"] == claim.k) & table["method"].isin(claim.methods)]
     lacks = pd.Series([shortfall(run, claim) for _index, run in its.iterrows()], its.index, dtype=object)
-    return of_one_teacher(its[lacks == ""])
+    return its[lacks == ""]
 
 
 def shortfall(run: pd.Series, claim: Claim) -> str:
@@ -202,8 +216,8 @@ def shortfall(run: pd.Series, claim: Claim) -> str:
         if run[name] != claim.settings[name]
     ]
     lacks += _teacher_lacks(run, claim) if run["method"] == "teacher" else _student_lacks(run, claim)
-    if not lacks and not str(run["finished"]) > claim.registered:
-        lacks.append(f"it ended {run['finished']}, before the claim was registered ({claim.registered})")
+    if not lacks and not run["date"] > pd.Timestamp(claim.registered):
+        lacks.append(f"it ended {run['finished'] or 'at no known time'}, the claim was registered {claim.registered}")
     return "; ".join(lacks)
 
 
@@ -220,18 +234,27 @@ def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
     settings, lacks = claim.settings, [run["other_settings"]] if run["other_settings"] else []
     if "pairing" not in settings:
         return ["a student"]
+    lacks += [
+        f"{name.replace('_', ' ')} {run[name]}, not {settings[name]}"
+        for name in ("train_fraction", "data_md5")
+        if run[name] != settings[name]
+    ]
+    if run["seed"] >= claim.seeds:
+        lacks.append(f"seed {run['seed']}: the claim is judged on seeds 0 to {claim.seeds - 1}")
     if run["method"] != "student" and run["pairing"] != settings["pairing"]:
         lacks.append(f"pairing {run['pairing']}, not {settings['pairing']}")
     if run["method"] != "student" and not run["teacher_accuracy"] >= settings["teacher_accuracy"]:
         found = f"{run['teacher_accuracy']:.1f} %" if run["teacher_accuracy"] > 0 else "not in the ledger"
         lacks.append(f"teacher {found}, needs {settings['teacher_accuracy']} %")
+    elif run["method"] != "student" and not run["first_teacher"]:
+        lacks.append("another teacher than the first whose students count")
     return lacks
 
 
 def by_seed(runs: pd.DataFrame, method: str, column: str = "test_accuracy") -> pd.Series:
     """A column of a method's runs, in per cent if it is an accuracy, by seed: each seed once."""
-    its = runs[runs["method"] == method].drop_duplicates("seed")
-    return its.set_index("seed")[column].astype(float).dropna().sort_index().rename(method)
+    its = runs[runs["method"] == method].dropna(subset=column).drop_duplicates("seed")
+    return its.set_index("seed")[column].astype(float).sort_index().rename(method)
 
 
 def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
@@ -257,10 +280,11 @@ def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
 
 
 def conflicting() -> dict[str, list[str]]:
-    """Which claims cannot both hold of one recipe, by the paper's own numbers: by name, both ways.
+    """Which claims one recipe can hardly meet together, by the paper's own numbers: by name, both ways.
 
     The sweep has single runs at k = 5 of what the paper also ran ten times. A number of each is one draw: their gap is
-    held against the reach of both lucks, with the deviation of the paper's ten runs (Holm over all such pairs).
+    held against the reach of both lucks, with the deviation of the paper's ten runs (Holm over all such pairs). And
+    where the paper calls a difference none that is above the margin, the means of both methods say otherwise.
     """
     deviation, df = verdicts.papers_spread()
     numbers = [claim for claim in claims.claims() if claim.measure == "accuracy" and claim.k == 5]
@@ -268,17 +292,47 @@ def conflicting() -> dict[str, list[str]]:
     tens = [claim for claim in numbers if claim.group in ("ablation", "headline")]
     pairs = [(one, other) for one in sweep for other in tens if one.methods == other.methods]
     p_values = [_p_of_gap(one, other, deviation, df) for one, other in pairs]
+    corrected = zip(pairs, holm(p_values, len(pairs)), strict=True)
+    at_odds = [pair for pair, p in corrected if p < claims.SIGNIFICANCE]
+    unlike = [claim for claim in claims.claims() if claim.measure == "no_difference"]
+    unlike = [claim for claim in unlike if abs(claim.claimed) > claims.margin()]
+    at_odds += [
+        (one, mean) for one in unlike for mean in tens if mean.group == "ablation" and {*mean.methods} < {*one.methods}
+    ]
     found: dict[str, list[str]] = {}
-    for (one, other), p in zip(pairs, holm(p_values, len(pairs)), strict=True):
-        if p < claims.SIGNIFICANCE:
-            found.setdefault(one.name, []).append(other.name)
-            found.setdefault(other.name, []).append(one.name)
+    for one, other in at_odds:
+        found.setdefault(one.name, []).append(other.name)
+        found.setdefault(other.name, []).append(one.name)
     return found
 
 
 def _p_of_gap(one: Claim, other: Claim, deviation: float, df: int) -> float:
     means, variances = zip(*(verdicts.implied_mean(claim, deviation) for claim in (one, other)), strict=True)
     return float(2 * stats.t.sf(abs(means[0] - means[1]) / sum(variances) ** 0.5, df))
+
+
+def registered_comparisons(rows: pd.DataFrame, compare: Callable[..., NamedTuple] = unpaired) -> pd.DataFrame:
+    """The nine comparisons of the family `ten runs` on rows of one experiment, as chapters 08 and 16 show them.
+
+    Args:
+        compare: `comparisons.unpaired`, or `comparisons.paired` for runs that share their seeds.
+
+    Returns:
+        As `comparisons.family`, with Holm's correction over all nine; the last row is the interaction of KD and IG.
+
+    Raises:
+        ValueError: a method was not run, or cannot be compared.
+    """
+    tests = [methods for methods, *_runs in verdicts.families()["ten runs"]]
+    pairs, ((both, one, other, neither),) = [t for t in tests if len(t) == 2], [t for t in tests if len(t) == 4]
+    table = family(rows, pairs, compare)
+    runs = runs_by_method(rows)
+    together = (
+        interaction(rows) if compare is unpaired else compare(runs[both] - runs[one], runs[other] - runs[neither])
+    )
+    last = {"first": f"{both} − {one}", "second": f"({other} − {neither})", **together._asdict()}
+    table = pd.concat([table, pd.DataFrame([last])], ignore_index=True)
+    return table.assign(**{f"{name}_holm": holm(table[name]) for name in ("p", "p_permutation")})
 
 
 def by_kind(card: pd.DataFrame) -> pd.DataFrame:
@@ -299,74 +353,3 @@ def headline(card: pd.DataFrame) -> str:
         said = ", ".join(f"{count} {verdict}" for verdict, count in tested.items() if count)
         parts.append(f"{kind}: {tested.sum()} of {row.sum()} claims tested" + (f" ({said})" if said else ""))
     return "; ".join(parts)
-
-
-@cache
-def _size(method: str, k: int) -> tuple[int, int]:
-    model = model_for(method, k)
-    return models.count_parameters(model), models.count_macs(model)
-
-
-def explaining_over_training(_method: str, k: int) -> float:
-    """Work to explain each training image once, over the work to train one student, in multiply-accumulates.
-
-    A step of Integrated Gradients passes forward and back to the image; a step of training also to the weights.
-    """
-    steps, epochs = 50, claims.lookup("training.epochs")
-    return steps * 2 * _size("teacher", 0)[1] / (epochs * 3 * _size("student", k)[1])
-
-
-@cache
-def sensitivity(_method: str, k: int) -> float:
-    """Share of trials in which sensitivity holds (arXiv 1703.01365, section 2): a student with random weights.
-
-    Image and baseline differ in one value. Where the answer differs, that value gets attribution; all others get none.
-    """
-    student, image = _random_student(k)
-    trials = []
-    for place in range(0, image.numel(), image.numel() // 8):
-        baseline = image.clone()
-        baseline.view(-1)[place] = 1 - baseline.view(-1)[place]
-        found = integrated_gradients(student, image, baseline, torch.tensor([0]), n_steps=8).view(-1)
-        changed = bool(student(image)[0, 0] != student(baseline)[0, 0])
-        elsewhere = torch.cat([found[:place], found[place + 1 :]])
-        trials.append(bool((found[place] != 0) == changed and not elsewhere.any()))
-    return float(np.mean(trials))
-
-
-@cache
-def implementation_invariance(_method: str, k: int) -> float:
-    """Largest difference of two attributions of one function, relative to the largest attribution, in float64.
-
-    The function is a student with random weights; once with its batch normalisation, once with it in the convolutions.
-    """
-    student, image = _random_student(k)
-    one, other = (
-        integrated_gradients(network, image, torch.zeros_like(image), torch.tensor([0]), n_steps=16)
-        for network in (student, fuse(student))
-    )
-    return float((one - other).abs().max() / one.abs().max())
-
-
-def _random_student(k: int) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A student in float64 whose batch normalisation does something, and an image; the same at every call."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        student = models.student(k)
-        student(torch.rand(16, 3, 32, 32))  # moves the running statistics
-        return student.double().eval().requires_grad_(False), torch.rand(1, 3, 32, 32, dtype=torch.float64)
-
-
-# What can be computed without runs, from (method, k). The last four hold a sentence of the paper against its own list.
-COMPUTED = {
-    "parameters": lambda method, k: float(_size(method, k)[0]),
-    "million_macs": lambda method, k: _size(method, k)[1] / 1e6,
-    "compression_factor": lambda method, k: _size("teacher", 0)[0] / _size(method, k)[0],
-    "explaining_over_training": explaining_over_training,
-    "sensitivity": sensitivity,
-    "implementation_invariance": implementation_invariance,
-    "least_factor": lambda _method, _k: min(claims.lookup("literature_on_cifar10.factors")),
-    "largest_factor": lambda _method, _k: max(claims.lookup("literature_on_cifar10.factors")),
-    "least_change": lambda _method, _k: min(claims.lookup("literature_on_cifar10.accuracy_changes")),
-    "largest_change": lambda _method, _k: max(claims.lookup("literature_on_cifar10.accuracy_changes")),
-}

@@ -8,7 +8,7 @@ from kdig_utils import claims
 from kdig_utils.paths import repository_root
 from kdig_utils.verdicts import NOT_RUN, NOT_TESTABLE, SIGNIFICANCE
 
-DIGITS = {"%": ".2f", "points": "+.2f", "M": ".2f", "": ",.0f", "rank correlation": "+.3f"}
+DIGITS = {"%": ".2f", "points": "+.2f", "M": ".2f", "": ",.0f", "rank correlation": "+.3f", "relative": ".0e"}
 
 
 def written(value: float, unit: str) -> str:
@@ -17,8 +17,6 @@ def written(value: float, unit: str) -> str:
         return ""
     if unit in ("×", "ms"):
         return f"{round(value, 2):.10g} {unit}"
-    if not unit and 0 < abs(value) < 1e-3:
-        return f"{value:.0e}"
     return f"{value:{DIGITS[unit]}} {unit}".rstrip()
 
 
@@ -128,7 +126,10 @@ def _price(row: Mapping) -> str:
         return f"It takes one teacher trained for {row['settings']['epochs']} epochs, or one that gets there sooner."
     methods, images = " and ".join(f"`{method}`" for method in row["methods"]), row["settings"]["train_images"]
     epochs = claims.paper()["training"]["epochs"]
-    return f"It takes {row['seeds']} runs of {methods} with k = {row['k']}, {epochs} epochs and {images:,} images."
+    paired = f", paired `{row['settings']['pairing']}`" if set(row["methods"]) != {"student"} else ""
+    return (
+        f"It takes {row['seeds']} runs of {methods} with k = {row['k']}, {epochs} epochs and {images:,} images{paired}."
+    )
 
 
 def _judgement(row: Mapping) -> str:
@@ -139,7 +140,7 @@ def _judgement(row: Mapping) -> str:
 
 TESTS = {
     "accuracy": "It is the same if chance explains the distance, and if the interval is narrow enough to say so.",
-    "teacher": "A teacher within the tolerance, or better, will do.",
+    "teacher": "The best teacher will do if it is within the tolerance, or better.",
     "difference": "It has to be shown, after Holm's correction over its family, in a size that chance explains.",
     "no_difference": f"Two methods are alike if they are shown to differ by less than {claims.margin():g} points.",
     "map_similarity": "It has to be shown, seed by seed.",
@@ -155,11 +156,12 @@ def _conceptual(row: Mapping) -> str:
     if not row["matched_verdict"] or row["matched_verdict"] == NOT_RUN:
         return ""
     found = written(row["matched_value"], row["unit"])
-    return f"With each image's own map (the conceptual replication) the runs give {found}: {row['matched_verdict']}."
+    look = ", an interim look" if row["matched_interim"] else ""
+    return f"With each image's own map (conceptual replication) the runs give {found}: {row['matched_verdict']}{look}."
 
 
 def _conflict(row: Mapping) -> str:
     if not row["conflicts"]:
         return ""
     names = ", ".join(f"`{name}`" for name in row["conflicts"].split(", "))
-    return f"The paper's own number cannot hold together with that of {names}: no one recipe can reproduce both."
+    return f"One recipe can hardly give this number of the paper and that of {names}: chance seldom explains so much."

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from kdig_utils.claims import SIGNIFICANCE, Claim, claims, lookup, margin
+from kdig_utils.claims import SIGNIFICANCE, Claim, claims, interim_significance, lookup, margin
 from kdig_utils.comparisons import best_of_normal, holm
 from kdig_utils.runs import METHODS
 
@@ -30,14 +30,15 @@ NOT_TESTABLE = "not testable here"
 NOT_RUN = "not run yet"
 VERDICTS = (REPRODUCED, RESERVATIONS, UNDECIDED, NOT_REPRODUCED, NOT_TESTABLE, NOT_RUN)
 DECIDED = (REPRODUCED, RESERVATIONS, NOT_REPRODUCED)
-# Whoever looks before the planned number of seeds, and once more at it, has two chances to be fooled. An early look
-# needs far more evidence, so that the last one keeps its level (Haybittle 1971, Peto 1976).
-INTERIM_SIGNIFICANCE = 0.001
 
 
 def level(runs: int, planned: int) -> float:
-    """The level of a look at `runs` runs of each method where `planned` are registered."""
-    return SIGNIFICANCE if runs >= planned else INTERIM_SIGNIFICANCE
+    """The level of a look at `runs` runs of each method where `planned` are registered.
+
+    Whoever looks before, and once more at the planned number, has two chances to be fooled. An early look needs far
+    more evidence, so that the last one keeps its level (Haybittle 1971, Peto 1976). It can refute, never confirm.
+    """
+    return SIGNIFICANCE if runs >= planned else interim_significance()
 
 
 def judge(claim: Claim, found: Mapping[str, ArrayLike], significance: float) -> NDArray:
@@ -56,8 +57,10 @@ def judge(claim: Claim, found: Mapping[str, ArrayLike], significance: float) -> 
     if claim.measure == "no_difference":
         shown, alike = (np.asarray(found[name]) < significance for name in ("p_holm", "p_level_holm"))
         return _first([(alike, REPRODUCED), (shown, NOT_REPRODUCED)])
-    if claim.measure in ("map_similarity", "imagenet"):
+    if claim.measure == "map_similarity":
         return judge_direction(found["value"], np.asarray(found["p"]) < significance)
+    if claim.measure == "imagenet":  # one network a method, however many images: that says nothing about the methods
+        return np.full(np.shape(found["value"]), UNDECIDED)
     if claim.measure == "latency_ratio":
         return judge_time(found["gap"], found["low"], found["high"], claim)
     if claim.measure == "teacher":
@@ -83,7 +86,8 @@ def judge_difference(
     """A difference is the same if it is shown, with the claimed sign, and chance explains the gap to the paper's size.
 
     With reservations if it is shown in another size. Not reproduced if it is absent where more than the margin was
-    claimed, if the opposite is shown, or if it is not shown and too far from the paper's for chance. Else undecided.
+    claimed, if the opposite is shown, or if it is not shown and falls short by more than chance explains. Otherwise
+    undecided.
 
     Args:
         shown: whether the test, corrected for its family, shows a difference.
@@ -91,13 +95,14 @@ def judge_difference(
     """
     agrees = np.sign(value) == np.sign(claimed)
     beyond = np.abs(np.asarray(value) - claimed) > np.asarray(reach)
+    short = (np.asarray(value) - claimed) * np.sign(claimed) < 0
     missing = np.asarray(absent) & (np.abs(claimed) > margin())
     return _first(
         [
             (missing | (shown & ~agrees), NOT_REPRODUCED),
             (shown & beyond, RESERVATIONS),
             (shown, REPRODUCED),
-            (beyond, NOT_REPRODUCED),
+            (beyond & short, NOT_REPRODUCED),
         ]
     )
 
@@ -108,11 +113,10 @@ def judge_direction(value: ArrayLike, shown: ArrayLike) -> NDArray:
 
 
 def judge_time(gap: ArrayLike, low: ArrayLike, high: ArrayLike, claim: Claim) -> NDArray:
-    """What is timed is the same within the tolerance; undecided if only the interval reaches there."""
-    reaches = (np.asarray(low) <= claim.claimed + claim.tolerance) & (
-        np.asarray(high) >= claim.claimed - claim.tolerance
-    )
-    same = np.abs(gap) <= claim.tolerance
+    """What is timed is the same within the tolerance, its interval within twice; undecided if it reaches there."""
+    below, above = claim.claimed - np.asarray(low), np.asarray(high) - claim.claimed
+    same = (np.abs(gap) <= claim.tolerance) & (np.maximum(below, above) <= 2 * claim.tolerance)
+    reaches = (below >= -claim.tolerance) & (above >= -claim.tolerance)
     return np.where(same, REPRODUCED, np.where(reaches, UNDECIDED, NOT_REPRODUCED))
 
 
@@ -155,6 +159,8 @@ def _accuracy(
         value, own, theirs = ours.mean(-1), 1 / runs, 1 / claim.paper_runs
     else:
         value, own, theirs = ours.mean(-1) + above * deviation, 1 / runs + above**2 / (2 * max(df, 1)), wobble**2
+    if claim.measure == "teacher_gap":
+        theirs += 2  # one teacher a side, and each is a draw, too
     half, reach = (_quantile(significance, df) * deviation * part**0.5 for part in (own, own + theirs))
     nothing = np.full_like(value, np.nan)
     found = {"value": value, "gap": value - claimed, "reach": reach, "low": value - half, "high": value + half}

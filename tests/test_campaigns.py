@@ -19,8 +19,10 @@ from kdig_utils.study import open_study
 RUNS = {
     "ablation": 8 * 10,
     "pairing": 7 * 10,
-    "compression": 8 * 4 * 3,
+    "compression": 8 * 4 * 5,
+    "compression-pairing": 8 * 3 * 5,
     "monte-carlo": 60 * 4,
+    "monte-carlo-pairing": 60 * 3,
     "precision": 2 * 3,
     "alignment": (2 * 6 + 1) * 10,
     "components": 12 * 3,
@@ -62,7 +64,7 @@ def test_ablation_and_pairing_differ_in_pairing_alone_and_share_the_student() ->
 
 def test_compression_shares_its_runs_at_k_5_with_the_ablation() -> None:
     shared = {s.run_id for s in campaigns.specs("compression")} & {s.run_id for s in campaigns.specs("ablation")}
-    assert len(shared) == 4 * 3
+    assert len(shared) == 4 * 5
     assert {spec.k for spec in campaigns.specs("compression")} == set(models.REMOVABLE_BLOCKS)
 
 
@@ -95,11 +97,11 @@ def test_unknown_campaign_names_the_known_ones() -> None:
 
 
 def test_rows_of_a_campaign_are_found_whichever_campaign_trained_them(ledger: Ledger) -> None:
-    few = [RunSpec("kd", seed=seed, teacher_sha256="ab", data_md5="cd") for seed in range(4)]
+    few = [RunSpec("kd", seed=seed, teacher_sha256="ab", data_md5="cd") for seed in range(6)]
     fill(ledger, [*few, RunSpec("kd", epochs=3), TeacherSpec()], campaign="ablation")
     table = ledger.read()
-    assert campaigns.rows(table, "compression")["seed"].tolist() == [0, 1, 2]
-    assert campaigns.rows(table, "ablation")["seed"].tolist() == [0, 1, 2, 3]
+    assert campaigns.rows(table, "compression")["seed"].tolist() == [0, 1, 2, 3, 4]
+    assert campaigns.rows(table, "ablation")["seed"].tolist() == [0, 1, 2, 3, 4, 5]
     assert campaigns.rows(table, "pairing").empty
     assert list(campaigns.rows(Ledger(Path("none.csv")).read(), "pairing").columns) == list(table.columns)
 

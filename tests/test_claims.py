@@ -71,9 +71,10 @@ def test_an_edited_claim_breaks_the_seal(monkeypatch):
 
 
 def test_the_margin_is_below_every_effect_on_which_the_paper_builds():
-    effects = ("kd_ig_over_student", "kd_ig_over_kd", "kd_over_student", "kd_ig_together", "kd_ig_at_over_student")
-    claimed = {claim.name: claim.claimed for claim in claims.claims()}
-    assert 0 < claims.margin() < min(claimed[name] for name in effects)
+    """But for reasons alone: the paper's table gives them 0.17 points, and does not show them."""
+    differences = ("difference", "interaction")
+    claimed = {claim.name: claim.claimed for claim in claims.claims() if claim.measure in differences}
+    assert 0 < claims.margin() < min(value for name, value in claimed.items() if name != "ig_over_student")
 
 
 def test_every_claim_names_the_evidence_that_would_settle_it():

@@ -464,6 +464,18 @@ def test_exact_permutation_tests_are_the_ones_of_scipy(seed):
     assert comparisons.sign_flips(a - b) == pytest.approx(paired.pvalue)
 
 
+@pytest.mark.parametrize("synergy", [0.0, 0.5])
+def test_the_interaction_is_what_is_beyond_the_sum(synergy):
+    """Planted without luck: 0.4 from one part, 0.2 from the other."""
+    means = {"student": 91.0, "kd": 91.4, "ig": 91.2, "kd_ig": 91.6 + synergy, "at": 80.0}
+    spread = np.array([-0.1, 0.0, 0.1])
+    found = comparisons.interaction(ledger({method: mean + spread for method, mean in means.items()}))
+    assert found.difference == pytest.approx(synergy)
+    assert found.low < synergy < found.high
+    with pytest.raises(ValueError, match="four methods"):
+        comparisons.interaction(ledger({method: means[method] + spread for method in ("student", "kd", "ig")}))
+
+
 def test_the_papers_best_method_is_beyond_all_but_two_of_184756_splits():
     runs = comparisons.runs_by_method(comparisons.paper_rows())
     assert comparisons.reshuffled(*(runs[name].to_numpy() for name in ("kd_ig", "student"))) == pytest.approx(

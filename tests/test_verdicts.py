@@ -20,13 +20,13 @@ def errors():
     return table.set_index(["kind", "truth", "seeds"]).sort_index()
 
 
-NUMBERS = [("a mean of ten", 10), ("a best of ten", 10), ("a best of sixty", 60), ("a single run", 10)]
+NUMBERS = [(kind, CLAIMS[name].seeds) for kind, name in verdicts.KINDS_OF_CLAIM.items() if CLAIMS[name].unit == "%"]
 
 
 @pytest.mark.parametrize(("kind", "seeds"), NUMBERS)
 def test_an_exact_replication_of_a_number_passes_in_19_of_20_studies(errors, kind, seeds):
     found = errors.loc[(kind, "exactly true", seeds)]
-    assert found[REPRODUCED] == pytest.approx(0.95, abs=0.02)
+    assert found[REPRODUCED] == pytest.approx(0.95, abs=0.035)  # of single runs some stay undecided
     assert found[NOT_REPRODUCED] == pytest.approx(0.05, abs=0.02)
 
 
@@ -39,8 +39,8 @@ def test_an_exact_replication_of_a_difference_is_refuted_seldom_and_passes_with_
 def test_what_is_false_is_seldom_reproduced_whatever_the_number_of_seeds(errors):
     false = errors.xs("false", level="truth")
     assert (false[REPRODUCED] + false[RESERVATIONS]).max() < 0.1
-    planned = [false.loc[place] for place in NUMBERS]
-    assert max(row[REPRODUCED] for row in planned) < 0.05
+    planned = [false.loc[(kind, CLAIMS[name].seeds)] for kind, name in verdicts.KINDS_OF_CLAIM.items()]
+    assert max(row[REPRODUCED] + row[RESERVATIONS] for row in planned) < 0.05
 
 
 def test_true_passes_more_often_than_half_and_half_more_often_than_false(errors):
@@ -143,6 +143,7 @@ def judged(name: str, value: float, error: float, p_holm: float | None = None) -
         ("kd_ig_over_student", 0.40, 0.50, UNDECIDED),
         ("kd_ig_over_student", -0.40, 0.80, UNDECIDED),  # never reservations for the opposite sign
         ("ig_over_student", -0.10, 0.20, UNDECIDED),
+        ("ig_over_student", 1.20, 0.55, UNDECIDED),  # far above the claim, and not shown: that refutes nothing
         ("at_like_student", 0.00, 0.05, REPRODUCED),
         ("at_like_student", 0.00, 0.20, UNDECIDED),
         ("at_like_student", 0.50, 0.10, NOT_REPRODUCED),
@@ -200,6 +201,7 @@ def test_a_ratio_of_times_is_undecided_where_only_its_interval_reaches():
     for value, low, high, verdict in (
         (10, 9.5, 10.5, REPRODUCED),
         (7.0, 5.0, 9.5, UNDECIDED),
+        (10.8, 1.0, 100.0, UNDECIDED),
         (1.3, 1.2, 1.4, NOT_REPRODUCED),
     ):
         assert verdicts.judge_time(value - claim.claimed, low, high, claim) == verdict
