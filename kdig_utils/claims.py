@@ -172,7 +172,7 @@ def digest(date: str) -> str:
     dated = {name: content[name] for name in ("rules", "settings") if content["rules"]["registered"] == date}
     merged = [asdict(_claim(entry, content)) for entry in content["claims"]]
     own = [{**claim, "claimed": Claim(**claim).claimed} for claim in merged if claim["registered"] == date]
-    text = json.dumps([dated, own], sort_keys=True)
+    text = json.dumps([SIGNIFICANCE, paper()["ablation_runs"], dated, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -56,7 +56,7 @@ def of_runs(rows: pd.DataFrame) -> list[str]:
 
 
 def _of_run(run: pd.Series) -> str:
-    budget = f"{run['epochs']:.0f} epochs"
+    budget = f"{run['epochs']:.0f} epoch{'s' if run['epochs'] != 1 else ''}"
     if run["method"] == "teacher":
         continued = bool(json.loads(run["spec"]).get("initial_sha256"))
         paper_like = run["epochs"] >= TEACHER_EPOCHS and not continued

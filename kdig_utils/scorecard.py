@@ -83,33 +83,34 @@ def _correct(rows: list[dict], chosen: Sequence[Claim]) -> None:
     """Holm's correction over each registered family; a family of the same size whatever was run."""
     for name, tests in verdicts.families().items():
         its = [(row, claim) for row, claim in zip(rows, chosen, strict=True) if claim.family == name]
-        by_test = {verdicts.comparison_of(claim): row["p"] for row, claim in its}
+        # An interim p does not help the others: it is not final.
+        by_test = {verdicts.comparison_of(claim): np.nan if row["interim"] else row["p"] for row, claim in its}
         corrected = dict(zip(by_test, holm(list(by_test.values()), len(tests)), strict=True))
         alike = [row for row, claim in its if claim.measure == "no_difference"]
         levels = holm([row["p_level"] for row in alike], len(alike)) if alike else ()
         for row, claim in its:
-            row["p_holm"] = corrected[verdicts.comparison_of(claim)]
+            final = corrected[verdicts.comparison_of(claim)]
+            row["p_holm"] = min(row["p"] * len(tests), 1.0) if row["interim"] else final
         for row, p in zip(alike, levels, strict=True):
             row["p_level_holm"] = p
 
 
 def with_teacher_accuracy(ledger: pd.DataFrame) -> pd.DataFrame:
     """The ledger with teacher_accuracy, in per cent, and above_teacher, in points; NaN without the run's teacher."""
-    teachers = ledger[ledger["method"] == "teacher"].drop_duplicates("weights_sha256")
+    teachers = ledger[ledger["method"] == "teacher"].dropna(subset="test_accuracy").drop_duplicates("weights_sha256")
     accuracy = teachers.set_index("weights_sha256")["test_accuracy"]
     found = ledger["teacher_sha256"].map(accuracy).astype(float)
     return ledger.assign(teacher_accuracy=found, above_teacher=ledger["test_accuracy"].astype(float) - found)
 
 
 def _first_teacher(table: pd.DataFrame) -> pd.Series:
-    """Whether a student has the first teacher, by date, that is good enough and has students at the paper's settings.
-
-    So a second teacher, later, cannot take the place of a result that is there.
-    """
-    enough = max(claim.settings.get("teacher_accuracy", 0.0) for claim in claims.claims())
-    good = table["teacher_accuracy"] >= enough
-    students = table[good & (table["method"] != "teacher") & (table["other_settings"] == "")]
-    first = students.sort_values("date")["teacher_sha256"].head(1)
+    """Whether a student has the first teacher, by date, that is good enough: a second one cannot take back a result."""
+    settings = next(claim.settings for claim in claims.claims() if "teacher_accuracy" in claim.settings)
+    good = table["test_accuracy"].astype(float) >= settings["teacher_accuracy"]
+    for name in ("test_images", "data_md5"):
+        good &= table[name] == settings[name]
+    teachers = table[good & (table["method"] == "teacher") & table["date"].notna() & table["weights_sha256"].ne("")]
+    first = teachers.sort_values(["date", "weights_sha256"])["weights_sha256"].head(1)
     return table["teacher_sha256"].isin(first)
 
 
@@ -118,6 +119,8 @@ def _measured(
 ) -> dict:
     fixed = {**asdict(claim), "paths": claim.value, "claimed": claim.claimed}
     row = {**fixed, **EMPTY, "reason": "", "short_budget": "", "interim": False}
+    if claim.measure == "teacher":
+        return row | _first_counting_teacher(claim, table[table["method"] == "teacher"].copy())
     if claim.measure in claims.ACCURACY_MEASURES:
         return row | _from_ledger(claim, *_candidates(claim, table, known))
     if claim.measure == "map_similarity":
@@ -133,17 +136,23 @@ def _measured(
     return row
 
 
+def _first_counting_teacher(claim: Claim, teachers: pd.DataFrame) -> dict:
+    teachers["lacks"] = [shortfall(run, claim) for _index, run in teachers.iterrows()]
+    counting = teachers[teachers["lacks"] == ""].sort_values("date")["test_accuracy"].astype(float)
+    if counting.empty:
+        return _short(claim, teachers)
+    return {"value": counting.iloc[0], "gap": counting.iloc[0] - claim.claimed, "runs": 1}
+
+
 def _candidates(claim: Claim, table: pd.DataFrame, known: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of the claim's size with what each lacks; and of those that count a column a method, a row a seed."""
-    wanted = ("teacher",) if claim.measure == "teacher" else METHODS
     column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
-    key = (claim.k, claim.seeds, wanted, column, claim.registered, *sorted(claim.settings.items()))
+    key = (claim.k, claim.seeds, column, claim.registered, *sorted(claim.settings.items()))
     if key not in known:
-        of_size = (table["k"] == claim.k) | (table["method"] == "teacher")
-        rows = table[of_size & table["method"].isin(wanted)].copy()
+        rows = table[(table["k"] == claim.k) & table["method"].isin(METHODS)].sort_values("date")
         rows["lacks"] = [shortfall(run, claim) for _index, run in rows.iterrows()]
         counting = rows[rows["lacks"] == ""]
-        by_method = [by_seed(counting, method, column) for method in wanted]
+        by_method = [by_seed(counting, method, column) for method in METHODS]
         known[key] = rows, pd.concat(by_method, axis=1).sort_index()
     return known[key]
 
@@ -153,9 +162,6 @@ def _from_ledger(claim: Claim, candidates: pd.DataFrame, runs: pd.DataFrame) -> 
     its = runs[list(claim.methods)].dropna()
     if its.empty:
         return _short(claim, candidates[candidates["method"].isin(claim.methods)])
-    if claim.measure == "teacher":
-        value = float(its.iloc[:, 0].max())
-        return {"value": value, "gap": value - claim.claimed, "runs": len(its), "best": value}
     return _found(claim, its, verdicts.pooled_deviation([runs[method].dropna() for method in runs]))
 
 
@@ -175,7 +181,7 @@ def _found(claim: Claim, runs: pd.DataFrame, spread: tuple) -> dict:
 def _from_explanations(claim: Claim, table: pd.DataFrame, explanations: pd.DataFrame | None) -> dict:
     """Rank correlation of the students' maps with the teacher's: first method minus second, paired by seed."""
     counting = _counting(claim, table)
-    if explanations is None or counting.empty:
+    if explanations is None or explanations.empty or counting.empty:
         return {"reason": "no explanation was measured of students that count"}
     its = explanations[explanations["measure"] == "spearman"].drop_duplicates("run_id")
     measured = its.set_index("run_id")["value"]
@@ -210,13 +216,19 @@ def shortfall(run: pd.Series, claim: Claim) -> str:
     Args:
         run: a row with the columns that `with_teacher_accuracy` adds, and other_settings.
     """
+    settings = claim.settings
     lacks = [
-        f"{run[name]:,.0f} {name.replace('_', ' ')}, not {claim.settings[name]:,}"
+        f"{run[name]:,.0f} {name.replace('_', ' ')}, not {settings[name]:,}"
         for name in ("train_images", "test_images")
-        if run[name] != claim.settings[name]
+        if run[name] != settings[name]
+    ]
+    lacks += [
+        f"{name.replace('_', ' ')} {run[name]}, not {settings[name]}"
+        for name in ("train_fraction", "data_md5")
+        if name in settings and run[name] != settings[name]
     ]
     lacks += _teacher_lacks(run, claim) if run["method"] == "teacher" else _student_lacks(run, claim)
-    if not lacks and not run["date"] > pd.Timestamp(claim.registered):
+    if not lacks and not run["date"] > pd.to_datetime(claim.registered, utc=True):
         lacks.append(f"it ended {run['finished'] or 'at no known time'}, the claim was registered {claim.registered}")
     return "; ".join(lacks)
 
@@ -234,12 +246,7 @@ def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
     settings, lacks = claim.settings, [run["other_settings"]] if run["other_settings"] else []
     if "pairing" not in settings:
         return ["a student"]
-    lacks += [
-        f"{name.replace('_', ' ')} {run[name]}, not {settings[name]}"
-        for name in ("train_fraction", "data_md5")
-        if run[name] != settings[name]
-    ]
-    if run["seed"] >= claim.seeds:
+    if run["seed"] not in range(claim.seeds):
         lacks.append(f"seed {run['seed']}: the claim is judged on seeds 0 to {claim.seeds - 1}")
     if run["method"] != "student" and run["pairing"] != settings["pairing"]:
         lacks.append(f"pairing {run['pairing']}, not {settings['pairing']}")
@@ -247,7 +254,7 @@ def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
         found = f"{run['teacher_accuracy']:.1f} %" if run["teacher_accuracy"] > 0 else "not in the ledger"
         lacks.append(f"teacher {found}, needs {settings['teacher_accuracy']} %")
     elif run["method"] != "student" and not run["first_teacher"]:
-        lacks.append("another teacher than the first whose students count")
+        lacks.append("another teacher than the first that is good enough")
     return lacks
 
 
@@ -259,10 +266,13 @@ def by_seed(runs: pd.DataFrame, method: str, column: str = "test_accuracy") -> p
 
 def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
     """The figure of the runs that do not settle it, at the largest budget that all methods of the claim have."""
+    measured = candidates.dropna(subset="test_accuracy")
+    alone = measured["method"].isin(("student", "teacher"))
     complete = [
-        group
-        for _budget, group in candidates.fillna({"pairing": ""}).groupby(["train_images", "epochs", "pairing"])
-        if set(claim.methods) <= set(group["method"])
+        group[alone | (group["pairing"] == pairing)]
+        for _budget, group in measured.groupby(["train_images", "epochs"])
+        for pairing in sorted(set(group[~alone]["pairing"])) or [""]
+        if set(claim.methods) <= set(group[alone | (group["pairing"] == pairing)]["method"])
     ]
     if not complete:
         missing = [method for method in claim.methods if method not in set(candidates["method"])]
@@ -275,7 +285,7 @@ def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
     return {
         "short": sum(sign * mean for sign, mean in zip((1, -1, -1, 1), means, strict=False)),
         "short_budget": f"{budget}, {runs} run{'s' if runs > 1 else ''}",
-        "reason": max(largest["lacks"], key=len),
+        "reason": max(largest["lacks"], key=len) or "no seed that all methods have",
     }
 
 

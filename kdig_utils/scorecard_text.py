@@ -140,13 +140,15 @@ def _judgement(row: Mapping) -> str:
 
 TESTS = {
     "accuracy": "It is the same if chance explains the distance, and if the interval is narrow enough to say so.",
-    "teacher": "The best teacher will do if it is within the tolerance, or better.",
-    "difference": "It has to be shown, after Holm's correction over its family, in a size that chance explains.",
+    "teacher": "The first teacher trained in full, or that gets there sooner, must be within the tolerance, or better.",
+    "difference": "It has to be shown, after Holm's correction over its family, in a size that chance explains. "
+    "It is refuted if the opposite is shown, or if it is not shown and falls short by more than chance explains.",
     "no_difference": f"Two methods are alike if they are shown to differ by less than {claims.margin():g} points.",
     "map_similarity": "It has to be shown, seed by seed.",
     "imagenet": "It has to be shown, image by image.",
     "parameters": "It should be the same to the last digit printed.",
     "explaining_over_training": "It should be at most one.",
+    "implementation_invariance": "It should be zero, but for rounding.",
     "latency_ratio": "It may be off by a fifth, as machines differ; all ratios share the teacher's 140 ms.",
 }
 TESTS |= {"teacher_gap": TESTS["accuracy"], "interaction": TESTS["difference"]}
@@ -163,5 +165,9 @@ def _conceptual(row: Mapping) -> str:
 def _conflict(row: Mapping) -> str:
     if not row["conflicts"]:
         return ""
-    names = ", ".join(f"`{name}`" for name in row["conflicts"].split(", "))
+    names = " and ".join(f"`{name}`" for name in row["conflicts"].split(", "))
+    if row["measure"] == "no_difference":
+        return (
+            f"The paper's own difference is above the margin of {claims.margin():g}: {names} say that the two differ."
+        )
     return f"One recipe can hardly give this number of the paper and that of {names}: chance seldom explains so much."

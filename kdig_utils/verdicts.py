@@ -29,6 +29,7 @@ NOT_REPRODUCED = "not reproduced"
 NOT_TESTABLE = "not testable here"
 NOT_RUN = "not run yet"
 VERDICTS = (REPRODUCED, RESERVATIONS, UNDECIDED, NOT_REPRODUCED, NOT_TESTABLE, NOT_RUN)
+NOTHING = 1e-9  # points: a spread below is rounding
 DECIDED = (REPRODUCED, RESERVATIONS, NOT_REPRODUCED)
 
 
@@ -116,8 +117,8 @@ def judge_time(gap: ArrayLike, low: ArrayLike, high: ArrayLike, claim: Claim) ->
     """What is timed is the same within the tolerance, its interval within twice; undecided if it reaches there."""
     below, above = claim.claimed - np.asarray(low), np.asarray(high) - claim.claimed
     same = (np.abs(gap) <= claim.tolerance) & (np.maximum(below, above) <= 2 * claim.tolerance)
-    reaches = (below >= -claim.tolerance) & (above >= -claim.tolerance)
-    return np.where(same, REPRODUCED, np.where(reaches, UNDECIDED, NOT_REPRODUCED))
+    away = (below < -claim.tolerance) | (above < -claim.tolerance)
+    return _first([(same, REPRODUCED), (away, NOT_REPRODUCED)])
 
 
 def _first(rules: Sequence[tuple[ArrayLike, str]]) -> NDArray:
@@ -174,7 +175,7 @@ def _difference(
     own_df = differences.shape[-1] - 1
     value = differences.mean(-1)
     error = differences.std(-1, ddof=1) / (own_df + 1) ** 0.5 if own_df else np.full_like(value, np.nan)
-    error = np.where(error > 1e-9, error, np.nan)  # no spread is no evidence
+    error = np.where(error > NOTHING, error, np.nan)  # no spread is no evidence
     half = _quantile(significance, own_df) * error
     luck = best_of_normal(claim.paper_runs)[1] if claim.statistic == "best" else claim.paper_runs**-0.5
     theirs = _quantile(significance, df) * np.asarray(deviation) * luck * len(claim.methods) ** 0.5
@@ -304,7 +305,8 @@ def pooled_deviation(samples: Sequence[ArrayLike]) -> tuple[NDArray, int]:
     several = [values for values in (np.asarray(sample, float) for sample in samples) if values.shape[-1] > 1]
     df = sum(values.shape[-1] - 1 for values in several)
     squares = sum((values.var(-1, ddof=1) * (values.shape[-1] - 1) for values in several), 0.0)
-    return (np.sqrt(squares / df), df) if df else (np.nan * np.asarray(squares), 0)
+    deviation = np.sqrt(np.asarray(squares) / max(df, 1))
+    return np.where(deviation > NOTHING, deviation, np.nan), df  # no spread is no evidence
 
 
 def _judge_study(claim: Claim, theirs: dict[str, NDArray], ours: dict[str, NDArray], runs: int) -> NDArray:

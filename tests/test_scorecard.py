@@ -221,6 +221,41 @@ def test_a_second_teacher_later_neither_joins_a_result_nor_takes_it_back(method)
     assert (row["value"], row["runs"]) == (pytest.approx(92.0), 10)
 
 
+def test_a_better_teacher_without_a_result_takes_none_back():
+    later = teacher_row(95.0, weights_sha256="another", finished="2099-02-02T00:00Z")
+    strays = [
+        row | {"teacher_sha256": "another", "finished": "2098-01-01T00:00Z"} for row in student_rows("kd_ig", [80.0])
+    ]
+    table = card([later, teacher_row(), *strays, *student_rows("kd_ig", drawn(92.0, 2))])
+    assert table.loc["mean_kd_ig", "value"] == pytest.approx(92.0)
+    assert (
+        card([teacher_row(data_md5="x"), *student_rows("kd_ig", drawn(92.0, 2))]).loc["mean_kd_ig", "verdict"]
+        == NOT_RUN
+    )
+
+
+def test_an_interim_test_does_not_help_a_final_one():
+    base = [teacher_row(), *student_rows("student", drawn(91.2, 1)), *student_rows("kd_ig", drawn(91.52, 2))]
+    early = student_rows("kd", drawn(95.0, 3, 5))
+    alone, helped = (card(rows).loc["kd_ig_over_student", "p_holm"] for rows in (base, base + early))
+    assert helped == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, np.nan, 10])
+def test_a_seed_that_was_not_planned_does_not_count(seed):
+    odd = student_rows("kd_ig", [99.0])[0] | {"seed": seed}
+    assert card([teacher_row(), odd, *student_rows("kd_ig", drawn(92.0, 2))]).loc["mean_kd_ig", "runs"] == 10
+
+
+def test_runs_that_miss_each_others_seeds_or_pairing_are_told_truly():
+    student = student_rows("student", drawn(91.2, 1), pairing="matched", epochs=5)
+    short = card([teacher_row(), *student, *student_rows("kd_ig", drawn(92.0, 2), epochs=5)]).loc["kd_ig_over_student"]
+    assert short["short"] == pytest.approx(0.8)
+    apart = [row | {"seed": row["seed"] + 5} for row in student_rows("kd_ig", drawn(92.0, 2, 5))]
+    rows = [teacher_row(), *student_rows("student", drawn(91.2, 1, 5)), *apart]
+    assert "no seed that all methods have" in scorecard_text.explained(card(rows).loc["kd_ig_over_student"])
+
+
 def test_seeds_beyond_the_planned_ones_change_no_verdict():
     base = [teacher_row(), *student_rows("student", drawn(91.2, 1)), *student_rows("kd_ig", drawn(91.2, 2))]
     more = [row | {"seed": 10 + row["seed"]} for row in student_rows("kd_ig", [95.0] * 30)]
@@ -261,6 +296,8 @@ def test_a_teacher_may_reach_its_number_early_but_fails_only_at_the_full_budget(
     assert card([teacher_row(94.2, epochs=60)]).loc["teacher", "verdict"] == REPRODUCED
     assert card([teacher_row(90.0, epochs=5)]).loc["teacher", "verdict"] == NOT_RUN
     assert card([teacher_row(92.0, epochs=200)]).loc["teacher", "verdict"] == NOT_REPRODUCED
+    later = teacher_row(94.2, weights_sha256="a better one", finished="2099-02-02T00:00Z")
+    assert card([later, teacher_row(92.0)]).loc["teacher", "verdict"] == NOT_REPRODUCED  # no best of several
 
 
 def test_a_mean_of_few_scattered_runs_is_undecided():

@@ -194,6 +194,8 @@ def test_runs_that_do_not_differ_at_all_show_nothing():
     found = verdicts.measure(CLAIMS["kd_over_student"], [same, same], 0.44, 0.3, 18, 0.05)
     assert np.isnan(found["p"])
     assert np.isnan(found["p_level"])
+    alone = verdicts.measure(CLAIMS["mean_kd"], [same], 91.62, *verdicts.pooled_deviation([same]), 0.05)
+    assert np.isnan(alone["reach"])
 
 
 def test_a_ratio_of_times_is_undecided_where_only_its_interval_reaches():
@@ -202,6 +204,7 @@ def test_a_ratio_of_times_is_undecided_where_only_its_interval_reaches():
         (10, 9.5, 10.5, REPRODUCED),
         (7.0, 5.0, 9.5, UNDECIDED),
         (10.8, 1.0, 100.0, UNDECIDED),
+        (10.8, np.nan, np.nan, UNDECIDED),
         (1.3, 1.2, 1.4, NOT_REPRODUCED),
     ):
         assert verdicts.judge_time(value - claim.claimed, low, high, claim) == verdict
