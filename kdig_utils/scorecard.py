@@ -290,11 +290,12 @@ def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
 
 
 def conflicting() -> dict[str, list[str]]:
-    """Which claims one recipe can hardly meet together, by the paper's own numbers: by name, both ways.
+    """Which claims one recipe can hardly meet together, by the paper's own numbers: by name.
 
     The sweep has single runs at k = 5 of what the paper also ran ten times. A number of each is one draw: their gap is
     held against the reach of both lucks, with the deviation of the paper's ten runs (Holm over all such pairs). And
-    where the paper calls a difference none that is above the margin, the means of both methods say otherwise.
+    where the paper calls a difference none that is above the margin, the means of both methods say otherwise: that
+    claim alone is marked.
     """
     deviation, df = verdicts.papers_spread()
     numbers = [claim for claim in claims.claims() if claim.measure == "accuracy" and claim.k == 5]
@@ -302,17 +303,15 @@ def conflicting() -> dict[str, list[str]]:
     tens = [claim for claim in numbers if claim.group in ("ablation", "headline")]
     pairs = [(one, other) for one in sweep for other in tens if one.methods == other.methods]
     p_values = [_p_of_gap(one, other, deviation, df) for one, other in pairs]
-    corrected = zip(pairs, holm(p_values, len(pairs)), strict=True)
-    at_odds = [pair for pair, p in corrected if p < claims.SIGNIFICANCE]
-    unlike = [claim for claim in claims.claims() if claim.measure == "no_difference"]
-    unlike = [claim for claim in unlike if abs(claim.claimed) > claims.margin()]
-    at_odds += [
-        (one, mean) for one in unlike for mean in tens if mean.group == "ablation" and {*mean.methods} < {*one.methods}
-    ]
     found: dict[str, list[str]] = {}
-    for one, other in at_odds:
-        found.setdefault(one.name, []).append(other.name)
-        found.setdefault(other.name, []).append(one.name)
+    for (one, other), p in zip(pairs, holm(p_values, len(pairs)), strict=True):
+        if p < claims.SIGNIFICANCE:
+            found.setdefault(one.name, []).append(other.name)
+            found.setdefault(other.name, []).append(one.name)
+    for claim in claims.claims():
+        if claim.measure == "no_difference" and abs(claim.claimed) > claims.margin():
+            means = [mean.name for mean in tens if mean.group == "ablation" and {*mean.methods} < {*claim.methods}]
+            found[claim.name] = means
     return found
 
 

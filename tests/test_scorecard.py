@@ -113,8 +113,9 @@ def test_claims_that_no_one_recipe_can_meet_are_marked_both_ways():
     conflicts = scorecard.conflicting()
     assert {"mean_kd_ig", "headline_kd_ig"} <= set(conflicts["sweep_k5"])
     assert set(conflicts["ig_at_like_student"]) == {"mean_ig_at", "mean_student"}  # 0.28 points are above the margin
-    assert all(name in conflicts[other] for name, others in conflicts.items() for other in others)
-    assert "headline_student" not in conflicts
+    numbers = {name: others for name, others in conflicts.items() if name != "ig_at_like_student"}
+    assert all(name in numbers[other] for name, others in numbers.items() for other in others)
+    assert not {"mean_student", "headline_student"} & set(conflicts)
     table = card([])
     assert "sweep_k5" in table.loc["mean_kd_ig", "conflicts"]
     assert "One recipe can hardly give" in scorecard_text.reasons(table.loc["mean_kd_ig"])
