@@ -37,6 +37,7 @@ MEASURES = (
     "map_similarity",
 )
 STATISTICS = ("mean", "best")
+SIGNS = (1, -1, -1, 1)  # of a claim's numbers and methods: first - second, or (first - second) - (third - fourth)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ class Claim:
         numbers = [float(np.mean(lookup(part))) if isinstance(part, str) else float(part) for part in self.value]
         if self.measure == "latency_ratio" and len(numbers) == 2:
             return numbers[0] / numbers[1]
-        signs = (1, -1, -1, 1)
-        return sum((sign * number for sign, number in zip(signs, numbers, strict=False)), 0.0) if numbers else np.nan
+        return sum((sign * number for sign, number in zip(SIGNS, numbers, strict=False)), 0.0) if numbers else np.nan
 
     @property
     def depends_on_pairing(self) -> bool:

@@ -16,7 +16,7 @@ from kdig_utils.counted import COMPUTED
 from kdig_utils.runs import METHODS
 from kdig_utils.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 
-DIRECT, CONCEPTUAL = "shuffled", "matched"  # as the released scripts pair; as the paper's text means it
+CONCEPTUAL = "matched"  # as the paper's text means it; claims.yml has the pairing of the released scripts
 FOUND = ("value", "gap", "reach", "low", "high", "p", "p_level")
 EMPTY = {**dict.fromkeys((*FOUND, "p_exact", "p_holm", "p_level_holm", "best", "short"), np.nan), "runs": 0}
 Speedups = Mapping[int, tuple[float, float, float]]
@@ -173,8 +173,7 @@ def _found(claim: Claim, runs: pd.DataFrame, spread: tuple) -> dict:
     found = {name: float(number) for name, number in found.items()}
     found |= {"runs": len(runs), "best": float(values[0].max()), "interim": len(runs) < claim.seeds}
     if len(values) > 1:
-        signs = (1, -1, -1, 1)
-        found["p_exact"] = sign_flips(sum(sign * value for sign, value in zip(signs, values, strict=False)))
+        found["p_exact"] = sign_flips(sum(sign * value for sign, value in zip(claims.SIGNS, values, strict=False)))
     return found
 
 
@@ -283,7 +282,7 @@ def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
     runs = min(int((largest["method"] == method).sum()) for method in claim.methods)
     budget = f"{evidence.in_words(evidence.of_runs(largest))}, {largest['train_images'].iloc[0]:,.0f} images"
     return {
-        "short": sum(sign * mean for sign, mean in zip((1, -1, -1, 1), means, strict=False)),
+        "short": sum(sign * mean for sign, mean in zip(claims.SIGNS, means, strict=False)),
         "short_budget": f"{budget}, {runs} run{'s' if runs > 1 else ''}",
         "reason": max(largest["lacks"], key=len) or "no seed that all methods have",
     }

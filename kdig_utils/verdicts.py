@@ -18,9 +18,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from kdig_utils.claims import SIGNIFICANCE, Claim, claims, interim_significance, lookup, margin
+from kdig_utils.claims import SIGNIFICANCE, SIGNS, Claim, claims, interim_significance, lookup, margin
 from kdig_utils.comparisons import best_of_normal, holm
-from kdig_utils.runs import METHODS
+from kdig_utils.runs import MAIN_METHODS, METHODS
 
 REPRODUCED = "reproduced"
 RESERVATIONS = "reproduced with reservations"
@@ -145,9 +145,8 @@ def measure(
     values = [np.asarray(one, float) for one in runs]
     if len(values) == 1:
         return _accuracy(claim, values[0], claimed, np.asarray(deviation, float), df, significance)
-    signs = (1, -1, -1, 1)[: len(values)]
-    return _difference(claim, sum(sign * one for sign, one in zip(signs, values, strict=True)), claimed, deviation, df,
-                       significance)  # fmt: skip
+    difference = sum(sign * one for sign, one in zip(SIGNS, values, strict=False))
+    return _difference(claim, difference, claimed, deviation, df, significance)
 
 
 def _accuracy(
@@ -268,8 +267,8 @@ def _judged_studies(
 def _true_means(claim: Claim) -> dict[str, float]:
     """What the paper's table says of the methods that its kind of claim is made on, as the truth of a simulation."""
     if claim.group == "compression":
-        sweep = lookup("compression_sweep_accuracy")
-        return {method: sweep[method][3] for method in ("student", "kd", "kd_ig", "ig")}
+        place = claim.value[0].rpartition(".")[2]
+        return {method: lookup(f"compression_sweep_accuracy.{method}.{place}") for method in MAIN_METHODS}
     if claim.group == "resampling":
         return dict(lookup("monte_carlo.best"))  # shifted alike by the height of a best of sixty
     return {method: float(np.mean(lookup(f"ablation_runs.{method}"))) for method in METHODS}
@@ -320,7 +319,7 @@ def _judge_study(claim: Claim, theirs: dict[str, NDArray], ours: dict[str, NDArr
 def _number_of(claim: Claim, theirs: dict[str, NDArray]) -> NDArray:
     """The number that the simulated paper prints."""
     statistic = np.max if claim.statistic == "best" else np.mean
-    signs = zip((1, -1, -1, 1), claim.methods, strict=False)
+    signs = zip(SIGNS, claim.methods, strict=False)
     return sum(sign * statistic(theirs[method], -1) for sign, method in signs)
 
 
