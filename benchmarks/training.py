@@ -37,6 +37,7 @@ from kdig_utils.__main__ import keep_freed_memory
 from kdig_utils.cifar10 import ImageSet, load_sample
 from kdig_utils.engine import Run, Steps
 from kdig_utils.paths import replacing
+from kdig_utils.probes import random_signals, wait
 from kdig_utils.runs import RunSpec
 from kdig_utils.signals import TeacherSignals
 
@@ -61,6 +62,7 @@ class Way:
         workers: processes that load the images.
         value_bytes: of an activation, as it is trained.
         traffic: what moves through memory, see `profiling`.
+        measured_every: epochs between two looks at the test images.
         ahead: batches that wait when a chunk begins; they are used up before the clock starts.
         multiple: steps come in multiples of it.
         megabytes: the students' memory on a GPU; None on the CPU, where it is not measured.
@@ -75,6 +77,7 @@ class Way:
     value_bytes: int = 4
     traffic: dict[str, tuple[int, int]] = field(default_factory=lambda: profiling.EAGER)
     ahead: int = 0
+    measured_every: int = 1
     multiple: int = 1
     megabytes: float | None = None
     chunk: int = 0
@@ -169,30 +172,10 @@ def loading_processes() -> int:
     return max(2, min(8, processors - 1))
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
     """Batches of one epoch after the other."""
     while True:
         yield from loader
-
-
-def random_signals(images: ImageSet, k: int) -> TeacherSignals:
-    """Numbers of the shapes of a teacher's signals; nothing that takes time depends on their values."""
-    generator, n = torch.Generator().manual_seed(0), len(images)
-    with torch.inference_mode():
-        _logits, features = models.logits_and_features(models.student(k), images.images([0]), models.attention_tap(k))
-    return TeacherSignals(
-        torch.randn(n, 10, generator=generator),
-        torch.rand(n, 32, 32, generator=generator).half(),
-        torch.rand(n, features[0, 0].numel(), generator=generator),
-        torch.zeros(n),
-        {"teacher_sha256": "", "indices": images.indices.tolist(), "settings": {"tap": models.attention_tap(k)}},
-    )
 
 
 def contiguous(run: Run) -> Run:
@@ -204,15 +187,9 @@ def contiguous(run: Run) -> Run:
 
 def called(run: Run) -> Steps:
     """The run's steps, called one by one by Python on every device."""
-    run.momenta = []  # such a run is not recorded
-    steps = Steps(run, print)
+    steps = Steps(run, print, recorded=False)
     steps.load_epoch()
     return steps
-
-
-def recorded(run: Run) -> Steps:
-    """The run's steps, recorded as CUDA graphs."""
-    return Steps(run, print)
 
 
 def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
@@ -234,10 +211,12 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
         with torch.cuda.stream(students[0].stream):
             students[0].load_epoch()
         wait(device)
+        students[0].run.epoch = engine.MEASURE_EVERY - 1  # after such an epoch a run is measured
         started = time.perf_counter()
         engine.measure(students[0].run)
         wait(device)
         seconds = time.perf_counter() - started
+        students[0].run.epoch = 0
         engine.check_weights(students[0].run)
         students[0].run.model.train()
         return seconds
@@ -245,7 +224,10 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
     value_bytes = 2 if engine.uses_bfloat16(students[0].run) else 4
     taken = sum(student.bytes for student in students) / 1e6 if graphs else None
     multiple = engine.STEPS_A_GRAPH if graphs else 1
-    return Way(name, len(students), train, between, 0, value_bytes, multiple=multiple, megabytes=taken, **attributes)
+    every = {"measured_every": engine.MEASURE_EVERY}
+    return Way(
+        name, len(students), train, between, 0, value_bytes, multiple=multiple, megabytes=taken, **every, **attributes
+    )
 
 
 def take_turn(student: Steps, graphs: bool) -> None:
@@ -269,21 +251,20 @@ def all_ways(spec: RunSpec, device: torch.device, compiled: bool) -> list[Way]:
         return training.student_run(which, images, test, their_signals, device=device, **arguments)
 
     native = "bfloat16, " if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    loss = torch.compile(training.student_loss, dynamic=False) if compiled else None
+    network = training.compiled_network(print)
     ways = [
         authors_way(spec, sample, signals, device),
         engines_way("batches from tensors", [called(contiguous(new(float32)))]),
         engines_way(f"{native}channels last", [called(new(spec))]),
     ]
     if compiled:
-        ways.append(engines_way("compiled", [called(new(spec, loss=loss))], traffic=profiling.FUSED))
+        ways.append(engines_way("compiled", [called(new(spec, network=network))], traffic=profiling.FUSED))
     if device.type == "cuda":
-        ways += side_by_side("recorded", lambda: recorded(new(spec)), (1, *SIDE_BY_SIDE["cuda"]))
+        ways += side_by_side("recorded", lambda: Steps(new(spec), print), (1, *SIDE_BY_SIDE["cuda"]))
         if compiled:
-            kinds = (1, *SIDE_BY_SIDE["cuda"])
-            ways += side_by_side(
-                "compiled and recorded", lambda: recorded(new(spec, loss=loss)), kinds, traffic=profiling.FUSED
-            )
+            counts, fused = (1, *SIDE_BY_SIDE["cuda"]), {"traffic": profiling.FUSED}
+            both = "compiled and recorded"
+            ways += side_by_side(both, lambda: Steps(new(spec, network=network), print), counts, **fused)
     else:
         ways += side_by_side("channels last", lambda: called(new(spec)), SIDE_BY_SIDE["cpu"])
     return ways
@@ -323,7 +304,7 @@ def epoch_end_seconds(way: Way, device: torch.device) -> float:
     started = time.perf_counter()
     measuring = way.between()
     others = time.perf_counter() - started - measuring if way.workers == 0 else 0.0  # not their processes' start
-    return others + measuring * TEST_POSITIONS / TEST_IMAGES[device.type]
+    return others + measuring * TEST_POSITIONS / TEST_IMAGES[device.type] / way.measured_every
 
 
 def warm_up(way: Way, device: torch.device) -> None:

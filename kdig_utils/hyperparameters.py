@@ -11,7 +11,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from kdig_utils import losses, paths
 from kdig_utils.comparisons import best_of_normal
-from kdig_utils.engine import Report, TrainingDiverged
+from kdig_utils.engine import Report, TrainingDiverged, Way
 from kdig_utils.runs import METHODS, RunSpec, of_one_teacher, spec_of
 from kdig_utils.study import Study, print_line
 
@@ -122,7 +122,6 @@ def search(
     at_once: int = 1,
     deadline: float = math.inf,
     report: Report = print_line,
-    loss: Callable[..., Tensor] | None = None,
     seed: int | None = None,
 ) -> pd.DataFrame:
     """Train trials, `at_once` side by side, until the search has `n_trials` of them or the time is over.
@@ -133,7 +132,6 @@ def search(
         n_trials: of all workers together, earlier ones included.
         storage: URL of an Optuna storage; None is an SQLite file in the workspace.
         deadline: on the clock of `time.monotonic`; what it cuts off goes on from its checkpoint the next time.
-        loss: in place of `training.student_loss`: the same, compiled.
         seed: of the proposals; several workers leave it None, or all would propose the same.
 
     Returns:
@@ -153,7 +151,7 @@ def search(
         if not asked:
             break
         with settled(proposals, study, asked, base) as unfinished:
-            train(study, asked, base, at_once, deadline, signs_of_life(asked, report), loss)
+            train(study, asked, base, at_once, deadline, signs_of_life(asked, report))
     return trials(study.ledger.read(), base)
 
 
@@ -244,16 +242,15 @@ def train(
     at_once: int,
     deadline: float,
     report: Report,
-    loss: Callable[..., Tensor] | None,
 ) -> None:
     """Train the runs of these trials; one that diverges is told to be the worst, and does not stop the others."""
     specs = [spec_of_trial(trial, base) for trial in asked]
     try:
-        study.run_all(specs, CAMPAIGN, at_once, deadline, report, loss)
+        study.run_all(specs, CAMPAIGN, Way(at_once), deadline, report)
     except TrainingDiverged as error:
         if len(asked) > 1:  # which one it was shows when each is trained alone
             for trial in asked:
-                train(study, [trial], base, 1, deadline, report, loss)
+                train(study, [trial], base, 1, deadline, report)
         else:
             report(f"{specs[0].run_id} diverged: {error}")
             asked[0].set_user_attr("diverged", str(error))
@@ -319,13 +316,12 @@ def confirm(
     at_once: int = 1,
     deadline: float = math.inf,
     report: Report = print_line,
-    loss: Callable[..., Tensor] | None = None,
 ) -> pd.DataFrame:
     """Train the finalists of a search again with fresh seeds, which had no part in the choice; return all rows."""
     base = study.completed(study.scaled(base_spec(method, study.profile)))
     settings = finalists(trials(study.ledger.read(), base))
     specs = [dataclasses.replace(base, seed=seed, **setting) for seed in FRESH_SEEDS for setting in settings]
-    study.run_all(specs, CAMPAIGN, at_once, deadline, report, loss)
+    study.run_all(specs, CAMPAIGN, Way(at_once), deadline, report)
     return trials(study.ledger.read(), base)
 
 

@@ -16,7 +16,8 @@ from filelock import FileLock
 from kdig_utils import losses, models, overlay
 from kdig_utils.paths import explaining, replacing, repository_root
 
-SCHEDULES = ("one_cycle", "cosine")
+SCHEDULES = ("one_cycle", "cosine")  # of a teacher's learning rate
+STUDENT_SCHEDULES = ("constant", "one_cycle")
 ANSWERS = ("stored", "online")
 PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
@@ -60,6 +61,8 @@ class RunSpec(Spec):
         precision: `native`, bfloat16 on a GPU that computes in it and float32 elsewhere, or `float32`.
         answers: the teacher's logits for distillation: `stored`, of the whole image, or `online`, of the very crop.
         sample_seed: of the draw of training images; None takes `seed`. Two seeds tell two sources of chance apart.
+        schedule: of the learning rate: `constant`, or `one_cycle` (arXiv 1708.07120): linear up to `learning_rate` in
+            the first fifth of the steps and linear down to nothing; the momenta of Adam stay as they are.
 
     Raises:
         ValueError: a value outside its range; the message names it and what is allowed.
@@ -84,6 +87,7 @@ class RunSpec(Spec):
     precision: str = "native"
     answers: str = "stored"
     sample_seed: int | None = None
+    schedule: str = "constant"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -100,6 +104,8 @@ class RunSpec(Spec):
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
         check_validation(self.validation_images)
         check_precision(self.precision)
+        if self.schedule not in STUDENT_SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(STUDENT_SCHEDULES)}")
         if self.answers not in ANSWERS:
             raise ValueError(f"unknown answers {self.answers!r}: choose one of {', '.join(ANSWERS)}")
         if self.n_steps < 1:
@@ -132,6 +138,8 @@ class TeacherSpec(Spec):
         cutout: side of the square that is cut out of each training image, in pixels; 0 cuts nothing (arXiv 1708.04552).
         label_smoothing: in [0, 1).
         validation_images: training images held out to choose on; 0 trains on all.
+        recipe: empty for a teacher that the package's loop trains; else how other code trained it, in one sentence. The
+            other fields then say as much as they can.
     """
 
     seed: int = 0
@@ -146,6 +154,7 @@ class TeacherSpec(Spec):
     schedule: str = "one_cycle"
     cutout: int = 0
     precision: str = "native"
+    recipe: str = ""
 
     method = "teacher"
     k = 0
@@ -160,6 +169,8 @@ class TeacherSpec(Spec):
             raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not 0 <= self.cutout <= 32:
             raise ValueError(f"cutout = {self.cutout} is no side of a square in an image of 32 pixels: give 0 to 32")
+        if self.recipe != " ".join(self.recipe.split()):
+            raise ValueError(f"recipe {self.recipe!r} is not one line of words: take out line breaks and double spaces")
 
 
 def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:

@@ -7,7 +7,7 @@ repository; `full` trains everything at the paper's settings on the full data se
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,20 +15,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from kdig_utils import artifacts, cifar10, controls, evidence, models, paths, signals, training
+from kdig_utils import artifacts, cifar10, controls, evidence, models, paths, signals, teachers, training
 from kdig_utils.campaigns import main_runs
 from kdig_utils.cifar10 import ImageSet
-from kdig_utils.engine import SIDE_BY_SIDE, Report, Run, Trained, train_together
+from kdig_utils.engine import SIDE_BY_SIDE, Report, Run, Trained, Way, train_together
 from kdig_utils.models import Student, Teacher, exact_float32
 from kdig_utils.runs import MAIN_METHODS, Ledger, RunSpec, TeacherSpec, environment
 from kdig_utils.signals import SignalSettings, TeacherSignals
 
 PROFILES = ("published", "smoke", "full")
 SMOKE_IMAGES = 500
+SMOKE_SHARE = 100  # of the 50,000
 # The schedule of the best public MobileNet-V2 on CIFAR-10, with a square cut out of each image (chapter 01).
-TEACHER_RECIPE = TeacherSpec(epochs=200, batch_size=128, learning_rate=0.1, schedule="cosine", cutout=8)
+# In half of its epochs and batches twice as large, so that a GPU ends it within three minutes.
+TEACHER_RECIPE = TeacherSpec(
+    epochs=100, batch_size=256, learning_rate=0.2, schedule="cosine", cutout=8, label_smoothing=0.0
+)
 WEIGHTS_SEEDS = 3  # of each method whose weights go home: enough for an interval over seeds
 RUN_BYTES = 60_000_000  # a checkpoint of the teacher, written beside the one before, and its weights
 
@@ -50,6 +53,7 @@ class Study:
         teacher_spec: how the teacher is trained; None takes the published teacher.
         specs: the students of the main campaign; empty where nothing is trained.
         n_steps: evaluations along the path for the IG maps.
+        published_teacher: its name in artifacts/: `teacher` is that of the published students.
     """
 
     profile: str
@@ -59,6 +63,11 @@ class Study:
     teacher_spec: TeacherSpec | None = None
     specs: tuple[RunSpec, ...] = ()
     n_steps: int = 50
+    published_teacher: str = "teacher"
+
+    def with_best_teacher(self) -> "Study":
+        """The same beside the best published teacher, which may have no students yet."""
+        return dataclasses.replace(self, published_teacher=teachers.best())
 
     @cached_property
     def train(self) -> ImageSet:
@@ -83,7 +92,7 @@ class Study:
     def teacher(self) -> Teacher:
         """The teacher in evaluation mode: the published one, or one trained now, or earlier, by this study."""
         if self.teacher_spec is None:
-            return artifacts.load("teacher")
+            return artifacts.load(self.published_teacher)
         spec = dataclasses.replace(self.teacher_spec, data_md5=self.train.md5)
         self.run(spec)
         return self.weights(spec)
@@ -93,19 +102,22 @@ class Study:
         """The teacher's signals of all training images for students with k = 5, computed now or earlier."""
         return self.signals_for(models.attention_tap(5))
 
-    def signals_for(self, tap: int) -> TeacherSignals:
-        """The same with the attention maps of feature block `tap`."""
+    def signals_for(self, tap: int, deadline: float = math.inf) -> TeacherSignals:
+        """The same with the attention maps of feature block `tap`; past `deadline` raises `SignalsNotFinished`."""
         settings = SignalSettings(n_steps=self.n_steps, tap=tap)
         folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}_{tap}"
         teacher = self.teacher.to(self.device)
-        return signals.compute_signals(teacher, self.train, folder, settings, report=signals.print_progress(1000))
+        report = signals.print_progress(1000)
+        return signals.compute_signals(teacher, self.train, folder, settings, None, report, deadline, print_line)
 
     def kinds(self, *methods: str) -> list[str]:
         """The kinds of evidence that this study's networks are: `teacher`, and students by their method."""
         ledger = self.ledger.read()
         shown = ledger[ledger["method"].isin(methods)]
         if self.profile == "published":
-            published = [entry["run_id"] for entry in artifacts.manifest().values()]
+            entries = artifacts.manifest().items()
+            shown_names = {name for name, entry in entries if entry["method"] != "teacher"} | {self.published_teacher}
+            published = [entry["run_id"] for name, entry in entries if name in shown_names]
             shown = shown[shown["run_id"].isin(published)]
         return evidence.of_runs(shown)
 
@@ -119,19 +131,17 @@ class Study:
         self,
         specs: Iterable[RunSpec],
         campaign: str = "main",
-        at_once: int | None = None,
+        way: Way | None = None,
         deadline: float = math.inf,
         report: Report = print_line,
-        loss: Callable[..., Tensor] | None = None,
     ) -> list[str]:
         """Train what the ledger does not hold yet, side by side; return the identities of all runs.
 
         Each finished run is in the ledger before another one starts. What `deadline` (`time.monotonic`) cuts off goes
-        on from its checkpoint the next time, before the others: while no speed is measured yet, no run is refused.
+        on from its checkpoint the next time, before the others.
 
         Args:
-            at_once: runs side by side; None takes what suits the device (`engine.SIDE_BY_SIDE`).
-            loss: in place of `training.student_loss`: the same, compiled; the ledger says so.
+            way: how; None takes what suits the device (`engine.SIDE_BY_SIDE`). The ledger says what was compiled.
 
         Raises:
             TrainingDiverged: losses were not finite; all other runs are in the ledger.
@@ -140,8 +150,10 @@ class Study:
         known = set(self.ledger.read()["run_id"])
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not (self.folders["checkpoints"] / f"{spec.run_id}.pt").is_file())
-        runs = (self._student_run(spec, loss) for spec in left)
-        self._train(runs, campaign, at_once, deadline, report, compiled=loss is not None)
+        way = way or Way(SIDE_BY_SIDE[self.device.type])
+        network = training.compiled_network(print_line) if way.compiled else models.logits_and_features
+        runs = (self._student_run(spec, network, deadline) for spec in left)
+        self._train(runs, campaign, way, deadline, report)
         return [spec.run_id for spec in specs]
 
     def completed(self, spec: RunSpec) -> RunSpec:
@@ -154,7 +166,9 @@ class Study:
         """The spec in this study's measure: as it is, or, in `smoke`, with the few epochs of its own students."""
         if self.profile != "smoke":
             return spec
-        return dataclasses.replace(spec, epochs=self.specs[0].epochs, batch_size=self.specs[0].batch_size)
+        epochs, n_steps = self.specs[0].epochs, self.n_steps if spec.uses("ig") else spec.n_steps
+        small = {"batch_size": spec.batch_size // 4, "validation_images": spec.validation_images // SMOKE_SHARE}
+        return dataclasses.replace(spec, epochs=epochs, n_steps=n_steps, **small)
 
     def run(
         self,
@@ -162,6 +176,7 @@ class Study:
         campaign: str = "main",
         initial: Teacher | None = None,
         deadline: float = math.inf,
+        way: Way = Way(),
     ) -> pd.Series | None:
         """The ledger row of a run, training it, or going on with it, if it is not there yet; None if time was over."""
         if self.ledger.find(spec) is None:
@@ -170,7 +185,7 @@ class Study:
                 run = training.teacher_run(spec, self.train, self.test, initial, checkpoint, self.device)
             else:
                 run = self._student_run(spec)
-            self._train([run], campaign, deadline=deadline)
+            self._train([run], campaign, way, deadline)
         return self.ledger.find(spec)
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
@@ -179,16 +194,28 @@ class Study:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Where the files of runs are: `curves`, `weights`, `checkpoints`."""
-        return {"curves": self.curves, "weights": self.folder / "weights", "checkpoints": self.folder / "checkpoints"}
+        """Where files are: `curves`, `weights` and `checkpoints` of runs, `flights` and their `first_calls`."""
+        results = self.ledger.path.parent
+        return {
+            "curves": self.curves,
+            "weights": self.folder / "weights",
+            "checkpoints": self.folder / "checkpoints",
+            "flights": results / "flights",
+            "first_calls": results / "latency" / "first_calls",
+        }
 
     def files(self, rows: pd.DataFrame) -> list[Path]:
-        """What goes home with these rows: curves, checkpoints of open runs, weights of teachers and first seeds."""
-        chosen = rows[(rows["seed"].astype(int) < WEIGHTS_SEEDS) | (rows["method"] == "teacher")]
+        """What goes home with these rows: curves, weights of teachers and of first seeds, checkpoints of open runs.
+
+        What matters most comes first, as a pack may be full before its end: an open run can be trained again.
+        """
+        teachers, students = rows[rows["method"] == "teacher"], rows[rows["method"] != "teacher"]
+        first = students[students["seed"].astype(int) < WEIGHTS_SEEDS].sort_values("seed", kind="stable")
         curves = [self.curves / f"{run_id}.csv" for run_id in rows["run_id"]]
-        open_runs = sorted(self.folders["checkpoints"].glob("*.pt"))
-        weights = [self._weights_path(run_id) for run_id in chosen.sort_values("seed", kind="stable")["run_id"]]
-        return [path for path in (*curves, *open_runs, *weights) if path.is_file()]
+        weights = [self._weights_path(run_id) for run_id in (*teachers["run_id"], *first["run_id"])]
+        # A teacher's checkpoint is the largest, and what all students wait for.
+        open_runs = sorted(self.folders["checkpoints"].glob("*.pt"), key=lambda path: -path.stat().st_size)
+        return [path for path in (*curves, *weights, *open_runs) if path.is_file()]
 
     def student(self, method: str, k: int = 5) -> Student:
         """One trained student: the published one, or this study's first with this method and k, trained if need be.
@@ -217,17 +244,28 @@ class Study:
         few = sample.subset(cifar10.first_of_each_class(sample.labels, SMOKE_IMAGES // 10))
         return dataclasses.replace(few, name=f"{len(few):,} of the {cifar10.SPLIT_NAMES[split]} images")
 
+    @property
+    def teacher_sha256(self) -> str:
+        """The weights by which the ledger knows the teacher: the published file may be a rounded copy of them."""
+        return self._teacher_sha256
+
     @cached_property
     def _teacher_sha256(self) -> str:
-        return models.weights_sha256(self.teacher)
+        """That of its run: the published file may be a rounded copy."""
+        found, name = models.weights_sha256(self.teacher), self.published_teacher
+        entry = artifacts.manifest().get(name, {})
+        is_published = entry.get("precision") == "float16" and found == models.weights_sha256(artifacts.load(name))
+        return entry["weights_sha256"] if is_published else found
 
     @cached_property
     def _on_device(self) -> dict[str, ImageSet]:
         """The image sets where they are trained on, once for all runs."""
         return {"train": self.train.to(self.device), "test": self.test.to(self.device)}
 
-    def _student_run(self, spec: RunSpec, loss: Callable[..., Tensor] | None = None) -> Run:
-        signals, checkpoint = self._signals_of(spec), self._checkpoint(spec.run_id)
+    def _student_run(
+        self, spec: RunSpec, network: training.Network = models.logits_and_features, deadline: float = math.inf
+    ) -> Run:
+        signals, checkpoint = self._signals_of(spec, deadline), self._checkpoint(spec.run_id)
         teacher = self.teacher.to(self.device) if spec.answers == "online" else None
         return training.student_run(
             spec,
@@ -236,21 +274,21 @@ class Study:
             checkpoint=checkpoint,
             device=self.device,
             teacher=teacher,
-            loss=loss,
+            network=network,
         )
 
     def _train(
         self,
         runs: Iterable[Run],
         campaign: str,
-        at_once: int | None = None,
+        way: Way = Way(),
         deadline: float = math.inf,
         report: Report = print_line,
-        compiled: bool = False,
     ) -> None:
         """Train the runs; each one's row is in the ledger before another one starts."""
-        for run in train_together(runs, at_once or SIDE_BY_SIDE[self.device.type], deadline, report):
-            self._record(run.spec, run.trained, campaign, compiled="yes" if compiled else "")
+        torch.backends.cudnn.benchmark = way.benchmark
+        for run in train_together(runs, way, deadline, report):
+            self._record(run.spec, run.trained, campaign, compiled="yes" if way.compiled else "")
             run.checkpoint.unlink(missing_ok=True)
 
     def _checkpoint(self, run_id: str) -> Path:
@@ -263,14 +301,14 @@ class Study:
     def _weights_path(self, run_id: str) -> Path:
         return self.folder / "weights" / f"{run_id}.safetensors"
 
-    def _signals_of(self, spec: RunSpec) -> TeacherSignals | None:
+    def _signals_of(self, spec: RunSpec, deadline: float) -> TeacherSignals | None:
         if not spec.uses_teacher:
             return None
         # Only attention transfer looks at the tap: the other methods share one store.
         tap = models.attention_tap(spec.k if spec.uses("at") else 5)
         key = (tap, spec.pairing == "gradient")
         if key not in self._signals_on_device:
-            found = self.signals if tap == models.attention_tap(5) else self.signals_for(tap)
+            found = self.signals_for(tap, deadline)
             found = self.with_saliency(found) if spec.pairing == "gradient" else found
             self._signals_on_device[key] = found.to(self.device)
         return self._signals_on_device[key]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 from kdig_utils import losses, models
 from kdig_utils.cifar10 import ImageSet, stratified_split
 from kdig_utils.controls import control_maps
-from kdig_utils.engine import Evaluation, Report, Run, Trained, fit
+from kdig_utils.engine import Evaluation, Report, Run, Trained, first_line, fit
 from kdig_utils.overlay import EpochDraws, crop_and_flip, cutout, overlay, signal_positions
 from kdig_utils.runs import RunSpec, TeacherSpec
 from kdig_utils.signals import TeacherSignals
 
+Network = Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]]  # model, images, tap: logits, features
 VALIDATION_SEED = 0  # the 5,000 validation images are the same for every run
 WARM_UP_SHARE = 0.05  # of the steps, in the cosine schedule
 
@@ -71,7 +73,7 @@ def student_run(
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
     teacher: nn.Module | None = None,
-    loss: Callable[..., Tensor] | None = None,
+    network: Network = models.logits_and_features,
 ) -> Run:
     """The student that `spec` describes, ready to be trained, alone or beside others; arguments as in `train_student`.
 
@@ -79,24 +81,40 @@ def student_run(
 
     Args:
         teacher: in evaluation mode, on `device`; asked only if the spec's answers are `online`.
-        loss: in place of `student_loss`: the same function, compiled.
+        network: how the student is evaluated on a full batch: `models.logits_and_features`, or the same, compiled.
     """
     check_signals(spec, signals, train)
     if spec.answers == "online" and teacher is None:
         raise ValueError("answers = 'online' asks the teacher about each crop: pass the teacher")
     positions, validation = training_positions(train.labels.cpu(), spec)
-    images, teacher_signals = chosen(train, positions).to(device), None
+    images, teacher_signals, own = chosen(train, positions).to(device), None, ()
     if signals is not None and spec.uses_teacher:
         teacher_signals = paired_signals(signals, train, positions, spec).to(device)
+        own = () if teacher_signals.logits.data_ptr() == signals.logits.data_ptr() else teacher_signals.tensors()
     model = models.student(spec.k, spec.seed).to(device, memory_format=torch.channels_last)
-    on_gpu = images.pixels.is_cuda
-    optimizer = torch.optim.Adam(model.parameters(), lr=spec.learning_rate, fused=True, capturable=on_gpu)
+    rates = student_rates(spec, math.ceil(len(images) / spec.batch_size), device)
+    rate = spec.learning_rate if rates is None else rates[0].clone()
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=images.pixels.is_cuda)
 
     def batch_loss(batch: EpochDraws) -> Tensor:
-        return (loss or student_loss)(model, images, teacher_signals, batch, spec, teacher)
+        return student_loss(model, images, teacher_signals, batch, spec, teacher, network)
 
     evaluation = Evaluation(test.to(device), chosen(train, validation).to(device) if len(validation) else None)
-    return Run(spec, model, optimizer, batch_loss, len(images), evaluation, checkpoint)
+    # A recorded step reads its images where they are, so only runs on the very same ones are alike.
+    alike = replace(spec, seed=0, sample_seed=None, epochs=1), images.pixels.data_ptr(), bool(own), network
+    return Run(spec, model, optimizer, batch_loss, len(images), evaluation, checkpoint, rates, alike=alike, own=own)
+
+
+def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str) -> Tensor | None:
+    """The learning rate of each step of a student's run on `device`; None where it stays what it is."""
+    if spec.schedule == "constant":
+        return None
+    steps = spec.epochs * steps_an_epoch
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], spec.learning_rate)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, spec.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+    )
+    return torch.tensor(rates_of(optimizer, scheduler, steps)[0], device=device)
 
 
 def teacher_run(
@@ -140,7 +158,6 @@ def schedule(spec: TeacherSpec, steps_an_epoch: int) -> tuple[list[float], list[
     """Learning rate, and momentum if it moves, of each step of a teacher's run, by PyTorch's own schedulers."""
     steps, highest = spec.epochs * steps_an_epoch, spec.learning_rate
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], highest, momentum=0.9)
-    group = optimizer.param_groups[0]
     if spec.schedule == "one_cycle":
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
     else:
@@ -148,14 +165,42 @@ def schedule(spec: TeacherSpec, steps_an_epoch: int) -> tuple[list[float], list[
         up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, 1.0, rise)
         down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))
         scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [rise])
-    rates, momenta = [], []
+    rates, momenta = rates_of(optimizer, scheduler, steps)
+    return rates, momenta if spec.schedule == "one_cycle" else None
+
+
+def rates_of(
+    optimizer: torch.optim.SGD, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int
+) -> tuple[list[float], list[float]]:
+    """Learning rate and momentum of each of `steps` steps under one of PyTorch's schedulers."""
+    rates, momenta, group = [], [], optimizer.param_groups[0]
     for step in range(steps):
         rates.append(float(group["lr"]))
         momenta.append(float(group["momentum"]))
         optimizer.step()  # the schedulers ask for it
         if step + 1 < steps:
             scheduler.step()
-    return rates, momenta if spec.schedule == "one_cycle" else None
+    return rates, momenta
+
+
+def compiled_network(report: Report) -> Network:
+    """`models.logits_and_features`, compiled when it is first called; where the compiler fails, as it is."""
+    compiled, works = torch.compile(models.logits_and_features, dynamic=False), True
+    torch._dynamo.config.cache_size_limit = 128  # each k, tap and size of batch is compiled for itself
+
+    def network(model: nn.Module, images: Tensor, tap: int) -> tuple[Tensor, Tensor]:
+        nonlocal works
+        if works:
+            try:
+                return compiled(model, images, tap)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler has many; one of the network itself comes again below
+                works = False
+                report(f"the network cannot be compiled, it is called as it is: {first_line(error)}")
+        return models.logits_and_features(model, images, tap)
+
+    return network
 
 
 def chosen(images: ImageSet, positions: Tensor) -> ImageSet:
@@ -198,11 +243,13 @@ def student_loss(
     batch: EpochDraws,
     spec: RunSpec,
     teacher: nn.Module | None = None,
+    network: Network = models.logits_and_features,
 ) -> Tensor:
     """The paper's loss of one batch: a pure function of student, batch and spec (paper, section 3).
 
     `signals` holds, row by row, what the image at that position gets from the teacher under the spec's pairing;
-    `teacher` is asked about the crop where the answers are `online`.
+    `teacher` is asked about the crop where the answers are `online`. `network` evaluates a full batch; the smaller last
+    one of an epoch is not worth compiling for.
     """
     pixels, labels = images.images(batch.order), images.labels[batch.order]
     told = signals.rows(batch.order) if signals is not None else None
@@ -210,7 +257,8 @@ def student_loss(
         inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
     else:
         inputs = crop_and_flip(pixels, batch.shifts, batch.flips)
-    logits, features = models.logits_and_features(model, inputs, models.attention_tap(spec.k))
+    evaluate = network if len(inputs) == spec.batch_size else models.logits_and_features
+    logits, features = evaluate(model, inputs, models.attention_tap(spec.k))
     alpha = spec.alpha if spec.uses("kd") else 0.0
     loss = (1 - alpha) * F.cross_entropy(logits, labels)
     if spec.uses("kd"):

@@ -19,7 +19,7 @@ OTHER_VALUES = {
     "method": "kd", "k": 7, "seed": 1, "epochs": 99, "batch_size": 128, "learning_rate": 1e-2, "alpha": 0.02,
     "temperature": 3.0, "gamma": 0.7, "overlay_probability": 0.2, "pairing": "shuffled", "train_fraction": 0.8,
     "validation_images": 5000, "teacher_sha256": "ab", "n_steps": 20, "data_md5": "cd",
-    "precision": "float32", "answers": "online", "sample_seed": 4,
+    "precision": "float32", "answers": "online", "sample_seed": 4, "schedule": "one_cycle",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 
 from kdig_utils import artifacts, cifar10, engine, models, paths, study, training
 from kdig_utils.cifar10 import ImageSet
+from kdig_utils.engine import Way
 from kdig_utils.runs import COLUMNS, MAIN_METHODS, Ledger, RunSpec, TeacherSpec
 from kdig_utils.study import PROFILES, Study, open_study
 
@@ -104,18 +105,19 @@ def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: p
     assert row["weights_sha256"] == first
 
 
-def test_weights_of_teachers_and_of_three_seeds_go_home_and_checkpoints_before_them(small_study: Study) -> None:
+def test_weights_of_teachers_and_of_three_seeds_go_home_before_open_runs(small_study: Study) -> None:
+    """A pack may be full before its end: an open run can be trained again, and a teacher is what all wait for."""
     teacher = TeacherSpec(seed=7, epochs=1, batch_size=8, data_md5=small_study.train.md5)
     small_study.run_all(RunSpec("student", k=17, epochs=1, batch_size=8, seed=seed) for seed in range(4))
     small_study.run(teacher)
     (small_study.folders["checkpoints"] / "0123456789ab.pt").write_bytes(b"open")
     rows = small_study.ledger.read()
     files = small_study.files(rows)
-    assert [path.parent.name for path in files] == ["curves"] * 5 + ["checkpoints"] + ["weights"] * 4
-    chosen = rows.set_index("run_id").loc[[path.stem for path in files[-4:]]]
-    assert chosen["seed"].tolist() == [0, 1, 2, 7]
-    assert chosen.index[-1] == teacher.run_id
-    assert small_study.files(rows[:0]) == [files[5]]
+    assert [path.parent.name for path in files] == ["curves"] * 5 + ["weights"] * 4 + ["checkpoints"]
+    chosen = rows.set_index("run_id").loc[[path.stem for path in files[5:9]]]
+    assert chosen["seed"].tolist() == [7, 0, 1, 2]
+    assert chosen.index[0] == teacher.run_id
+    assert small_study.files(rows[:0]) == [files[-1]]
 
 
 def test_a_run_whose_time_is_over_is_put_aside_and_goes_on(small_study: Study) -> None:
@@ -136,24 +138,25 @@ def test_runs_that_were_put_aside_go_on_before_the_others(small_study: Study, mo
     checkpoints = small_study.folders["checkpoints"]
     checkpoints.mkdir(parents=True)
     (checkpoints / f"{small_study.completed(specs[2]).run_id}.pt").touch()
-    monkeypatch.setattr(Study, "_student_run", lambda _study, spec, _loss: spec.seed)
+    monkeypatch.setattr(Study, "_student_run", lambda _study, spec, *_rest: spec.seed)
     monkeypatch.setattr(study, "train_together", lambda runs, *_rest: made.extend(runs) or [])
     small_study.run_all(specs)
     assert made == [2, 0, 1, 3]
 
 
-def test_the_ledger_says_which_runs_were_compiled(small_study: Study) -> None:
+def test_the_ledger_says_which_runs_were_compiled(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, compiled = (dataclasses.replace(SPECS[0], seed=seed) for seed in (1, 2))
     small_study.run_all([plain])
-    small_study.run_all([compiled], loss=training.student_loss)
+    monkeypatch.setattr(training, "compiled_network", lambda _report: models.logits_and_features)
+    small_study.run_all([compiled], way=Way(compiled=True))
     assert small_study.ledger.read()["compiled"].tolist() == ["", "yes"]
 
 
 def test_as_many_runs_side_by_side_as_suit_the_device(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(study, "train_together", lambda runs, at_once, *_rest: asked.append(at_once) or [])
+    monkeypatch.setattr(study, "train_together", lambda runs, way, *_rest: asked.append(way.at_once) or [])
     small_study.run_all([])
-    small_study.run_all([], at_once=3)
+    small_study.run_all([], way=Way(3))
     assert asked == [engine.SIDE_BY_SIDE["cpu"], 3]
 
 

@@ -155,6 +155,52 @@ def test_a_few_steps_reduce_the_loss_on_a_fixed_batch(train: ImageSet) -> None:
     assert values[-1] < 0.6 * values[0]
 
 
+def test_a_network_that_cannot_be_compiled_is_called_as_it_is(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a compiler: the runs are the same, and the log says why they are slower."""
+    asked, lines = [], []
+
+    def no_compiler(_function: object, **_options: object) -> object:
+        def fail(*_arguments: object) -> None:
+            asked.append(1)
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    network = training.compiled_network(lines.append)
+    run = training.student_run(small("student"), train, train, network=network)
+    plain = training.student_run(small("student"), train, train)
+    assert models.weights_sha256(engine.fit(run).model) == models.weights_sha256(engine.fit(plain).model)
+    assert len(asked) == len(lines) == 1  # what failed once is not tried again
+    assert "no working C++ compiler" in lines[0]
+
+
+def test_only_full_batches_go_through_the_compiled_network(train: ImageSet) -> None:
+    """The last, smaller batch of an epoch would have to be compiled for itself."""
+    sizes = []
+
+    def network(model: models.Student, images: Tensor, tap: int) -> tuple[Tensor, Tensor]:
+        sizes.append(len(images))
+        return models.logits_and_features(model, images, tap)
+
+    spec = small("student", epochs=2)
+    engine.fit(training.student_run(spec, train, train, network=network))
+    assert len(train) % spec.batch_size  # there is a smaller one
+    assert sizes == [spec.batch_size] * (2 * (len(train) // spec.batch_size))
+
+
+def test_one_compiled_network_serves_all_methods(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured by PyTorch's own compiler front end, without the back end that takes a minute: the same losses."""
+    compile_, signals = torch.compile, random_signals(train)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    network = training.compiled_network(pytest.fail)
+    batch = overlay.draw_epoch(len(train), 0.5, 0, 0).batch(0, small().batch_size)
+    for method in METHODS:
+        arguments = (models.student(K), train, signals, batch, small(method))
+        found = training.student_loss(*arguments, network=network)
+        assert float(found) == pytest.approx(float(training.student_loss(*arguments)), rel=1e-5)
+
+
 def test_loss_touches_neither_images_nor_signals(train: ImageSet, signals: TeacherSignals) -> None:
     before = train.pixels.clone(), [value.clone() for value in signals.tensors()]
     batch = overlay.draw_epoch(len(train), 1.0, 0, 0).batch(0, 16)
