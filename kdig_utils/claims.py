@@ -17,7 +17,7 @@ import yaml
 from kdig_utils import evidence
 
 SIGNIFICANCE = 0.05
-ACCURACY_MEASURES = ("accuracy", "teacher", "teacher_gap", "difference", "no_difference", "interaction")
+ACCURACY_MEASURES = ("accuracy", "teacher", "teacher_gap", "difference", "no_difference", "interaction", "direction")
 MODEL_MEASURES = ("parameters", "million_macs", "compression_factor")
 AXIOM_MEASURES = ("sensitivity", "implementation_invariance", "explaining_over_training")
 LIST_MEASURES = ("least_factor", "largest_factor", "least_change", "largest_change")
@@ -54,7 +54,7 @@ class Claim:
             the claim's words imply where they give none.
         measure: one of `MEASURES`.
         unit: of the number.
-        evidence: the kind of evidence that settles it, one of `evidence.KINDS`.
+        evidence: the kind of evidence that settles it, one of `evidence.KINDS`, a protocol with its name.
         methods: the methods whose runs or networks are measured; two for a difference, four for an interaction.
         settings: what a run must have to count, besides the paper's values of the other fields of its spec.
         seeds: runs of each method at which the claim is judged; before, a verdict is an interim one.
@@ -108,6 +108,11 @@ class Claim:
         return sum((sign * number for sign, number in zip(SIGNS, numbers, strict=False)), 0.0) if numbers else np.nan
 
     @property
+    def protocol(self) -> str:
+        """The name of the protocol whose runs it is about; empty if these are runs at the paper's settings."""
+        return evidence.protocol_in(self.evidence)
+
+    @property
     def depends_on_pairing(self) -> bool:
         """Whether its runs take anything from a teacher, so that it matters which image a signal belongs to."""
         return "pairing" in self.settings and set(self.methods) != {"student"}
@@ -148,6 +153,11 @@ def groups() -> dict[str, str]:
     return {name: group["title"] for name, group in _claims_file()["groups"].items()}
 
 
+def protocols() -> dict[str, dict]:
+    """Other protocols than the paper's, as they are registered: by name; treat them as read-only."""
+    return _claims_file()["protocols"]
+
+
 def margin() -> float:
     """The book's one margin of equivalence, in points of test accuracy: a smaller difference is of no interest."""
     return float(_claims_file()["rules"]["margin"])
@@ -164,12 +174,13 @@ def registrations() -> list[dict[str, str]]:
 
 
 def digest(date: str) -> str:
-    """Twelve digits of the SHA-256 of rules and claims registered on `date`, with the paper's numbers in them.
+    """Twelve digits of the SHA-256 of rules, protocols and claims registered on `date`, with the paper's numbers.
 
     Whoever changes one of them has to date the change: a test holds the digests of claims.yml against this.
     """
     content = _claims_file()
     dated = {name: content[name] for name in ("rules", "settings") if content["rules"]["registered"] == date}
+    dated |= {name: its for name, its in content["protocols"].items() if its["registered"] == date}
     merged = [asdict(_claim(entry, content)) for entry in content["claims"]]
     own = [{**claim, "claimed": Claim(**claim).claimed} for claim in merged if claim["registered"] == date]
     text = json.dumps([SIGNIFICANCE, paper()["ablation_runs"], dated, own], sort_keys=True)
@@ -185,6 +196,8 @@ def _claim(entry: dict, content: dict) -> Claim:
     merged = {**content["groups"][entry["group"]], **entry}
     merged.pop("title")
     value = merged["value"] if isinstance(merged["value"], list) else [merged["value"]]
-    merged["registered"] = max(merged["registered"], content["rules"]["registered"])  # both as 2026-11-27T16:00Z
-    settings = content["settings"][merged["settings"]]
+    protocol = content["protocols"].get(merged["settings"])
+    dated = [merged["registered"], content["rules"]["registered"], *([protocol["registered"]] if protocol else [])]
+    merged["registered"] = max(dated)  # all as 2026-11-27T16:00Z
+    settings = protocol["settings"] if protocol else content["settings"][merged["settings"]]
     return Claim(**{**merged, "value": tuple(value), "methods": tuple(merged["methods"]), "settings": settings})

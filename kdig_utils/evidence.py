@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pandas as pd
 
+from kdig_utils import brief
 from kdig_utils.runs import RunSpec, spec_of
 
 COUNTED = "counted"  # computed from an architecture, a formula or a simulation: no network was trained for it
@@ -18,6 +19,7 @@ NOT_RUN = "not run yet"
 KINDS = (COUNTED, PAPER, RELEASED, TRAINED, PROTOCOL, TIMED, NOT_RUN)
 TEACHER_EPOCHS = 100
 TRAIN_IMAGES = 50_000
+PREFIX = f"{PROTOCOL}: "
 # Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
 # are RunSpec's defaults: a field added later is compared as well.
 FREE_FIELDS = frozenset(("method", "k", "seed", "pairing", "teacher_sha256", "data_md5", "train_fraction"))
@@ -25,13 +27,23 @@ FREE_FIELDS = frozenset(("method", "k", "seed", "pairing", "teacher_sha256", "da
 
 def protocol(name: str) -> str:
     """The kind of what was trained here in another way than the paper's, with the name of that way."""
-    return f"{PROTOCOL}: {name}"
+    return f"{PREFIX}{name}"
+
+
+def protocol_in(kind: str) -> str:
+    """The name of the protocol in a kind of evidence; empty in all other kinds."""
+    return kind.removeprefix(PREFIX) if kind.startswith(PREFIX) else ""
+
+
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds in the order of the vocabulary, each once; protocols by their names, each a kind of its own."""
+    places = {kind: place for place, kind in enumerate(KINDS)}
+    return sorted(set(kinds), key=lambda kind: (places[PROTOCOL if protocol_in(kind) else kind], kind))
 
 
 def check(kind: str) -> None:
     """Raise ValueError unless `kind` is in the vocabulary; a protocol needs its name."""
-    name = kind.removeprefix(f"{PROTOCOL}: ") if kind.startswith(f"{PROTOCOL}: ") else ""
-    if not name.strip() and (kind not in KINDS or kind == PROTOCOL):
+    if not protocol_in(kind).strip() and (kind not in KINDS or kind == PROTOCOL):
         raise ValueError(f"{kind!r} is no kind of evidence: use one of {'; '.join(KINDS)}; a protocol with its name")
 
 
@@ -58,15 +70,17 @@ def of_runs(rows: pd.DataFrame) -> list[str]:
 def _of_run(run: pd.Series) -> str:
     budget = f"{run['epochs']:.0f} epoch{'s' if run['epochs'] != 1 else ''}"
     if run["method"] == "teacher":
-        continued = bool(json.loads(run["spec"]).get("initial_sha256"))
-        paper_like = run["epochs"] >= TEACHER_EPOCHS and not continued
-        return TRAINED if paper_like else protocol(f"{budget} of the teacher{' after earlier ones' * continued}")
-    other = other_settings(run, ignoring=["epochs", "sample_seed"])
+        spec = json.loads(run["spec"])
+        continued, other = bool(spec.get("initial_sha256")), bool(spec.get("recipe"))
+        words = f"{budget} of the teacher{' after earlier ones' * continued}{', by a recipe of its own' * other}"
+        return TRAINED if run["epochs"] >= TEACHER_EPOCHS and not continued and not other else protocol(words)
+    spec = spec_of(run)
+    own = brief.NAME if brief.setting_of(spec) else ""
     fewer = run["train_images"] < round(TRAIN_IMAGES * run["train_fraction"])
     named = [
-        budget if run["epochs"] != RunSpec.epochs else "",
+        own or (budget if run["epochs"] != RunSpec.epochs else ""),
         f"{run['train_images']:,.0f} images" if fewer else "",
-        other,
+        unlike_the_paper(spec, ["epochs", "sample_seed", *(("schedule", *brief.Setting._fields) if own else ())]),
     ]
     return protocol("; ".join(filter(None, named))) if any(named) else TRAINED
 
@@ -78,8 +92,11 @@ def other_settings(run: pd.Series, ignoring: Collection[str] = ()) -> str:
 
 def unlike_the_paper(spec: RunSpec, ignoring: Collection[str] = ()) -> str:
     """The same of a spec."""
-    compared = [field for field in fields(spec) if field.name not in {*FREE_FIELDS, *ignoring}]
-    other = {field: getattr(spec, field.name) for field in compared}
-    differing = {field: value for field, value in other.items() if value != field.default}
-    words = (f"{field.name.replace('_', ' ')} {value}, not {field.default}" for field, value in differing.items())
-    return "; ".join(words)
+    return unlike(spec, RunSpec(spec.method), ignoring)
+
+
+def unlike(spec: RunSpec, wanted: RunSpec, ignoring: Collection[str] = ()) -> str:
+    """The fields of a spec, but those that a claim names itself and those in `ignoring`, that are not as wanted."""
+    compared = [field.name for field in fields(spec) if field.name not in {*FREE_FIELDS, *ignoring}]
+    pairs = [(name, getattr(spec, name), getattr(wanted, name)) for name in compared]
+    return "; ".join(f"{name.replace('_', ' ')} {is_}, not {not_}" for name, is_, not_ in pairs if is_ != not_)

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kdig_utils import artifacts, claims, evidence, imagenet, verdicts
+from kdig_utils import artifacts, brief, claims, evidence, imagenet, teachers, verdicts
 from kdig_utils.claims import Claim
 from kdig_utils.comparisons import family, holm, interaction, runs_by_method, sign_flips, unpaired
 from kdig_utils.counted import COMPUTED
-from kdig_utils.runs import METHODS
+from kdig_utils.runs import METHODS, spec_of
 from kdig_utils.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 
 CONCEPTUAL = "matched"  # as the paper's text means it; claims.yml has the pairing of the released scripts
@@ -37,10 +37,9 @@ def scorecard(
         number, its reach; p, p_exact (sign flips), p_holm, p_level (two one-sided tests), p_level_holm; runs, best;
         interim; verdict, reason, found (the kind of evidence that there is, `not run yet` without any); conflicts, the
         claims that one recipe can hardly meet together with it; short and short_budget, what runs gave that do not
-        count; and matched_value, matched_verdict and matched_interim, of the conceptual replication.
+        count; and value, low, high, verdict and interim of the conceptual replication, as matched_value and so on.
     """
-    table = with_teacher_accuracy(ledger)
-    table["other_settings"] = [evidence.other_settings(row) for _index, row in table.iterrows()]
+    table = _with_protocols(with_teacher_accuracy(ledger))
     table["date"] = pd.to_datetime(table["finished"], format="ISO8601", utc=True, errors="coerce")
     table["first_teacher"] = _first_teacher(table)
     direct = _judged(claims.claims(), table, speedups or {}, explanations)
@@ -49,8 +48,9 @@ def scorecard(
     conceptual = {row["name"]: row for row in matched}
     conflicts = conflicting()
     for row in direct:
-        other = conceptual.get(row["name"], {"value": np.nan, "verdict": "", "interim": False})
-        row |= {f"matched_{name}": other[name] for name in ("value", "verdict", "interim")}
+        none = {**dict.fromkeys(("value", "low", "high"), np.nan), "verdict": "", "interim": False}
+        other = conceptual.get(row["name"], none)
+        row |= {f"matched_{name}": other[name] for name in none}
         row["conflicts"] = ", ".join(conflicts.get(row["name"], ()))
     return pd.DataFrame(direct)
 
@@ -97,10 +97,27 @@ def _correct(rows: list[dict], chosen: Sequence[Claim]) -> None:
 
 def with_teacher_accuracy(ledger: pd.DataFrame) -> pd.DataFrame:
     """The ledger with teacher_accuracy, in per cent, and above_teacher, in points; NaN without the run's teacher."""
-    teachers = ledger[ledger["method"] == "teacher"].dropna(subset="test_accuracy").drop_duplicates("weights_sha256")
-    accuracy = teachers.set_index("weights_sha256")["test_accuracy"]
+    measured = ledger[ledger["method"] == "teacher"].dropna(subset="test_accuracy").drop_duplicates("weights_sha256")
+    accuracy = measured.set_index("weights_sha256")["test_accuracy"]
     found = ledger["teacher_sha256"].map(accuracy).astype(float)
     return ledger.assign(teacher_accuracy=found, above_teacher=ledger["test_accuracy"].astype(float) - found)
+
+
+def _with_protocols(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with what a run has that is not as a protocol wants it, and with protocol, the name of its own.
+
+    other_settings is about the paper's, other_than_brief about the brief protocol. The name is empty for all runs but
+    those of the brief protocol and those near it: claims on the paper see neither.
+    """
+    setting = brief.chosen(table)
+    specs = [None if row["method"] == "teacher" else spec_of(row) for _index, row in table.iterrows()]
+    other = [evidence.unlike(spec, brief.spec(spec.method, 0, setting)) if spec else "a teacher" for spec in specs]
+    near = ["another brief run" if spec and brief.includes(spec) else "" for spec in specs]
+    return table.assign(
+        other_settings=[evidence.unlike_the_paper(spec) if spec else "" for spec in specs],
+        other_than_brief=other,
+        protocol=[named if lacks else brief.NAME for lacks, named in zip(other, near, strict=True)],
+    )
 
 
 def _first_teacher(table: pd.DataFrame) -> pd.Series:
@@ -109,8 +126,8 @@ def _first_teacher(table: pd.DataFrame) -> pd.Series:
     good = table["test_accuracy"].astype(float) >= settings["teacher_accuracy"]
     for name in ("test_images", "data_md5"):
         good &= table[name] == settings[name]
-    teachers = table[good & (table["method"] == "teacher") & table["date"].notna() & table["weights_sha256"].ne("")]
-    first = teachers.sort_values(["date", "weights_sha256"])["weights_sha256"].head(1)
+    enough = table[good & (table["method"] == "teacher") & table["date"].notna() & table["weights_sha256"].ne("")]
+    first = enough.sort_values(["date", "weights_sha256"])["weights_sha256"].head(1)
     return table["teacher_sha256"].isin(first)
 
 
@@ -120,7 +137,7 @@ def _measured(
     fixed = {**asdict(claim), "paths": claim.value, "claimed": claim.claimed}
     row = {**fixed, **EMPTY, "reason": "", "short_budget": "", "interim": False}
     if claim.measure == "teacher":
-        return row | _first_counting_teacher(claim, table[table["method"] == "teacher"].copy())
+        return row | _first_counting_teacher(claim, table)
     if claim.measure in claims.ACCURACY_MEASURES:
         return row | _from_ledger(claim, *_candidates(claim, table, known))
     if claim.measure == "map_similarity":
@@ -136,20 +153,22 @@ def _measured(
     return row
 
 
-def _first_counting_teacher(claim: Claim, teachers: pd.DataFrame) -> dict:
-    teachers["lacks"] = [shortfall(run, claim) for _index, run in teachers.iterrows()]
-    counting = teachers[teachers["lacks"] == ""].sort_values("date")["test_accuracy"].astype(float)
+def _first_counting_teacher(claim: Claim, table: pd.DataFrame) -> dict:
+    its = table[table["method"] == "teacher"].copy()
+    its["lacks"] = [shortfall(run, claim) for _index, run in its.iterrows()]
+    counting = its[its["lacks"] == ""].sort_values("date")["test_accuracy"].astype(float)
     if counting.empty:
-        return _short(claim, teachers)
+        return _short(claim, its[its.index.isin(teachers.with_students(table).index)])
     return {"value": counting.iloc[0], "gap": counting.iloc[0] - claim.claimed, "runs": 1}
 
 
 def _candidates(claim: Claim, table: pd.DataFrame, known: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of the claim's size with what each lacks; and of those that count a column a method, a row a seed."""
+    """The rows of the claim's size and protocol with what each lacks; of those that count a column a method."""
     column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
-    key = (claim.k, claim.seeds, column, claim.registered, *sorted(claim.settings.items()))
+    key = (claim.k, claim.seeds, column, claim.registered, claim.protocol, *sorted(claim.settings.items()))
     if key not in known:
-        rows = table[(table["k"] == claim.k) & table["method"].isin(METHODS)].sort_values("date")
+        alike = (table["k"] == claim.k) & (table["protocol"] == claim.protocol)
+        rows = table[alike & table["method"].isin(METHODS)].sort_values("date")
         rows["lacks"] = [shortfall(run, claim) for _index, run in rows.iterrows()]
         counting = rows[rows["lacks"] == ""]
         by_method = [by_seed(counting, method, column) for method in METHODS]
@@ -162,6 +181,8 @@ def _from_ledger(claim: Claim, candidates: pd.DataFrame, runs: pd.DataFrame) -> 
     its = runs[list(claim.methods)].dropna()
     if its.empty:
         return _short(claim, candidates[candidates["method"].isin(claim.methods)])
+    if claim.measure == "direction":  # the paper gives no number: nothing of its luck comes in
+        return _found(claim, its, (np.nan, 0))
     return _found(claim, its, verdicts.pooled_deviation([runs[method].dropna() for method in runs]))
 
 
@@ -213,7 +234,7 @@ def shortfall(run: pd.Series, claim: Claim) -> str:
     """What a row of the ledger lacks to count as a test of `claim`, in words; empty if it counts.
 
     Args:
-        run: a row with the columns that `with_teacher_accuracy` adds, and other_settings.
+        run: a row with the columns that `with_teacher_accuracy` and `_with_protocols` add.
     """
     settings = claim.settings
     lacks = [
@@ -242,7 +263,8 @@ def _teacher_lacks(run: pd.Series, claim: Claim) -> list[str]:
 
 
 def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
-    settings, lacks = claim.settings, [run["other_settings"]] if run["other_settings"] else []
+    settings, other = claim.settings, run[f"other_than_{claim.protocol}" if claim.protocol else "other_settings"]
+    lacks = [other] if other else []
     if "pairing" not in settings:
         return ["a student"]
     if run["seed"] not in range(claim.seeds):
@@ -267,11 +289,12 @@ def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
     """The figure of the runs that do not settle it, at the largest budget that all methods of the claim have."""
     measured = candidates.dropna(subset="test_accuracy")
     alone = measured["method"].isin(("student", "teacher"))
+    measured = measured.assign(paired=measured["pairing"].where(~alone, ""))
     complete = [
-        group[alone | (group["pairing"] == pairing)]
+        part
         for _budget, group in measured.groupby(["train_images", "epochs"])
-        for pairing in sorted(set(group[~alone]["pairing"])) or [""]
-        if set(claim.methods) <= set(group[alone | (group["pairing"] == pairing)]["method"])
+        for pairing in sorted(set(group["paired"]) - {""}) or [""]
+        if set(claim.methods) <= set((part := group[group["paired"].isin(("", pairing))])["method"])
     ]
     if not complete:
         missing = [method for method in claim.methods if method not in set(candidates["method"])]
@@ -349,8 +372,7 @@ def by_kind(card: pd.DataFrame) -> pd.DataFrame:
     Kinds are never added up: a count of parameters settles nothing about training.
     """
     counts = pd.crosstab(card["evidence"], card["verdict"])
-    kinds = [kind for kind in evidence.KINDS if kind in counts.index]
-    return counts.reindex(index=kinds, columns=list(verdicts.VERDICTS), fill_value=0)
+    return counts.reindex(index=evidence.in_order(counts.index), columns=list(verdicts.VERDICTS), fill_value=0)
 
 
 def headline(card: pd.DataFrame) -> str:

@@ -59,6 +59,8 @@ def _difference_in_words(row: Mapping) -> str:
     exact = f", exact {row['p_exact']:.2g}" if np.isfinite(row["p_exact"]) else ""
     p = "no spread to test" if np.isnan(row["p"]) else f"p = {row['p']:.2g}{exact}"
     corrected = f", corrected {row['p_holm']:.2g}" if np.isfinite(row["p_holm"]) else ""
+    if row["measure"] == "direction":
+        return f"{p}{corrected}; smaller than {claims.margin():g}: p = {_or_unknown(row['p_level'])}"
     if row["measure"] == "no_difference":
         smaller = f"; smaller than {claims.margin():g}: corrected p = {_or_unknown(row['p_level_holm'])}"
         return p + corrected + smaller
@@ -80,6 +82,7 @@ WORDS = {
     "difference": _difference_in_words,
     "interaction": _difference_in_words,
     "no_difference": _difference_in_words,
+    "direction": _difference_in_words,
     "map_similarity": _difference_in_words,
     "imagenet": _difference_in_words,
     "latency_ratio": _time_in_words,
@@ -125,7 +128,7 @@ def _price(row: Mapping) -> str:
     if row["measure"] == "teacher":
         return f"It takes one teacher trained for {row['settings']['epochs']} epochs, or one that gets there sooner."
     methods, images = " and ".join(f"`{method}`" for method in row["methods"]), row["settings"]["train_images"]
-    epochs = claims.paper()["training"]["epochs"]
+    epochs = row["settings"].get("epochs", claims.paper()["training"]["epochs"])
     paired = f", paired `{row['settings']['pairing']}`" if set(row["methods"]) != {"student"} else ""
     return (
         f"It takes {row['seeds']} runs of {methods} with k = {row['k']}, {epochs} epochs and {images:,} images{paired}."
@@ -144,6 +147,8 @@ TESTS = {
     "difference": "It has to be shown, after Holm's correction over its family, in a size that chance explains. "
     "It is refuted if the opposite is shown, or if it is not shown and falls short by more than chance explains.",
     "no_difference": f"Two methods are alike if they are shown to differ by less than {claims.margin():g} points.",
+    "direction": "It has to be shown, seed by seed, after Holm's correction over its family. It is refuted if the "
+    f"opposite is shown, or if the difference is shown to be smaller than {claims.margin():g} points.",
     "map_similarity": "It has to be shown, seed by seed.",
     "imagenet": "It has to be shown, image by image.",
     "parameters": "It should be the same to the last digit printed.",

@@ -12,6 +12,7 @@ of simulated studies. They were fixed before the first run that counts (`registr
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ def judge(claim: Claim, found: Mapping[str, ArrayLike], significance: float) -> 
     """The verdict on what `measure` found, or many verdicts on arrays of it.
 
     Args:
-        found: as `measure` returns it, and for a difference p_holm, for no difference also p_level_holm.
+        found: as `measure` returns it, and for a difference or a direction p_holm, for no difference also p_level_holm.
         significance: the level of this look, from `level`.
     """
     if claim.measure in ("accuracy", "teacher_gap"):
@@ -58,6 +59,9 @@ def judge(claim: Claim, found: Mapping[str, ArrayLike], significance: float) -> 
     if claim.measure == "no_difference":
         shown, alike = (np.asarray(found[name]) < significance for name in ("p_holm", "p_level_holm"))
         return _first([(alike, REPRODUCED), (shown, NOT_REPRODUCED)])
+    if claim.measure == "direction":
+        shown, absent = (np.asarray(found[name]) < significance for name in ("p_holm", "p_level"))
+        return judge_direction(found["value"], shown, absent)
     if claim.measure == "map_similarity":
         return judge_direction(found["value"], np.asarray(found["p"]) < significance)
     if claim.measure == "imagenet":  # one network a method, however many images: that says nothing about the methods
@@ -108,9 +112,15 @@ def judge_difference(
     )
 
 
-def judge_direction(value: ArrayLike, shown: ArrayLike) -> NDArray:
-    """More of something, where the paper gives no number: it is shown; not reproduced if the opposite is shown."""
-    return _first([(shown & (np.asarray(value) > 0), REPRODUCED), (shown, NOT_REPRODUCED)])
+def judge_direction(value: ArrayLike, shown: ArrayLike, absent: ArrayLike = False) -> NDArray:
+    """More of something, where the paper gives no number: it is shown; not reproduced if the opposite is shown.
+
+    Not reproduced, too, if two one-sided tests show that it is absent: smaller than the margin. With reservations if
+    they show that of a difference that is there.
+    """
+    there = shown & (np.asarray(value) > 0)
+    small = [(there & absent, RESERVATIONS), (there, REPRODUCED), (absent, NOT_REPRODUCED)]
+    return _first([(shown & ~there, NOT_REPRODUCED), *small])
 
 
 def judge_time(gap: ArrayLike, low: ArrayLike, high: ArrayLike, claim: Claim) -> NDArray:
@@ -224,7 +234,11 @@ OTHER_SIZE = 2.0  # points: what a single run of the sweep is off by where its c
 
 
 def operating_characteristics(
-    seeds: Sequence[int] = (1, 3, 5, 10), studies: int = 1000, correlation: float = 0.0, seed: int = 0
+    seeds: Sequence[int] = (1, 3, 5, 10),
+    studies: int = 1000,
+    correlation: float = 0.0,
+    seed: int = 0,
+    kinds: Mapping[str, str] = MappingProxyType(KINDS_OF_CLAIM),
 ) -> pd.DataFrame:
     """How often each verdict falls where the truth is known: simulated studies, judged as the scorecard judges runs.
 
@@ -235,6 +249,7 @@ def operating_characteristics(
 
     Args:
         correlation: of two methods' runs with one seed.
+        kinds: the claims to judge, each by the name of its kind.
 
     Returns:
         A row for each kind of claim, truth and number of seeds: kind, claim, truth, seeds, and a share of the studies
@@ -243,19 +258,19 @@ def operating_characteristics(
     rng, rows = np.random.default_rng(seed), []
     for runs in seeds:
         for truth, share in TRUTHS.items():
-            for kind, found in _judged_studies(share, runs, studies, correlation, rng).items():
+            for kind, found in _judged_studies(kinds, share, runs, studies, correlation, rng).items():
                 shares = {verdict: float((found == verdict).mean()) for verdict in (*DECIDED, UNDECIDED)}
-                facts = {"kind": kind, "claim": KINDS_OF_CLAIM[kind], "truth": truth, "seeds": runs}
+                facts = {"kind": kind, "claim": kinds[kind], "truth": truth, "seeds": runs}
                 rows.append(facts | shares)
     return pd.DataFrame(rows)
 
 
 def _judged_studies(
-    share: float, runs: int, studies: int, correlation: float, rng: np.random.Generator
+    kinds: Mapping[str, str], share: float, runs: int, studies: int, correlation: float, rng: np.random.Generator
 ) -> dict[str, NDArray]:
     registered = {claim.name: claim for claim in claims()}
     found = {}
-    for kind, name in KINDS_OF_CLAIM.items():
+    for kind, name in kinds.items():
         claim = registered[name]
         table = _true_means(claim)
         theirs = _draws(table, claim.paper_runs, studies, 0.0, rng)

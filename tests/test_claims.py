@@ -6,13 +6,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from kdig_utils import claims, evidence
+from kdig_utils import brief, claims, evidence
 from kdig_utils.runs import RunSpec
 
 
 def test_every_claim_has_a_number_of_the_paper_or_a_bound_and_a_chapter():
     for claim in claims.claims():
-        assert np.isfinite(claim.claimed) or claim.measure in ("map_similarity", "imagenet")
+        assert np.isfinite(claim.claimed) or claim.measure in ("map_similarity", "imagenet", "direction")
         assert claim.group in claims.groups()
         assert re.fullmatch(r"\d\d_\w+", claim.chapter)
     assert len({claim.name for claim in claims.claims()}) == len(claims.claims())
@@ -70,6 +70,46 @@ def test_an_edited_claim_breaks_the_seal(monkeypatch):
         assert claims.digest(date) != sealed
 
 
+def test_an_edited_protocol_breaks_its_own_seal_and_no_other(monkeypatch):
+    content, registered = claims._claims_file(), claims.protocols()[brief.NAME]
+    before = {entry["date"]: entry["digest"] for entry in claims.registrations() if "digest" in entry}
+    for changes in ({"seeds": 10}, {"default": {"learning_rate": 0.1, "batch_size": 64}}, {"text": "another aim"}):
+        edited = {**content, "protocols": {brief.NAME: {**registered, **changes}}}
+        monkeypatch.setattr(claims, "_claims_file", lambda edited=edited: edited)
+        broken = {date for date, sealed in before.items() if claims.digest(date) != sealed}
+        assert broken == {registered["registered"]}
+
+
+def test_the_brief_protocol_is_trained_as_it_is_registered():
+    registered = claims.protocols()[brief.NAME]
+    settings, choice = registered["settings"], registered["choice"]
+    assert registered["default"] == brief.DEFAULT._asdict()
+    assert registered["alternatives"] == [setting._asdict() for setting in brief.ALTERNATIVES]
+    assert (tuple(registered["methods"]), tuple(registered["pairings"])) == (brief.METHODS, brief.PAIRINGS)
+    assert (registered["seeds"], settings["epochs"], settings["schedule"]) == (
+        brief.SEEDS,
+        brief.EPOCHS,
+        brief.SCHEDULE,
+    )
+    assert {(run.method, run.seed, run.validation_images) for run in brief.candidates()} == {
+        (choice["method"], choice["seed"], choice["validation_images"])
+    }
+    paper = {name: value for name, value in settings.items() if name not in ("epochs", "schedule")}
+    assert any(paper == claim.settings for claim in claims.claims() if not claim.protocol)
+
+
+def test_claims_on_the_brief_protocol_are_directions_and_take_no_number_of_the_paper():
+    its = [claim for claim in claims.claims() if claim.protocol == brief.NAME]
+    assert {claim.methods for claim in its} == {
+        ("kd_ig", "student"), ("kd_ig", "kd"), ("ig", "student"), ("kd", "student"), ("kd_ig", "kd", "ig", "student"),
+    }  # fmt: skip
+    for claim in its:
+        assert (claim.measure, claim.group, claim.family, claim.seeds) == ("direction", "brief", "brief", brief.SEEDS)
+        assert np.isnan(claim.claimed)
+        assert claim.registered == claims.protocols()[brief.NAME]["registered"]
+    assert {claim.family for claim in claims.claims() if not claim.protocol}.isdisjoint({"brief"})
+
+
 def test_the_margin_is_below_every_effect_on_which_the_paper_builds():
     """But for reasons alone: the paper's table gives them 0.17 points, and does not show them."""
     differences = ("difference", "interaction")
@@ -79,8 +119,9 @@ def test_the_margin_is_below_every_effect_on_which_the_paper_builds():
 
 def test_every_claim_names_the_evidence_that_would_settle_it():
     for claim in claims.claims():
-        assert claim.evidence in evidence.KINDS
-        if claim.measure in claims.ACCURACY_MEASURES:
+        assert claim.evidence in (*evidence.KINDS, evidence.protocol(brief.NAME))
+        assert claim.evidence != evidence.PROTOCOL
+        if claim.measure in claims.ACCURACY_MEASURES and not claim.protocol:
             assert claim.evidence == evidence.TRAINED
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 
-from kdig_utils import evidence
+from kdig_utils import brief, evidence
 from kdig_utils.runs import RunSpec
 
 
@@ -42,6 +42,28 @@ def test_a_teacher_counts_by_its_whole_training():
     for other in (teacher(4), teacher(100, initial_sha256="abc")):
         (kind,) = evidence.of_runs(pd.DataFrame([other]))
         assert kind.startswith(evidence.PROTOCOL)
+
+
+def brief_row(**changes: object) -> dict:
+    return row(**{"epochs": brief.EPOCHS, "schedule": brief.SCHEDULE, **brief.DEFAULT._asdict(), **changes})
+
+
+def test_runs_of_the_brief_protocol_have_its_name_and_others_that_are_as_short_do_not():
+    for setting in brief.SETTINGS:
+        its = [brief_row(**setting._asdict()), brief_row(seed=4, pairing="shuffled", **setting._asdict())]
+        assert evidence.of_runs(pd.DataFrame(its)) == [evidence.protocol(brief.NAME)]
+    near = [{"schedule": "constant"}, {"epochs": 21}, {"learning_rate": 0.001}, {"validation_images": 5000}]
+    for changes in (*near, {"alpha": 0.5}, {"train_images": 500}):
+        (kind,) = evidence.of_runs(pd.DataFrame([brief_row(**changes)]))
+        assert kind.startswith(evidence.PROTOCOL)
+        assert kind != evidence.protocol(brief.NAME)
+
+
+def test_protocols_stand_by_their_names_at_their_place_in_the_vocabulary():
+    others = [evidence.protocol(name) for name in ("brief", "laptop")]
+    shuffled = [evidence.TIMED, others[1], evidence.COUNTED, others[0], evidence.TRAINED, others[1]]
+    assert evidence.in_order(shuffled) == [evidence.COUNTED, evidence.TRAINED, *others, evidence.TIMED]
+    assert [evidence.protocol_in(kind) for kind in (*others, evidence.TRAINED)] == ["brief", "laptop", ""]
 
 
 @pytest.mark.parametrize("kind", ["", "hearsay", evidence.PROTOCOL, f"{evidence.PROTOCOL}: ", []])

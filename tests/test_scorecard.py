@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdig_utils import campaigns, claims, comparisons, counted, evidence, scorecard, scorecard_text, verdicts
+from kdig_utils import brief, campaigns, claims, comparisons, counted, evidence, scorecard, scorecard_text, verdicts
 from kdig_utils.latency import Speedup
 from kdig_utils.runs import COLUMNS, METHODS, Ledger, RunSpec
 from kdig_utils.verdicts import NOT_REPRODUCED, NOT_RUN, NOT_TESTABLE, REPRODUCED, UNDECIDED
@@ -130,7 +130,9 @@ def test_a_family_does_not_grow_with_what_was_run():
     assert alone["p"] == pytest.approx(among["p"])
     assert alone["p_holm"] == pytest.approx(min(9 * alone["p"], 1))
     assert among["p_holm"] <= alone["p_holm"]
-    assert {name: len(tests) for name, tests in verdicts.families().items()} == {"ten runs": 9, "resamples": 3}
+    assert {name: len(tests) for name, tests in verdicts.families().items()} == {
+        "ten runs": 9, "resamples": 3, "brief": 5,
+    }  # fmt: skip
 
 
 def test_chapters_08_and_16_make_the_same_nine_tests():
@@ -272,11 +274,12 @@ def test_a_seed_without_an_accuracy_does_not_hide_the_same_seed_with_one():
 def test_every_claim_about_training_can_be_settled_by_the_campaigns():
     planned = {(spec.method, spec.k, spec.train_fraction, spec.pairing, spec.seed) for name in campaigns.CAMPAIGNS
                for spec in campaigns.specs(name) if not evidence.unlike_the_paper(spec)}  # fmt: skip
+    briefly = {(spec.method, spec.k, spec.train_fraction, spec.pairing, spec.seed) for spec in brief.specs()}
     for claim in claims.claims():
         for method in claim.methods if claim.measure in claims.ACCURACY_MEASURES and claim.name != "teacher" else ():
             for pairing in ("matched",) if method == "student" else ("matched", "shuffled"):
                 wanted = {(method, claim.k, claim.settings["train_fraction"], pairing, n) for n in range(claim.seeds)}
-                assert wanted <= planned, (claim.name, method, pairing)
+                assert wanted <= (briefly if claim.protocol else planned), (claim.name, method, pairing)
 
 
 def test_before_the_planned_seeds_a_look_is_an_interim_one_and_takes_far_more_evidence():
@@ -409,6 +412,145 @@ def test_latency_is_judged_when_it_was_measured():
     assert set(table.loc[["speedup", "speedup_k5", "speedup_k17"], "verdict"]) == {REPRODUCED}
     assert table.loc["speedup_k3", "verdict"] == NOT_RUN
     assert table.loc["speedup_k17", "claimed"] == pytest.approx(140 / 1.35)
+
+
+BRIEF = evidence.protocol(brief.NAME)
+
+
+def brief_rows(method: str, accuracies: list[float], setting: brief.Setting = brief.DEFAULT, **changes) -> list[dict]:
+    own = {"epochs": brief.EPOCHS, "schedule": brief.SCHEDULE, **setting._asdict()}
+    return student_rows(method, accuracies, **{**own, **changes})
+
+
+def brief_study(gains: dict[str, float], **changes: object) -> list[dict]:
+    """A teacher, and five seeds of each method of the brief protocol with these gains over `student`."""
+    means = {method: 90.0 + gains.get(method, 0.0) for method in brief.METHODS}
+    runs = [brief_rows(m, drawn(means[m], n, brief.SEEDS, 0.02), **changes) for n, m in enumerate(means)]
+    return [teacher_row(), *(row for rows in runs for row in rows)]
+
+
+def of_kind(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+    return table[table["evidence"] == kind]
+
+
+def test_brief_runs_settle_the_claims_on_their_protocol_and_tell_nothing_of_the_papers():
+    table = card(brief_study({"kd": 0.4, "ig": 0.3, "kd_ig": 1.2}))
+    its = of_kind(table, BRIEF)
+    assert set(its["verdict"]) == {REPRODUCED}
+    assert set(its["found"]) == {BRIEF}
+    assert its.loc["brief_kd_ig_together", "value"] == pytest.approx(1.2 - 0.4 - 0.3)
+    others = of_kind(table, evidence.TRAINED)
+    assert set(others["verdict"]) <= {NOT_RUN, NOT_TESTABLE, REPRODUCED}
+    assert list(others.index[others["verdict"] == REPRODUCED]) == ["teacher"]
+    students = others.drop("teacher")
+    assert students[["value", "short"]].isna().all(axis=None)
+    assert not students["short_budget"].str.contains(brief.NAME).any()
+
+
+def test_runs_at_the_papers_settings_tell_nothing_of_the_brief_claims():
+    its = of_kind(card(typical(1.0)), BRIEF)
+    assert set(its["verdict"]) == {NOT_RUN}
+    assert its[["value", "short"]].isna().all(axis=None)
+
+
+def test_brief_runs_change_nothing_in_a_scorecard_of_the_papers_claims():
+    alone, beside = card(typical(1.0)), card([*typical(1.0), *brief_study({"kd": 5.0})[1:]])
+    pd.testing.assert_frame_equal(of_kind(alone, evidence.TRAINED), of_kind(beside, evidence.TRAINED))
+    assert campaigns.main_runs(pd.DataFrame(brief_study({}))).empty
+    own_maps = student_rows("kd_ig", drawn(92.0, 1), pairing="matched")
+    both = pd.DataFrame([*own_maps, *brief_rows("kd_ig", [99.0], pairing="matched")])
+    assert campaigns.main_runs(both)["test_accuracy"].max() < 95
+    assert not {name for name in scorecard.conflicting() if name in of_kind(alone, BRIEF).index}
+
+
+def test_a_row_of_one_protocol_is_no_evidence_for_a_claim_of_the_other():
+    rows = {"": student_rows("kd_ig", [92.0])[0], brief.NAME: brief_rows("kd_ig", [92.0])[0]}
+    table = scorecard._with_protocols(scorecard.with_teacher_accuracy(pd.DataFrame([teacher_row(), *rows.values()])))
+    table = table.assign(first_teacher=True, date=pd.to_datetime(table["finished"], utc=True))
+    lacks = {
+        (own, claim.protocol): scorecard.shortfall(table.iloc[place], claim)
+        for place, own in enumerate(rows, start=1)
+        for claim in claims.claims()
+        if claim.name in ("mean_kd_ig", "kd_ig_over_kd", "brief_kd_ig_over_kd")
+    }
+    assert (lacks["", ""], lacks[brief.NAME, brief.NAME]) == ("", "")
+    assert "epochs 20, not 100" in lacks[brief.NAME, ""]
+    assert "schedule one_cycle, not constant" in lacks[brief.NAME, ""]
+    assert "epochs 100, not 20" in lacks["", brief.NAME]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": 0.5},
+        {"epochs": 21},
+        {"pairing": "edges"},
+        {"train_images": 500},
+        {"validation_images": 5000},
+        {"data_md5": "other data"},
+        {"finished": "2026-11-27T17:00Z"},
+        {"teacher_sha256": "another"},
+    ],
+)
+def test_a_brief_run_counts_at_the_registered_settings_only(changes):
+    gains = {"kd": 0.4, "ig": 0.3, "kd_ig": 1.2}
+    rows = brief_study(gains)
+    others = [
+        row
+        for method, gain in gains.items()
+        for row in brief_rows(method, drawn(80.0 + gain, 1, brief.SEEDS), **changes)
+    ]
+    student = [row for row in rows if row["method"] in ("student", "teacher")]
+    assert set(of_kind(card([*student, *others]), BRIEF)["verdict"]) == {NOT_RUN}
+    mixed = of_kind(card([*others, *rows]), BRIEF)
+    assert mixed["value"].tolist() == pytest.approx(of_kind(card(rows), BRIEF)["value"].tolist())
+
+
+def test_of_two_settings_the_first_one_in_use_counts_and_a_seed_that_was_not_planned_does_not():
+    later = {"setting": brief.ALTERNATIVES[0], "finished": "2099-02-02T00:00Z"}
+    first, second = brief_study({"kd_ig": 0.0}), brief_study({"kd_ig": 3.0}, **later)
+    more = [row | {"seed": row["seed"] + brief.SEEDS} for row in brief_study({"kd_ig": 3.0})[1:]]
+    alone, beside = (card(rows).loc["brief_kd_ig_over_kd"] for rows in (first, [*second, *more, *first]))
+    assert (beside["value"], beside["runs"]) == (pytest.approx(alone["value"]), brief.SEEDS)
+    assert alone["value"] == pytest.approx(0.0)
+
+
+def test_direct_and_conceptual_brief_runs_have_a_verdict_each():
+    rows = brief_study({"kd": 0.4, "ig": 0.3, "kd_ig": 1.2})
+    own = brief_study({"kd": 0.4, "ig": 0.3, "kd_ig": 0.4}, pairing="matched")[1:]
+    row = card([*rows, *own[brief.SEEDS :]]).loc["brief_kd_ig_over_kd"]  # `student` once: it takes nothing of a teacher
+    assert (row["verdict"], row["matched_verdict"]) == (REPRODUCED, NOT_REPRODUCED)
+    assert (row["value"], row["matched_value"]) == pytest.approx((0.8, 0.0))
+    assert row["matched_low"] < row["matched_value"] < row["matched_high"]
+    assert "conceptual replication" in scorecard_text.reasons(row)
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "verdict"),
+    [
+        (0.5, 0.02, REPRODUCED),
+        (0.1, 0.01, verdicts.RESERVATIONS),  # there, and smaller than the margin
+        (0.0, 0.02, NOT_REPRODUCED),
+        (-0.5, 0.02, NOT_REPRODUCED),
+        (0.5, 1.0, UNDECIDED),
+    ],
+)
+def test_a_direction_is_judged_by_its_sign_and_the_margin(gain, spread, verdict):
+    runs = {"kd": drawn(90.0, 1, brief.SEEDS, spread), "kd_ig": drawn(90.0 + gain, 2, brief.SEEDS, spread)}
+    rows = [teacher_row(), *(row for method, its in runs.items() for row in brief_rows(method, its))]
+    assert card(rows).loc["brief_kd_ig_over_kd", "verdict"] == verdict
+
+
+def test_a_brief_claim_that_waits_tells_its_own_price():
+    paragraph = scorecard_text.reasons(card([]).loc["brief_kd_ig_over_kd"])
+    assert "It takes 5 runs of `kd_ig` and `kd` with k = 5, 20 epochs and 50,000 images" in paragraph
+
+
+def test_another_protocol_is_a_row_of_its_own():
+    kinds = scorecard.by_kind(card(brief_study({"kd": 0.4, "ig": 0.3, "kd_ig": 1.2})))
+    assert kinds.loc[BRIEF].sum() == kinds.loc[BRIEF, REPRODUCED] == 5
+    assert evidence.PROTOCOL not in kinds.index
+    assert list(kinds.index) == evidence.in_order(kinds.index)
 
 
 def test_the_headline_counts_each_kind_by_itself():

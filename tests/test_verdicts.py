@@ -49,6 +49,25 @@ def test_true_passes_more_often_than_half_and_half_more_often_than_false(errors)
         assert true > half > false
 
 
+@pytest.mark.parametrize(("correlation", "large", "small"), [(0.0, 1 / 2, 1 / 9), (0.6, 9 / 10, 1 / 3)])
+def test_five_seeds_of_the_brief_protocol_err_as_seldom_and_show_as_much_as_claims_yml_says(correlation, large, small):
+    print(f"{STUDIES} simulated studies a case, seed 0")
+    its = {claim.name: claim.name for claim in CLAIMS.values() if claim.protocol}
+    table = verdicts.operating_characteristics((5,), STUDIES, correlation, kinds=its)
+    passed = table.set_index(["claim", "truth"])[REPRODUCED]
+    assert passed["brief_kd_ig_over_student", "exactly true"] == pytest.approx(large, abs=0.04)
+    assert passed["brief_kd_ig_over_kd", "exactly true"] == pytest.approx(small, abs=0.04)
+    assert passed[["brief_ig_over_student", "brief_kd_ig_together"]].max() < 0.1
+    assert table[table["truth"] == "false"][REPRODUCED].max() < 0.01
+    assert table[table["truth"] == "exactly true"][NOT_REPRODUCED].max() < 0.06
+
+
+def test_a_direction_that_is_absent_or_the_other_way_is_refuted_and_a_small_one_has_reservations():
+    values, shown, absent = np.array([1, 1, -1, 0.1, 0.1, 0.1]), [1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]
+    found = verdicts.judge_direction(values, np.array(shown, bool), np.array(absent, bool))
+    assert list(found) == [REPRODUCED, UNDECIDED, NOT_REPRODUCED, RESERVATIONS, NOT_REPRODUCED, UNDECIDED]
+
+
 def test_a_single_run_decides_nothing(errors):
     assert set(errors.xs(1, level="seeds")[UNDECIDED]) == {1.0}
 
