@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -52,6 +54,18 @@ def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) 
     return models.load_state(model, floats).eval().to(memory_format=torch.channels_last)
 
 
+def rounded(model: torch.nn.Module, method: str, k: int) -> torch.nn.Module:
+    """The network as it comes back from a file in float16.
+
+    Raises:
+        ValueError: as `save_weights`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "half.safetensors"
+        save_weights(model, path, half=True)
+        return read_weights(model_for(method, k), path)
+
+
 def model_for(method: str, k: int) -> torch.nn.Module:
     """An untrained network of the architecture that `method` trains: the teacher, or a student without `k` blocks."""
     return models.teacher() if method == "teacher" else models.student(k)
@@ -75,6 +89,16 @@ def publish(name: str, model: torch.nn.Module, half: bool, **facts: object) -> N
     }
     with replacing(artifacts_folder() / "manifest.json") as part:
         part.write_text(json.dumps({**manifest(), name: entry}, indent=1, sort_keys=True) + "\n")
+
+
+def rename(old: str, new: str) -> None:
+    """Give a published network another name; what had that name leaves the repository."""
+    known = manifest()
+    entry = known.pop(old)
+    file = f"{new}.safetensors"
+    os.replace(artifacts_folder() / entry["file"], artifacts_folder() / file)
+    with replacing(artifacts_folder() / "manifest.json") as part:
+        part.write_text(json.dumps({**known, new: {**entry, "file": file}}, indent=1, sort_keys=True) + "\n")
 
 
 def load(name: str) -> torch.nn.Module:

@@ -1,16 +1,16 @@
 """What the repository shows the world: its address, the README's table of results, the weights of chosen runs."""
 
 import re
-import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
-from kdig_utils import artifacts, campaigns, engine, evidence, models
+from kdig_utils import artifacts, campaigns, engine, evidence, models, teachers
 from kdig_utils.cifar10 import ImageSet
 from kdig_utils.paths import replacing, repository_root
 from kdig_utils.runs import METHODS, RunSpec, TeacherSpec, spec_of
@@ -79,8 +79,8 @@ def write_address() -> list[Path]:
 
 
 def results_table(ledger: pd.DataFrame) -> str:
-    """What the README shows of the ledger, in Markdown: claims by kind of evidence, methods, and each campaign."""
-    return "\n\n".join(table(ledger) for table in (claims_table, methods_table, campaigns_table))
+    """What the README shows of the ledger, in Markdown: claims by kind of evidence, methods, and the queue."""
+    return "\n\n".join(table(ledger) for table in (claims_table, methods_table, queue_table))
 
 
 def claims_table(ledger: pd.DataFrame) -> str:
@@ -95,10 +95,12 @@ def claims_table(ledger: pd.DataFrame) -> str:
 
 
 def methods_table(ledger: pd.DataFrame) -> str:
-    """Teacher and students of `campaigns.main_runs` beside the paper's; a row for each method, run or not."""
-    students, teachers = campaigns.main_runs(ledger), ledger[ledger["method"] == "teacher"]
-    taught = teachers["weights_sha256"].isin(students["teacher_sha256"])
-    shown = {"teacher": teachers[taught] if taught.any() else teachers, **dict(iter(students.groupby("method")))}
+    """Students of `campaigns.main_runs` and their teacher beside the paper's; a row for each method, run or not.
+
+    Below stands a better teacher that has no students yet.
+    """
+    students = campaigns.main_runs(ledger)
+    shown = {"teacher": teachers.of(students, ledger), **dict(iter(students.groupby("method")))}
     lines = [
         "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |",
         "|---|---|---|---|---|---|---|",
@@ -106,6 +108,9 @@ def methods_table(ledger: pd.DataFrame) -> str:
     for method in ("teacher", *METHODS):
         for cells in _cells_of(shown.get(method, ledger.head(0))):
             lines.append(f"| `{method}` | {_signals_of(method)} | {cells} | {_in_the_paper(method):.2f} % |")
+    for _index, row in teachers.waiting(ledger).iterrows():
+        words = f"{_budget(spec_of(row))}: {row['test_accuracy']:.2f} %, run `{row['run_id']}`"
+        lines += ["", f"A better teacher waits for students of its own. Epochs: {words}."]
     return "\n".join(lines)
 
 
@@ -113,13 +118,19 @@ def _cells_of(runs: pd.DataFrame) -> Iterator[str]:
     """Seeds, epochs, mean accuracy with standard deviation, and kind of evidence: once for each number of epochs."""
     if runs.empty:
         yield f" | | | {evidence.NOT_RUN}"
-    for epochs, group in runs.groupby("epochs"):
+    for _epochs, group in runs.groupby("epochs"):
         accuracy = group["test_accuracy"].astype(float)
         spread = f" ± {accuracy.std():.2f}" if len(group) > 1 else ""
-        continued = any(getattr(spec_of(row), "initial_sha256", "") for _index, row in group.iterrows())
-        budget = f"{epochs:g}" + (", after an earlier short training" if continued else "")
+        budget = ", or ".join(dict.fromkeys(_budget(spec_of(row)) for _index, row in group.iterrows()))
         kind = evidence.in_words(evidence.of_runs(group))
         yield f"{len(group)} | {budget} | {accuracy.mean():.2f}{spread} % | {kind}"
+
+
+def _budget(spec: RunSpec | TeacherSpec) -> str:
+    """Epochs, and of a teacher where it started and by which recipe, in words."""
+    continued = ["after an earlier short training"] if getattr(spec, "initial_sha256", "") else []
+    recipe = [spec.recipe] if getattr(spec, "recipe", "") else []
+    return ", ".join([f"{spec.epochs}", *continued, *recipe])
 
 
 def _signals_of(method: str) -> str:
@@ -133,12 +144,13 @@ def _in_the_paper(method: str) -> float:
     return float(np.mean(claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")))
 
 
-def campaigns_table(ledger: pd.DataFrame) -> str:
-    """How many runs of each campaign the ledger holds, as a Markdown table."""
-    lines = ["| campaign | its runs | done |", "|---|---|---|"]
-    for row in campaigns.progress(ledger).itertuples():
-        title = campaigns.CAMPAIGNS[row.campaign].__doc__.splitlines()[0].rstrip(".")
-        lines.append(f"| `{row.campaign}` | {title} | {row.done} of {row.runs} |")
+def queue_table(ledger: pd.DataFrame) -> str:
+    """How many runs of each stage of the queue the ledger holds, and how many claims it settles; in its order."""
+    from kdig_utils import queue  # as in `_in_the_paper`
+
+    stages = queue.stages(queue.plan(ledger))
+    lines = ["| stage of the queue, in its order | runs done | settles claims |", "|---|---|---|"]
+    lines += [f"| {row.stage} | {row.done} of {row.runs} | {row.claims or ''} |" for row in stages.itertuples()]
     return "\n".join(lines)
 
 
@@ -167,8 +179,9 @@ def write_results(ledger: pd.DataFrame) -> bool:
 def publish_run(study: Study, row: pd.Series) -> dict:
     """Put the weights of a finished run of `study` into the repository; return the entry in the manifest.
 
-    A student is kept in float16 if that leaves its accuracy on `study.test` within 0.01 points; the teacher, whose
-    gradients are explained, always in float32.
+    A student is kept in float16 if that leaves its accuracy on `study.test` within 0.01 points; so is a teacher while a
+    better one waits, for nobody learns from it any more. The teacher that students learn from is kept in float16 only
+    if that changes no weight.
 
     Raises:
         FileNotFoundError: the run's weights are not in the study's folder.
@@ -180,21 +193,24 @@ def publish_run(study: Study, row: pd.Series) -> dict:
         raise ValueError(
             f"run {spec.run_id} ended with weights {row['weights_sha256'][:12]}, its file holds {found[:12]}"
         )
-    name = "teacher" if spec.method == "teacher" else f"{spec.method}_k{spec.k}"
-    artifacts.publish(name, model, keeps_accuracy_in_half(model, spec, study.test), **facts(row))
+    name = teachers.name_of(row, study.ledger.read()) if spec.method == "teacher" else f"{spec.method}_k{spec.k}"
+    teaches = spec.method == "teacher" and (name == teachers.NEXT or teachers.NEXT not in artifacts.manifest())
+    half = is_the_same_in_half(model) if teaches else keeps_accuracy_in_half(model, spec, study.test)
+    artifacts.publish(name, model, half, **facts(row))
     return artifacts.manifest()[name]
 
 
 def keeps_accuracy_in_half(model: nn.Module, spec: RunSpec | TeacherSpec, test: ImageSet) -> bool:
-    """Whether this is a student whose accuracy stays the same, within 0.01 points, with weights in float16."""
-    if spec.method == "teacher":
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "half.safetensors"
-        artifacts.save_weights(model, path, half=True)
-        rounded = artifacts.read_weights(artifacts.model_for(spec.method, spec.k), path)
+    """Whether the network's accuracy stays the same, within 0.01 points, with weights in float16."""
+    rounded = artifacts.rounded(model, spec.method, spec.k)
     # Floats from counts: a difference of one image in 10,000, 0.01 points, is still the same accuracy.
     return abs(engine.accuracy(rounded, test) - engine.accuracy(model, test)) < HALF_TOLERANCE * 1.001
+
+
+def is_the_same_in_half(model: nn.Module) -> bool:
+    """Whether float16 holds every weight to the last bit."""
+    floats = (value for value in model.state_dict().values() if value.is_floating_point())
+    return all(torch.equal(value, value.half().float()) for value in floats)
 
 
 def facts(row: pd.Series) -> dict[str, object]:

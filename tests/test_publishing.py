@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from kdig_utils import __main__ as command_line
-from kdig_utils import campaigns, evidence, paths, publishing, verdicts
+from kdig_utils import campaigns, evidence, paths, publishing, queue, verdicts
 from kdig_utils.runs import MAIN_METHODS, METHODS, Ledger, RunSpec, TeacherSpec
 
 OLD, NEW = "an old teacher", "a new teacher"
@@ -87,7 +87,8 @@ def test_an_empty_ledger_shows_every_method_and_campaign_as_not_run(tmp_path: Pa
     empty = Ledger(tmp_path / "runs.csv").read()
     assert campaigns.main_runs(empty).empty
     assert publishing.methods_table(empty).count("| not run yet |") == len(METHODS) + 1
-    assert publishing.results_table(empty).count("| 0 of ") == len(campaigns.CAMPAIGNS)
+    stages = queue.stages(queue.plan(empty))
+    assert publishing.results_table(empty).count("| 0 of ") == len(stages)
 
 
 def test_claims_are_counted_by_kind_of_evidence_and_a_count_settles_none_about_training(ledger: Ledger) -> None:
@@ -101,11 +102,11 @@ def test_claims_are_counted_by_kind_of_evidence_and_a_count_settles_none_about_t
     assert evidence.TIMED not in rows
 
 
-def test_a_campaign_counts_what_another_one_trained(ledger: Ledger) -> None:
+def test_the_queue_counts_a_run_once_where_it_is_first_needed(ledger: Ledger) -> None:
     add(ledger, "student", 91.0)
-    table = publishing.campaigns_table(ledger.read())
-    assert "| 1 of 80 |" in table
-    assert "| 1 of 160 |" in table
+    table = publishing.queue_table(ledger.read())
+    assert "| answers and reasons | 1 of 70 |" in table
+    assert table.count("| 1 of ") == 1
 
 
 def test_the_papers_numbers_stand_beside_ours(ledger: Ledger) -> None:
@@ -117,7 +118,7 @@ def test_the_papers_numbers_stand_beside_ours(ledger: Ledger) -> None:
 
 def test_how_to_run_lists_every_command_and_every_campaign() -> None:
     text = (paths.repository_root() / "book" / "how_to_run.md").read_text()
-    listed = re.findall(r"^\| `python -m kdig_utils (\w+)` \|", text, re.MULTILINE)
-    assert sorted(listed) == sorted(function.__name__ for function in command_line.EXAMPLES)
+    listed = re.findall(r"^\| `python -m kdig_utils ([\w-]+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(function.__name__.replace("_", "-") for function in command_line.EXAMPLES)
     trained = re.findall(r"^python -m kdig_utils campaign ([\w-]+) ", text, re.MULTILINE)
-    assert sorted(trained) == sorted((*campaigns.CAMPAIGNS, "answers"))
+    assert sorted(trained) == sorted((*campaigns.CAMPAIGNS, "answers", "next", "next"))
