@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,19 @@ CPU_BATCHES = (64, 32)
 MOST_POINTS = 2048
 SECANT = "secant"
 COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
+CHOOSE_FROM = 4000  # images whose time outweighs the seconds that a GPU takes to try its ways
+
+
+class SignalsNotFinished(RuntimeError):
+    """Time was over before the last image; what is done is stored, and the next call goes on from there."""
+
+
+class MapWay(NamedTuple):
+    """How maps are computed: the convolutions' layout, whether a GPU may round to TF32, secants compiled or not."""
+
+    layout: torch.memory_format = torch.channels_last
+    tf32: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,14 +139,19 @@ def compute_signals(
     settings: SignalSettings = SignalSettings(),
     batch_size: int | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
+    deadline: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
 ) -> TeacherSignals:
     """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
 
     Args:
         batch_size: images between two flushes; None takes what suits the device (`batch_sizes`).
         report: called after each batch with the number of images done and in all; `print_progress` makes one.
+        deadline: on the clock of `time.monotonic`; no batch begins that, at the pace of the one before, ends later.
+        say: told which way a GPU computes the maps, where it had a choice.
 
     Raises:
+        SignalsNotFinished: time was over.
         ValueError: the folder holds the signals of another teacher, other images or other settings.
     """
     manifest = _manifest(teacher, images, settings)
@@ -142,27 +161,67 @@ def compute_signals(
     arrays = _open_store(folder, _shapes(teacher, len(images), settings), manifest)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     device = next(teacher.parameters()).device
-    by_secants = settings.error is not None or settings.method == SECANT
-    compiled = by_secants and len(images) >= COMPILE_FROM and device.type == "cpu" and compiles()
     images_a_batch, points = batch_sizes(folded, device)
-    batches = remaining.split(batch_size or images_a_batch)
+
+    def loaded(positions: Tensor) -> tuple[Tensor, Tensor]:
+        return images.images(positions).to(device), images.labels[positions].to(device)
+
+    few, allowed = remaining[: 1 + 2 * points // settings.n_steps], QUANTISATION_ERROR[settings.storage]
+    ways = ways_for(device, settings, len(images), len(remaining))
+    way = fastest_way(ways, lambda way: _maps(folded, *loaded(few), settings, points, way), allowed, deadline)
+    if len(ways) > 1:
+        say(f"maps are computed by {way}")
+    batches, pace = remaining.split(batch_size or images_a_batch), 0.0
     for positions in batches if len(remaining) else ():  # split makes one empty part of nothing
-        rows = _signals_of_batch(
-            teacher,
-            folded,
-            images.images(positions).to(device),
-            images.labels[positions].to(device),
-            settings,
-            points,
-            compiled,
-        )
+        started = time.monotonic()
+        if started + pace >= deadline:
+            done = f"{int(arrays['done'].sum()):,} of {len(images):,} images"
+            raise SignalsNotFinished(f"time is over, {done} have signals in {folder}: run the same again to go on")
+        rows = _signals_of_batch(teacher, folded, *loaded(positions), settings, points, way)
         for name, values in rows.items():
             arrays[name][positions.numpy()] = values.cpu().numpy()  # NumPy takes a tensor of one for a number
             arrays[name].flush()
         arrays["done"][positions.numpy()] = True  # last, and flushed after the rows: a row marked done is whole
         arrays["done"].flush()
+        pace = time.monotonic() - started
         report(int(arrays["done"].sum()), len(images))
     return open_signals(teacher, images, folder, settings)
+
+
+def ways_for(device: torch.device, settings: SignalSettings, images: int, remaining: int) -> list[MapWay]:
+    """The ways to try, the reference first: a choice on a GPU only, where much remains to be done.
+
+    None for secants: their layout is their own, and their error would be told by the same rounded convolutions.
+    """
+    if settings.error is not None or settings.method == SECANT:
+        return [MapWay(compiled=images >= COMPILE_FROM and device.type == "cpu" and compiles())]
+    if device.type != "cuda" or remaining < CHOOSE_FROM:
+        return [MapWay()]
+    return [MapWay(layout, tf32) for tf32 in (False, True) for layout in (torch.channels_last, torch.contiguous_format)]
+
+
+def fastest_way(
+    ways: list[MapWay], compute: Callable[[MapWay], tuple[Tensor, Tensor]], allowed: float, deadline: float = math.inf
+) -> MapWay:
+    """The fastest way, once warm, whose maps differ from the first's by no more than `allowed`.
+
+    That is the median, over the images, of a map's largest difference: rounding switches some ReLUs, so that a single
+    map differs by more between any two orders of adding. Nor may the median completeness error be larger by more. What
+    is not tried by `deadline` is not chosen.
+    """
+    seconds, reference = {}, ()
+    for way in ways if len(ways) > 1 else ():
+        if time.monotonic() >= deadline:
+            break
+        compute(way)
+        started = time.monotonic()
+        maps, errors = (values.cpu() for values in compute(way))  # a GPU is waited for
+        took, reference = time.monotonic() - started, reference or (maps, errors)
+        apart = (maps - reference[0]).abs().flatten(1).amax(1).median()
+        worse = errors.median() - reference[1].median()
+        if apart <= allowed and worse <= allowed:
+            seconds[way] = took
+    return min(seconds, key=seconds.get, default=ways[0])
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
@@ -224,38 +283,47 @@ def _signals_of_batch(
     labels: Tensor,
     settings: SignalSettings,
     points: int,
-    compiled: bool,
+    way: MapWay,
 ) -> dict[str, Tensor]:
     logits, features = logits_and_features(teacher, images, settings.tap)
-    attributions, error = _attributions(folded, images, labels, settings, points, compiled)
     check_finite(logits, "rows of logits")
-    check_finite(attributions, "attributions")
-    maps = attribution_map(attributions)
-    scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    maps, error = _maps(folded, images, labels, settings, points, way)
     return {
         "logits": logits,
-        "maps": _stored(scaled, settings.storage),
+        "maps": _stored(maps, settings.storage),
         "attention": attention_map(features),
         "error": error,
     }
 
 
+@torch.no_grad()
+def _maps(
+    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, points: int, way: MapWay
+) -> tuple[Tensor, Tensor]:
+    """Maps of a batch, in [0, 1], and the error of each."""
+    attributions, error = _attributions(folded.to(memory_format=way.layout), images, labels, settings, points, way)
+    check_finite(attributions, "attributions")
+    maps = attribution_map(attributions)
+    return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny), error
+
+
 def _attributions(
-    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, points: int, compiled: bool
+    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, points: int, way: MapWay
 ) -> tuple[Tensor, Tensor]:
     """Attributions of a batch, and the error of each."""
     baselines = baseline(settings.baseline, images, cifar10.MEAN)
     if settings.error is not None:
-        found = attribute(
-            folded, images, baselines, labels, settings.error, internal_batch_size=points, compiled=compiled
-        )
+        cost = {"internal_batch_size": points, "compiled": way.compiled}
+        found = attribute(folded, images, baselines, labels, settings.error, **cost)
         return found.attributions, found.error
     if settings.method == SECANT:
-        network = SecantNetwork(folded, half_pays(images.device), compiled)
+        network = SecantNetwork(folded, half_pays(images.device), way.compiled)
         attributions = secant_attributions(network, images, baselines, labels, settings.n_steps, "logit", points)
     else:
         rule = settings.n_steps, settings.method
-        attributions = integrated_gradients(folded, images, baselines, labels, *rule, points)
+        with exact_float32():  # which puts the setting back
+            torch.backends.cudnn.allow_tf32 = way.tf32
+            attributions = integrated_gradients(folded, images, baselines, labels, *rule, points)
     rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
     return attributions, (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
 

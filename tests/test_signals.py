@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from torch import nn
 
 from kdig_utils import artifacts, cifar10, losses, models, signals
 from kdig_utils.cifar10 import ImageSet
-from kdig_utils.signals import SignalSettings, compute_signals, open_signals
+from kdig_utils.signals import MapWay, SignalSettings, SignalsNotFinished, compute_signals, open_signals
 
 SETTINGS = SignalSettings(n_steps=3)
+GPU = torch.device("cuda")
 IMAGES = 8
 BATCH = 3
 # Folding batch norm and another batch size change float32 sums; where a ReLU6 then flips, a gradient moves.
@@ -108,6 +110,102 @@ def test_maps_are_computed_without_tf32(teacher: models.Teacher, images: ImageSe
     assert torch.backends.cudnn.allow_tf32 == before
 
 
+def test_only_a_gpu_with_much_to_do_has_a_choice_and_its_reference_is_what_a_cpu_does() -> None:
+    ways = signals.ways_for(GPU, SETTINGS, 50_000, 50_000)
+    assert len(set(ways)) == 4
+    assert {way.tf32 for way in ways if way.layout == torch.channels_last} == {False, True}
+    for device, remaining in ((torch.device("cpu"), 50_000), (GPU, 1000)):
+        assert (
+            signals.ways_for(device, SETTINGS, 50_000, remaining) == [ways[0]] == [MapWay(torch.channels_last, False)]
+        )
+    for settings in (SignalSettings(method="secant"), SignalSettings(error=0.05)):
+        assert signals.ways_for(GPU, settings, 50_000, 50_000) == [MapWay()]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of `signals`, which stands still unless a test moves `now`."""
+    hands = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: hands.now))
+    return hands
+
+
+@pytest.mark.parametrize(
+    ("deadline", "allowed", "chosen"),
+    [
+        (1000, signals.QUANTISATION_ERROR["float16"], "same"),
+        (1000, 0.02, "rounded"),  # the faster ones would be taken, were they within the contract
+        (1000, 0.2, "incomplete"),
+        (15, 0.2, "reference"),  # the first alone takes longer
+        (0, 0.2, "reference"),
+    ],
+)
+def test_the_fastest_way_within_the_contract_is_chosen(
+    clock: SimpleNamespace, deadline: float, allowed: float, chosen: str
+) -> None:
+    maps, errors = torch.rand(4, 32, 32, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.01)
+    found = {  # seconds, maps, completeness errors
+        "reference": (5, maps, errors),
+        "slow": (6, maps, errors),
+        "same": (4, maps + 1e-5, errors),
+        "rounded": (3, (50 * maps).round() / 50, errors),
+        "incomplete": (2, maps, errors + 0.1),
+        "broken": (1, maps * torch.nan, errors),
+    }
+    warm = set()
+
+    def compute(way: str) -> tuple[torch.Tensor, torch.Tensor]:
+        clock.now += found[way][0] + (0 if way in warm else 10 - found[way][0])
+        warm.add(way)
+        return found[way][1:]
+
+    assert signals.fastest_way(list(found), compute, allowed, deadline) == chosen
+    assert clock.now < deadline + 16  # one way more at most
+
+
+def test_a_lone_way_is_not_timed() -> None:
+    assert signals.fastest_way(["only"], lambda _way: pytest.fail("computed"), 0.0) == "only"
+
+
+def test_a_chosen_way_is_told_stays_within_the_maps_and_leaves_settings_and_identity(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here TF32 and layout change nothing but the order of sums; the half-done store of one way is ended by another."""
+    before, along, beside, tried, lines = torch.backends.cudnn.allow_tf32, [], [], [], []
+    network, ways = copy.deepcopy(teacher), signals.ways_for(GPU, SETTINGS, 50_000, 50_000)
+    network.classifier.register_forward_hook(lambda *_arguments: beside.append(torch.backends.cudnn.allow_tf32))
+    integrate, fastest = signals.integrated_gradients, signals.fastest_way
+
+    def watched(*arguments) -> torch.Tensor:
+        along.append(torch.backends.cudnn.allow_tf32)
+        return integrate(*arguments)
+
+    def last_way(ways: list[MapWay], *arguments) -> MapWay:
+        tried.append(fastest(ways, *arguments))
+        return ways[-1]
+
+    def stop(*_numbers: int) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "integrated_gradients", watched)
+        patch.setattr(signals, "ways_for", lambda *_arguments: ways)
+        patch.setattr(signals, "fastest_way", last_way)
+        with pytest.raises(Stop):
+            compute_signals(network, images, tmp_path, SETTINGS, BATCH, stop, say=lines.append)
+    assert along == [False, False, False, False, True, True, True, True, True]  # four ways twice, one batch
+    assert set(beside) == {False}
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert tried[0] in ways
+    assert len(lines) == 1
+    assert "contiguous_format, tf32=True" in lines[0]
+    found = compute_signals(network, images, tmp_path, SETTINGS, BATCH, say=lambda line: pytest.fail(line))
+    expected = open_signals(teacher, images, store, SETTINGS)
+    assert found.manifest == expected.manifest
+    assert close(found.maps.float(), expected.maps.float())
+    assert torch.equal(found.logits, expected.logits)
+
+
 def test_another_images_map_is_told_apart(teacher: models.Teacher, images: ImageSet, store: Path) -> None:
     """The re-scoring test could not pass on a store in another order."""
     maps = open_signals(teacher, images, store, SETTINGS).maps.float().flatten(1)
@@ -166,6 +264,38 @@ def test_interrupted_store_goes_on_and_ends_the_same(
     compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, lambda done, total: seen.append((done, total)))
     assert seen[0] == (min(IMAGES, (stop_after + 1) * BATCH), IMAGES)  # nothing was computed twice
     assert contents(tmp_path) == contents(store)
+
+
+@pytest.mark.parametrize(("deadline", "batches"), [(-1.0, 0), (0.5, 1), (1.5, 1), (2.1, 2)])
+def test_a_deadline_is_kept_to_within_one_batch_and_the_next_call_goes_on(
+    teacher: models.Teacher,
+    images: ImageSet,
+    store: Path,
+    tmp_path: Path,
+    clock: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    deadline: float,
+    batches: int,
+) -> None:
+    """A batch takes a second here; only the first, whose pace is not known yet, may end after the deadline."""
+    compute = signals._signals_of_batch
+
+    def in_a_second(*arguments) -> dict[str, torch.Tensor]:
+        clock.now += 1
+        return compute(*arguments)
+
+    monkeypatch.setattr(signals, "_signals_of_batch", in_a_second)
+    with pytest.raises(
+        SignalsNotFinished, match=f"{batches * BATCH} of {IMAGES} images .*run the same again"
+    ) as caught:
+        compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, deadline=deadline)
+    assert str(tmp_path) in str(caught.value)
+    assert int(np.load(tmp_path / "done.npy").sum()) == batches * BATCH
+    assert clock.now == batches
+    compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, deadline=100)
+    assert clock.now == -(-IMAGES // BATCH)  # nothing was computed twice
+    assert contents(tmp_path) == contents(store)
+    compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, deadline=-1)  # nothing is left to do
 
 
 def test_rows_written_but_not_marked_done_are_computed_again(
