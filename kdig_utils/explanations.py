@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,18 +155,32 @@ def explain(network: nn.Module, asked: Examination) -> pd.DataFrame:
     """All measures of one network, in evaluation mode, on the device of the examination's images.
 
     Returns:
-        Columns measure, value, low, high, images. For the names of the measures see `map_measures`, `unexplained`,
+        Columns measure, value, low, high, images. For the names of the measures see `map_measures`, `captum_measures`,
         `pointing_measures`, `calibration_measures` and `corruption_measures`.
     """
     found = faithfulness.attributions(network, asked.explained.images(), asked.explained.labels, asked.effort.n_steps)
     values = {
         **map_measures(network, found, asked),
-        "sensitivity": sensitivity(network, asked),
         **pointing_measures(network, asked),
         **corruption_measures(network, asked),
     }
     means = {name: mean_over_images(of_image) for name, of_image in values.items()}
-    means |= {"unexplained": unexplained(network, found, asked), **calibration_measures(network, asked.classified)}
+    means |= captum_measures(network, asked, found) | calibration_measures(network, asked.classified)
+    return _as_rows(means)
+
+
+def captum_measures(network: nn.Module, asked: Examination, attributions: Tensor | None = None) -> dict[str, Mean]:
+    """`sensitivity` and `unexplained`; none where Captum is not installed: a later call, elsewhere, adds them."""
+    if find_spec("captum") is None:
+        return {}
+    if attributions is None:
+        images, labels = asked.explained.images(), asked.explained.labels
+        attributions = faithfulness.attributions(network, images, labels, asked.effort.n_steps)
+    moved = mean_over_images(sensitivity(network, asked))
+    return {"sensitivity": moved, "unexplained": unexplained(network, attributions, asked)}
+
+
+def _as_rows(means: dict[str, Mean]) -> pd.DataFrame:
     return pd.DataFrame([{"measure": name, **mean._asdict()} for name, mean in means.items()])
 
 
@@ -323,8 +338,8 @@ def record(rows: pd.DataFrame, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     with explaining(path), FileLock(path.parent / f".{path.name}.lock"):
         table = read(path)
-        known = set(zip(table["run_id"], table["method"], strict=True))
-        new = rows[[(row.run_id, row.method) not in known for row in rows.itertuples()]]
+        known = set(zip(table["run_id"], table["method"], table["measure"], strict=True))
+        new = rows[[(row.run_id, row.method, row.measure) not in known for row in rows.itertuples()]]
         with replacing(path) as part:
             pd.concat([table, new] if len(table) else [new], ignore_index=True).round(5).to_csv(part, index=False)
 
@@ -349,10 +364,15 @@ def explain_runs(
     if not (read(path)["run_id"] == "").any():
         record(explain_controls(asked), path)
     runs = study.ledger.read() if runs is None else runs
-    for row, network in _networks(study, runs[~runs["run_id"].isin(read(path)["run_id"])]):
+    table = read(path)
+    begun, whole = (set(table["run_id"][table["measure"].isin(names)]) for names in (["spearman"], ["unexplained"]))
+    passed_over = whole if find_spec("captum") else begun
+    for row, network in _networks(study, runs[~runs["run_id"].isin(passed_over)]):
         if time.monotonic() > deadline:
             break
-        rows = explain(network.to(study.device), asked)
+        network = network.to(study.device)
+        missing = row["run_id"] in begun
+        rows = _as_rows(captum_measures(network, asked)) if missing else explain(network, asked)
         for place, name in enumerate(("run_id", "method", "k", "seed")):
             rows.insert(place, name, row[name])
         record(rows, path)
@@ -363,7 +383,7 @@ def explain_runs(
 def _networks(study: Study, runs: pd.DataFrame) -> Iterator[tuple[pd.Series, nn.Module]]:
     """These runs, each with its network, from the workspace or published, where it is there."""
     published = {entry["run_id"]: name for name, entry in artifacts.manifest().items()}
-    sha256 = models.weights_sha256(study.teacher)
+    sha256 = study.teacher_sha256
     for _index, row in runs.iterrows():
         taught_by = row["weights_sha256"] if row["method"] == "teacher" else row["teacher_sha256"]
         if taught_by not in ("", sha256):

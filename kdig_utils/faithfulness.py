@@ -4,9 +4,11 @@ Every function gives one number an image, so that means get intervals over the i
 would give is no measure: for each one the control stands beside it.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,15 +20,18 @@ from kdig_utils.cifar10 import ImageSet
 from kdig_utils.controls import another, edges, permuted
 from kdig_utils.integrated_gradients import attribution_map, baseline, integrated_gradients
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Captum's progress bars ask for widgets that this book does without
-    from captum.metrics import infidelity, sensitivity_max
-
 Forward = Callable[[Tensor], Tensor]
 SIMILARITIES = ("spearman", "cosine", "top_tenth")
 TILES = 4
 BYTES_A_PIXEL = 20_000  # that the teacher keeps of a point of the path for its backward pass, in float32
 MOST_POINTS = 2048
+
+
+def captum_metrics() -> ModuleType:
+    """Captum's metrics; a machine that is lent for minutes may lack them, and needs them for two measures only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its progress bars ask for widgets that this book does without
+        return importlib.import_module("captum.metrics")
 
 
 def attributions(model: Forward, images: Tensor, target: Tensor, n_steps: int) -> Tensor:
@@ -206,7 +211,9 @@ def infidelity_and_scale(
     def error(values: Tensor) -> Tensor:
         squares = _SquareRemoval(side, torch.Generator().manual_seed(seed))
         grey = baseline("mean_colour", images)
-        return infidelity(model, squares, images, values, grey, target=target, n_perturb_samples=n_perturb_samples)
+        return captum_metrics().infidelity(
+            model, squares, images, values, grey, target=target, n_perturb_samples=n_perturb_samples
+        )
 
     return error(attributions), error(torch.zeros_like(attributions))
 
@@ -255,7 +262,7 @@ def map_sensitivity(
         noise = torch.rand(inputs.shape, generator=generator).to(inputs.device)
         return inputs + radius * (2 * noise - 1)
 
-    return sensitivity_max(maps, images, noisy, radius, n_perturb_samples, target=target)
+    return captum_metrics().sensitivity_max(maps, images, noisy, radius, n_perturb_samples, target=target)
 
 
 @dataclass(frozen=True)

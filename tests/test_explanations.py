@@ -110,7 +110,8 @@ def test_each_run_with_weights_is_explained_once_and_a_deadline_stops_between_ne
 
     def quick(network: nn.Module, _asked: explanations.Examination) -> pd.DataFrame:
         seen.append(models.weights_sha256(network))
-        return rows("").loc[:, ["measure", "value", "low", "high", "images"]]
+        both = pd.concat([rows(""), rows("", measure="unexplained")])
+        return both.loc[:, ["measure", "value", "low", "high", "images"]]
 
     monkeypatch.setattr(explanations, "explain", quick)
     monkeypatch.setattr(explanations, "examination", lambda *_: None)
@@ -126,3 +127,20 @@ def test_each_run_with_weights_is_explained_once_and_a_deadline_stops_between_ne
     count = len(seen)
     assert len(explanations.explain_runs(study, QUICK, path)) == len(table)
     assert len(seen) == count
+
+
+def test_without_captum_two_measures_wait_and_a_later_call_adds_them(
+    asked: explanations.Examination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lent machine lacks it; what it measured stays as it is."""
+    study, path = open_study("published"), tmp_path / "explanations.csv"
+    one = study.ledger.read().query("method == 'kd'")
+    monkeypatch.setattr(explanations, "examination", lambda *_: asked)
+    with monkeypatch.context() as bare:
+        bare.setattr(explanations, "find_spec", lambda _name: None)
+        there = explanations.explain_runs(study, QUICK, path, runs=one)
+        assert len(explanations.explain_runs(study, QUICK, path, runs=one)) == len(there)
+    here = explanations.explain_runs(study, QUICK, path, runs=one)
+    pd.testing.assert_frame_equal(here.head(len(there)), there)
+    assert set(here["measure"]) - set(there["measure"]) == {"sensitivity", "unexplained"}
+    assert not here.duplicated(["run_id", "method", "measure"]).any()
