@@ -4,12 +4,13 @@ The modules follow the way of the data, and import only what stands before them:
 
 - images and networks: `paths` → `cifar10` → `models`
 - the teacher's reasons: `integrated_gradients` → `secants` → `attribution` → `losses` → `signals`
-- training: `overlay` → `controls` → `runs` → `evidence` → `engine` → `training` → `profiling` → `artifacts`
-  → `campaigns` → `study`
+- training: `overlay` → `controls` → `runs` → `brief` → `evidence` → `engine` → `training` → `profiling` → `artifacts`
+  → `teachers` → `campaigns` → `study`
 - what runs mean: `claims` → `comparisons` → `verdicts` → `imagenet` → `counted` → `scorecard` → `scorecard_text`
   → `variance` → `frontier` → `hyperparameters` → `laboratory` → `faithfulness` → `robustness` → `explanations`
   → `prose`
 - the edge: `latency` → `roofline` → `exporting` → `runtimes` → `browser` → `processes` → `court`
+- a GPU lent for minutes: `queue` → `probes` → `flight`
 - the book: `figures` → `publishing` → `status`, `reproduce` → the command line `python -m kdig_utils`
 """
 

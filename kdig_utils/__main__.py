@@ -6,19 +6,20 @@ import ctypes
 import dataclasses
 import importlib
 import inspect
+import json
 import math
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 import torch
 
-from kdig_utils import artifacts, campaigns, cifar10, models, overlay, paths, publishing, training
-from kdig_utils.engine import SIDE_BY_SIDE, TrainingDiverged
+from kdig_utils import artifacts, campaigns, cifar10, models, overlay, paths, publishing, teachers
+from kdig_utils.engine import SIDE_BY_SIDE, WAYS, TrainingDiverged, Way
 from kdig_utils.runs import METHODS, SCHEDULES, Ledger, RunSpec, TeacherSpec
 from kdig_utils.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
 from kdig_utils.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
@@ -49,24 +50,57 @@ def teacher(arguments: argparse.Namespace) -> int:
         cutout=arguments.cutout,
         label_smoothing=arguments.label_smoothing,
     )
-    initial, study = None, open_study("full")
+    initial, study = None, trained_study(arguments.profile)
     if arguments.initial:
         initial = artifacts.read_weights(models.teacher(), arguments.initial)
         spec = dataclasses.replace(spec, initial_sha256=models.weights_sha256(initial))
     deadline = time.monotonic() + 60 * arguments.budget_minutes
     keep_freed_memory()
-    spec = dataclasses.replace(spec, data_md5=study.train.md5)
-    row = study.run(spec, arguments.campaign, initial, deadline)
+    spec = dataclasses.replace(study.teacher_spec if arguments.profile == "smoke" else spec, data_md5=study.train.md5)
+    row = study.run(spec, arguments.campaign, initial, deadline, WAYS[arguments.way])
     print(f"{spec.run_id} is not finished: run it again to go on" if row is None else finished(row))
     if arguments.pack:
         print(packed(study, [spec.run_id], arguments.pack, "teacher"))
     return 0
 
 
+def adopt(arguments: argparse.Namespace) -> int:
+    """Enter a teacher that other code trained, with its recipe in words; publish it if it is better than the published.
+
+    Its accuracy is measured here, on all test images. There is no learning curve of it.
+    """
+    study, initial = open_study("full"), ""
+    if arguments.initial:
+        initial = models.weights_sha256(artifacts.read_weights(models.teacher(), arguments.initial))
+    spec = TeacherSpec(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        label_smoothing=arguments.label_smoothing,
+        initial_sha256=initial,
+        recipe=arguments.recipe,
+    )
+    artifacts.read_weights(models.teacher(), arguments.file)  # before the data are looked for
+    keep_freed_memory()
+    spec = dataclasses.replace(spec, data_md5=study.train.md5)
+    known = {"campaign": "main", "train_images": len(study.train), "seconds": arguments.seconds}
+    weights = study.folders["weights"]
+    known["device"] = arguments.device
+    row, new = teachers.adopt(arguments.file, spec, study.ledger, weights, study.test, **known)
+    print(finished(row) + ("" if new else "; it was in the ledger already"))
+    if new and teachers.is_better_than_the_published(row):
+        entry = publishing.publish_run(study, row)
+        print(f"published as {entry['file']}, {entry['precision']}")
+    return 0
+
+
 def signals(arguments: argparse.Namespace) -> int:
     """Compute the published teacher's signals of all training images, once."""
     keep_freed_memory()
-    found = student_study(arguments.n_steps).signals
+    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    study = student_study(arguments.n_steps) if arguments.profile == "full" else trained_study(arguments.profile)
+    found = study.signals_for(models.attention_tap(5), deadline)
     median, worst = (100 * float(found.error.quantile(share)) for share in (0.5, 0.99))
     print(
         f"signals of {len(found.logits):,} images; "
@@ -100,21 +134,25 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def campaign(arguments: argparse.Namespace) -> int:
-    """Train the next runs of a campaign side by side, as many as end within the budget; then say what is left.
+    """Train the next runs of a campaign side by side, as long as the budget lasts; then say what is left.
 
-    The ledger notes the code's commit; where the code is no git clone, set KDIG_COMMIT to it.
+    The campaign `next` is one queue over all campaigns, ordered by what the runs settle: --plan prints it. The ledger
+    notes the code's commit; where the code is no git clone, set KDIG_COMMIT to it.
     """
     deadline = time.monotonic() + 60 * arguments.budget_minutes
-    specs, loss, diverged = campaign_specs(arguments.name), None, None
-    if arguments.compiled:
-        torch._dynamo.config.cache_size_limit = 128  # each method, k and size of batch is compiled for itself
-        loss = torch.compile(training.student_loss, dynamic=False)
+    if arguments.plan:
+        return plan(arguments)
+    if not math.isfinite(arguments.budget_minutes):
+        raise ValueError("a campaign needs --budget-minutes M: how long it may train")
+    specs, diverged = [] if arguments.name == "next" else campaign_specs(arguments.name), None
     keep_freed_memory()
-    study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
+    study = student_study(RunSpec.n_steps) if arguments.profile == "full" else trained_study(arguments.profile)
+    report, way = print_now_and_then(arguments.report_seconds), way_of(arguments, study.device)
+    if arguments.name == "next":
+        return next_runs(arguments, study, way, deadline, report)
     specs = [study.completed(study.scaled(spec)) for spec in specs]
-    report = print_now_and_then(arguments.report_seconds)
     try:
-        study.run_all(specs, arguments.name, arguments.at_once, deadline, report, loss)
+        study.run_all(specs, arguments.name, way, deadline, report)
     except TrainingDiverged as error:
         diverged = error
     run_ids = [spec.run_id for spec in specs]
@@ -126,6 +164,78 @@ def campaign(arguments: argparse.Namespace) -> int:
     if diverged:
         print(f"error: {diverged}", file=sys.stderr)
     return int(diverged is not None)
+
+
+def way_of(arguments: argparse.Namespace, device: torch.device) -> Way:
+    """How runs are trained: as the command says, or as suits the device."""
+    at_once = SIDE_BY_SIDE[device.type] if arguments.at_once is None else arguments.at_once
+    if at_once < 1:
+        raise ValueError(f"--at-once {at_once} trains nothing: give at least 1")
+    return WAYS[arguments.way]._replace(at_once=at_once)
+
+
+def next_runs(
+    arguments: argparse.Namespace, study: Study, way: Way, deadline: float, report: Callable[[str], None]
+) -> int:
+    """The next runs of the queue."""
+    before = set(study.ledger.read()["run_id"])
+    needed("queue").train(study, way, deadline, report)
+    rows = study.ledger.read()
+    done = rows[~rows["run_id"].isin(before)]
+    print("\n".join([*ledger_lines(done), f"next: {len(done)} runs done now"]))
+    if arguments.pack:
+        print(packed(study, done["run_id"], arguments.pack, "next"))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print the queue: each group of runs, what is left of it, how long that takes, and what it settles."""
+    if arguments.name != "next":
+        raise ValueError(f"--plan shows the queue of all campaigns, not {arguments.name}: say `campaign next --plan`")
+    queue, study = needed("queue"), open_study(arguments.profile)
+    ledger = study.ledger.read()
+    own = ledger.query("method == 'teacher'")["weights_sha256"].tail(1).to_list() if study.teacher_spec else []
+    table = queue.plan(ledger, study.scaled, *(own if arguments.profile == "smoke" else []))
+    for row in table[table["left"] > 0].itertuples():
+        settles = f"; settles {row.settles}" if row.settles else ""
+        print(f"{row.group}: {row.left} of {row.runs} runs left, about {row.seconds / 60:.1f} min{settles}")
+    known = "as this ledger's GPU runs" if queue.is_measured(ledger) else "by the floor of a GPU's memory, not measured"
+    print(f"in all {table['left'].sum()} of {table['runs'].sum()} runs, {table['seconds'].sum() / 3600:.1f} h, {known}")
+    return 0
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    """Check a way of training against the CPU, and measure images a second with 1, 4, 8, 16 runs side by side."""
+    keep_freed_memory()
+    for found in needed("probes").probe(WAYS[arguments.way], arguments.seconds):
+        if arguments.json:
+            with paths.replacing(arguments.json) as part:
+                part.write_text(json.dumps(found) + "\n")
+    print(json.dumps(found))
+    return 0
+
+
+def flight(arguments: argparse.Namespace) -> int:
+    """Use a GPU that is lent for minutes: check, teacher, signals, the queue, explanations, first calls, all packed.
+
+    Each stage goes on where it was stopped when the same command is given again; nothing that fails ends the flight.
+    """
+    needed("flight").fly(trained_study(arguments.profile), arguments.budget_minutes, arguments.pack)
+    return 0
+
+
+def first_calls(arguments: argparse.Namespace) -> int:
+    """Time first calls as the released scripts do, in fresh processes: teacher first, student first, on into warmth."""
+    count = needed("latency").record_first_calls(arguments.file, arguments.seconds)
+    print(f"{arguments.file.name}: {count} processes for each order of the networks")
+    return 0
+
+
+def trained_study(profile: str) -> Study:
+    """The study of a profile that trains: full or smoke."""
+    if profile == "published":
+        raise ValueError("profile 'published' trains nothing: choose full, or smoke for a rehearsal")
+    return open_study(profile)
 
 
 def search(arguments: argparse.Namespace) -> int:
@@ -168,6 +278,9 @@ def unpack(arguments: argparse.Namespace) -> int:
     """Put the runs of a pack, brought back from another machine, into the ledger, their files beside it."""
     study = open_study(arguments.profile)
     added = campaigns.unpack(arguments.file, study.ledger, study.folders)
+    for path in sorted(study.folders["flights"].glob("*_explanations.csv")):
+        explanations = needed("explanations")
+        explanations.record(explanations.read(path), explanations.table_path(study))
     print(f"{len(added)} runs added to {study.ledger.path.name}: {' '.join(added) or 'none of its runs was new'}")
     return 0
 
@@ -215,6 +328,7 @@ def status(_arguments: argparse.Namespace) -> int:
     damaged, ledger = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read()
     sections = {
         "ledger": ledger_lines(ledger),
+        "queue": needed("queue").progress_lines(ledger),
         "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
         "runs in progress": [checkpoint_line(path) for path in sorted(paths.workspace().glob("*/checkpoints/*.pt"))],
         "teacher signals": [
@@ -228,14 +342,20 @@ def status(_arguments: argparse.Namespace) -> int:
 
 
 def publish(arguments: argparse.Namespace) -> int:
-    """Put the weights of finished runs into artifacts/."""
+    """Put the weights of finished runs into artifacts/.
+
+    The published students have one teacher: students of another one are published all together, with their teacher.
+    """
     study = open_study("full")
     table = study.ledger.read().set_index("run_id", drop=False)
     if unknown := [run_id for run_id in arguments.run if run_id not in table.index]:
         raise ValueError(f"the ledger has no run {unknown[0]!r}: `python -m kdig_utils status` lists the runs")
+    teachers.check_students(table.loc[arguments.run], table)
     for run_id in arguments.run:
         entry = publishing.publish_run(study, table.loc[run_id])
         print(f"{entry['file']}: run {run_id}, {entry['precision']}, {entry['test_accuracy']:.2f} % on the test images")
+    if teachers.promote(table):
+        print("next_teacher has students: it is teacher now")
     return 0
 
 
@@ -267,9 +387,12 @@ def links(arguments: argparse.Namespace) -> int:
 
 
 def student_study(n_steps: int) -> Study:
-    """The full study with the published teacher, which is loaded here, so that a damaged one is found at once."""
-    study = dataclasses.replace(open_study("full"), teacher_spec=None, specs=(), n_steps=n_steps)
+    """The full study with the best published teacher, which is loaded here, so that a damaged one is found at once."""
+    study = open_study("full").with_best_teacher()
+    study = dataclasses.replace(study, teacher_spec=None, specs=(), n_steps=n_steps)
     _teacher = study.teacher
+    if teachers.is_rounded_copy(teachers.best()):
+        raise ValueError(f"the published {teachers.best()} is a rounded copy: publish the teacher to learn from first")
     return study
 
 
@@ -317,17 +440,25 @@ EXAMPLES = {
         "teacher --budget-minutes 9 --pack out    # the recipe, on all images, a part at a time",
         "teacher --epochs 4 --schedule one_cycle --learning-rate 0.04 --initial teacher.safetensors",
     ),
-    signals: ("signals", "signals --n-steps 8"),
+    adopt: (
+        'adopt theirs.safetensors --recipe "Adam, 30 epochs, no augmentation" --epochs 30 --learning-rate 0.001',
+        'adopt longer.safetensors --initial artifacts/teacher.safetensors --epochs 11 --recipe "SGD, by other code"',
+    ),
+    signals: ("signals", "signals --n-steps 8", "signals --budget-minutes 2    # goes on where it stopped"),
     train: (
         "train --method kd_ig",
         "train --method student kd ig kd_ig --seed 0 1 2",
         "train --method kd --k 9 --epochs 5 --campaign short",
     ),
     campaign: (
-        "campaign ablation --budget-minutes 9",
-        "campaign pairing --budget-minutes 9 --at-once 8 --pack out",
+        "campaign next --plan",
+        "campaign next --budget-minutes 9 --pack out",
+        "campaign pairing --budget-minutes 9 --at-once 8 --way compiled",
         "campaign compression --budget-minutes 1 --profile smoke    # a rehearsal, tiny",
     ),
+    probe: ("probe recorded", "probe compiled --seconds 5 --json compiled.json"),
+    flight: ("flight --budget-minutes 9 --pack out", "flight --budget-minutes 6 --pack out --profile smoke"),
+    first_calls: ("first-calls results/latency/first_calls/my_card.csv",),
     search: (
         "search --method kd --trials 30 --budget-minutes 240 --pack out",
         "search --method kd_ig --storage postgresql://me@host/search --budget-minutes 9    # one of several workers",
@@ -352,7 +483,7 @@ def command_line() -> argparse.ArgumentParser:
     commands = {}
     for function, examples in EXAMPLES.items():
         commands[function] = subparsers.add_parser(
-            function.__name__,
+            function.__name__.replace("_", "-"),
             help=function.__doc__.splitlines()[0],
             description=inspect.cleandoc(function.__doc__),
             epilog="\n".join(["examples:", *(f"  python -m kdig_utils {line}" for line in examples)]),
@@ -360,6 +491,7 @@ def command_line() -> argparse.ArgumentParser:
         )
         commands[function].set_defaults(function=function)
     add_teacher_options(commands[teacher])
+    add_adopt_options(commands[adopt])
     add_student_options(commands[train])
     for command in (commands[signals], commands[train]):
         command.add_argument(
@@ -368,7 +500,13 @@ def command_line() -> argparse.ArgumentParser:
     for command in (commands[teacher], commands[train]):
         command.add_argument("--validation-images", type=int, default=0, help="held out; default: %(default)s")
         command.add_argument("--campaign", default="main", help="its name in the ledger; default: %(default)s")
+    commands[signals].add_argument("--budget-minutes", type=float, default=math.inf, help="default: until it ends")
+    for command in (commands[teacher], commands[campaign]):
+        command.add_argument("--way", choices=tuple(WAYS), default="recorded", help="of training; default: %(default)s")
+    for command in (commands[teacher], commands[signals]):
+        command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
     add_campaign_options(commands[campaign])
+    add_flight_options(commands[probe], commands[flight], commands[first_calls])
     add_search_options(commands[search])
     commands[unpack].add_argument("file", nargs="+", type=Path, metavar="FILE", help="all pieces of a pack")
     commands[unpack].add_argument("--profile", default="full", help="whose ledger; default: %(default)s")
@@ -398,6 +536,19 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--initial", type=Path, metavar="FILE", help="safetensors to start from; else random weights")
 
 
+def add_adopt_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, metavar="FILE", help="safetensors, under torchvision's names")
+    command.add_argument("--recipe", required=True, metavar="TEXT", help="how it was trained, in one sentence")
+    command.add_argument("--epochs", type=int, required=True, help="whole ones; the recipe may say more")
+    command.add_argument("--initial", type=Path, metavar="FILE", help="the weights that it started from, if not random")
+    command.add_argument("--batch-size", type=int, default=TeacherSpec.batch_size, help="default: %(default)s")
+    command.add_argument("--learning-rate", type=float, default=TeacherSpec.learning_rate, help="default: %(default)s")
+    command.add_argument("--weight-decay", type=float, default=0.0, help="default: %(default)s")
+    command.add_argument("--label-smoothing", type=float, default=0.0, help="default: %(default)s")
+    command.add_argument("--seconds", type=float, default=math.nan, help="that it took; default: not known")
+    command.add_argument("--device", default="", help="that it took them on; default: not known")
+
+
 def add_student_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", nargs="+", required=True, help=f"of {' '.join(METHODS)}")
     command.add_argument("--k", type=int, nargs="+", default=[5], help="feature blocks removed; default: 5")
@@ -408,13 +559,26 @@ def add_student_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_campaign_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", metavar="NAME", help=f"of {' '.join(campaigns.CAMPAIGNS)} answers")
-    command.add_argument("--budget-minutes", type=float, required=True, help="from now on, teacher signals included")
+    command.add_argument("name", metavar="NAME", help=f"next, or of {' '.join(campaigns.CAMPAIGNS)} answers")
+    command.add_argument("--plan", action="store_true", help="train nothing: print the queue of `next`")
+    command.add_argument("--budget-minutes", type=float, default=math.inf, help="from now on, signals included")
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
-    command.add_argument("--compiled", action="store_true", help="with torch.compile; takes a minute a method first")
     command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
     command.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
+
+
+def add_flight_options(
+    probing: argparse.ArgumentParser, flying: argparse.ArgumentParser, calling: argparse.ArgumentParser
+) -> None:
+    probing.add_argument("way", choices=tuple(WAYS), help="of training")
+    probing.add_argument("--seconds", type=float, default=2.0, help="for each number of runs; default: %(default)s")
+    probing.add_argument("--json", type=Path, metavar="FILE", help="write what was found to this file")
+    flying.add_argument("--budget-minutes", type=float, required=True, help="from now on, everything included")
+    flying.add_argument("--pack", type=Path, metavar="FOLDER", required=True, help="what must be carried home")
+    flying.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
+    calling.add_argument("file", type=Path, metavar="FILE", help="a CSV file for the times")
+    calling.add_argument("--seconds", type=float, default=40.0, help="about; default: %(default)s")
 
 
 def add_search_options(command: argparse.ArgumentParser) -> None:
@@ -461,7 +625,8 @@ def is_expected(error: Exception) -> bool:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    0: well. 1: a notebook failed, or an artifact is damaged. 2: bad input. 130: stopped by hand.
+    0: well. 1: a notebook failed, or an artifact is damaged. 2: bad input. 3: the GPU's memory is full. 130: stopped by
+    hand.
     """
     arguments = command_line().parse_args(words)
     try:
@@ -470,6 +635,9 @@ def main(words: Sequence[str] | None = None) -> int:
         resume = " with --resume" if "resume" in arguments and not arguments.resume else ""
         print(f"stopped; run the same command again{resume} to go on", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 3
     except Exception as error:
         if not is_expected(error):
             raise

@@ -4,10 +4,12 @@ A campaign is a list of specs. Its rows are found in the ledger by their specs, 
 the seeds that two campaigns share are trained once.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import tempfile
@@ -19,7 +21,7 @@ import pandas as pd
 
 from kdig_utils import models
 from kdig_utils.overlay import PAIRINGS
-from kdig_utils.paths import replacing
+from kdig_utils.paths import explaining, replacing
 from kdig_utils.runs import MAIN_METHODS, METHODS, Ledger, RunSpec, of_one_teacher, spec_of
 
 SEEDS = 10
@@ -29,8 +31,8 @@ RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
 COMPONENT_SEEDS = 3
 COMPONENT_DRAWS = 12
 PRECISION_SEEDS = 3
-PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file
-PACK_FILES = 8
+PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
+PACK_MOST_BYTES = 60_000_000  # and in all files together
 
 
 class Pack(NamedTuple):
@@ -188,6 +190,11 @@ def _completeness(runs: pd.DataFrame) -> tuple[int, int]:
     return len(set(runs["method"]) & set(MAIN_METHODS)), int(runs["epochs"].max())
 
 
+def bare_run_ids(ledger: pd.DataFrame) -> set[str]:
+    """The identities that the ledger's students would have without teacher and data: those of a campaign's specs."""
+    return {_bare(row) for _index, row in ledger.iterrows()} - {""}
+
+
 def _bare(row: pd.Series) -> str:
     if row["method"] == "teacher":
         return ""
@@ -214,22 +221,37 @@ def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: 
     """Write rows and files into a tar archive, cut into pieces of at most 16 MB: `NAME.tar.00`, `NAME.tar.01`, …
 
     A list of SHA-256 and the rows come first; `files`, each with its folder's name (`curves/…csv`,
-    `weights/…safetensors`, `checkpoints/…pt`), follow in their order; one that eight pieces cannot hold is left out.
+    `weights/…safetensors`, `checkpoints/…pt`), follow in their order; one that 60 MB cannot hold is left out, and so is
+    one that is gone by now. A pack of the same name makes way for the new one, which should hold its runs too.
     """
     table = ledger.read()
     members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
-    left_out, pieces = [], []
+    left_out, size = [], len(members["runs.csv"])
     for path in files:
-        if sum(map(len, members.values())) + path.stat().st_size > (PACK_FILES - 1) * PACK_BYTES:
-            left_out.append(path)
-        else:
-            members[f"{path.parent.name}/{path.name}"] = path.read_bytes()
-    content = _archive(members)
-    for number, start in enumerate(range(0, len(content), PACK_BYTES)):
-        pieces.append(folder / f"{name}.tar.{number:02d}")
-        with replacing(pieces[-1]) as part:
+        with contextlib.suppress(FileNotFoundError):  # a run that ended meanwhile has no checkpoint any more
+            content = path.read_bytes()
+            if size + len(content) > PACK_MOST_BYTES:
+                left_out.append(path)
+            else:
+                members[f"{path.parent.name}/{path.name}"] = content
+                size += len(content)
+    return Pack(_write_pieces(_archive(members), folder, name), left_out)
+
+
+def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
+    """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(content), PACK_BYTES)
+    pieces = [folder / f"{name}.tar.{number:02d}" for number in range(len(starts))]
+    parts = [piece.with_name(f".{piece.name}.part") for piece in pieces]
+    with explaining(pieces[0]):
+        for part, start in zip(parts, starts, strict=True):
             part.write_bytes(content[start : start + PACK_BYTES])
-    return Pack(pieces, left_out)
+        for part, piece in zip(parts, pieces, strict=True):
+            os.replace(part, piece)
+    for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
+        path.unlink()  # of a larger pack that stood here before
+    return pieces
 
 
 def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
@@ -278,7 +300,10 @@ def _members(content: bytes) -> dict[str, bytes]:
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
     hashes = json.loads(members.pop("sha256.json", b"{}"))
-    known = re.compile(r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)")
+    known = re.compile(
+        r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
+        r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
+    )
     if "runs.csv" not in members or not all(map(known.fullmatch, members)):
         raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
     if damaged := [name for name in hashes if hashlib.sha256(members.get(name, b"")).hexdigest() != hashes[name]]:

@@ -28,6 +28,8 @@ WARM_UP_SECONDS = 2.0
 LEAST_ROUNDS = 10
 BLOCK_CALLS = 12  # in a row, before the next network has its turn
 UNSETTLED_CALLS = 3  # of a block: they bring the weights back into the caches
+RECORDED_CALLS = 10  # of each network in a process
+MOST_PROCESSES = 20  # for each order of the networks
 BOOK = "epyc_2cpus"  # the book's own record in results/latency
 COLUMNS = [  # of a row of the court, and so of each file in results/latency
     *("model", "artifact", "k", "weights", "runtime", "precision", "batch", "threads"),
@@ -262,6 +264,23 @@ def first_calls(order: Sequence[str], batch: int, calls: int, processes: int, de
     frames = [frame.assign(process=number) for number, frame in enumerate(found)]
     times = pd.concat(frames, ignore_index=True).assign(order=" first, ".join(order), machine=_named(device))
     return times[["process", "order", "network", "call", "ms", "threads", "machine"]]
+
+
+def record_first_calls(path: Path, seconds: float) -> int:
+    """Write the calls of fresh processes, batch 64, to a CSV file; return how many processes there were of each order.
+
+    Teacher first and student first take turns for about `seconds`. The first three calls of a network are what the
+    released scripts average; the last ones are warm.
+    """
+    device, started, found = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
+    for number in range(MOST_PROCESSES):
+        for order in (("teacher", "student"), ("student", "teacher")):
+            found.append(first_calls(order, 64, RECORDED_CALLS, 1, device).assign(process=number))
+        with paths.replacing(path) as part:
+            pd.concat(found).round(3).to_csv(part, index=False)
+        if time.monotonic() - started > seconds:
+            break
+    return number + 1
 
 
 def _named(device: str) -> str:

@@ -189,6 +189,23 @@ def test_first_calls_come_from_fresh_processes():
     assert set(times["machine"]) == {latency.processor()}
 
 
+@pytest.mark.parametrize(("seconds", "processes"), [(0.0, 1), (1000.0, latency.MOST_PROCESSES)])
+def test_recorded_first_calls_take_turns_and_are_on_disk_after_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, processes: int
+) -> None:
+    path, orders = tmp_path / "calls.csv", []
+
+    def one(order: tuple[str, ...], batch: int, calls: int, count: int, device: str) -> pd.DataFrame:
+        orders.append(order)
+        assert len(orders) < 3 or len(pd.read_csv(path)) == len(orders) - 1 - (len(orders) - 1) % 2
+        return pd.DataFrame({"process": [0], "order": " first, ".join(order), "ms": 1.0})
+
+    monkeypatch.setattr(latency, "first_calls", one)
+    assert latency.record_first_calls(path, seconds) == processes
+    assert orders == [("teacher", "student"), ("student", "teacher")] * processes
+    assert pd.read_csv(path).groupby("order")["process"].nunique().tolist() == [processes] * 2
+
+
 def test_without_a_forkserver_first_calls_say_what_to_do(monkeypatch):
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     with pytest.raises(RuntimeError, match="Linux or macOS"):
