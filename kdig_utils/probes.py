@@ -24,8 +24,8 @@ GAIN = 1.03  # more runs side by side are tried as long as each step of the ladd
 FIRST_STEPS, ALL_STEPS = 3, 13  # compared with the CPU's: single steps, then those of a whole recording
 # Of the loss of the first step, and of the sum of all, relative. Nothing but rounding moves the first. Adam turns the
 # rounding of small gradients into whole steps, so that the others drift: by 0.3 % in three steps between two ways of
-# adding up on one CPU. A way that trains on other images, or does not move the weights, is farther off.
-TOLERANCES = {"float32": (1e-4, 5e-2), "bfloat16": (1e-2, 1e-1)}
+# adding up on one CPU. A way that trains on other images is farther off, and one that does not learn by 5 %.
+TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (1e-2, 3e-2)}
 
 
 def device_name() -> str:
