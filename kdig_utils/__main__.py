@@ -69,6 +69,7 @@ def adopt(arguments: argparse.Namespace) -> int:
 
     Its accuracy is measured here, on all test images. There is no learning curve of it.
     """
+    teachers.check_recipe(arguments.recipe)
     study, initial = open_study("full"), ""
     if arguments.initial:
         initial = models.weights_sha256(artifacts.read_weights(models.teacher(), arguments.initial))
@@ -205,8 +206,10 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def probe(arguments: argparse.Namespace) -> int:
-    """Check a way of training against the CPU, and measure images a second with 1, 4, 8, 16 runs side by side."""
+    """Check a way of training against the CPU; measure images a second with more and more runs side by side."""
     keep_freed_memory()
+    if arguments.json:
+        paths.check_writable(arguments.json.parent)
     for found in needed("probes").probe(WAYS[arguments.way], arguments.seconds):
         if arguments.json:
             with paths.replacing(arguments.json) as part:
@@ -226,6 +229,7 @@ def flight(arguments: argparse.Namespace) -> int:
 
 def first_calls(arguments: argparse.Namespace) -> int:
     """Time first calls as the released scripts do, in fresh processes: teacher first, student first, on into warmth."""
+    paths.check_writable(arguments.file.parent)
     count = needed("latency").record_first_calls(arguments.file, arguments.seconds)
     print(f"{arguments.file.name}: {count} processes for each order of the networks")
     return 0
@@ -500,7 +504,7 @@ def command_line() -> argparse.ArgumentParser:
     for command in (commands[teacher], commands[train]):
         command.add_argument("--validation-images", type=int, default=0, help="held out; default: %(default)s")
         command.add_argument("--campaign", default="main", help="its name in the ledger; default: %(default)s")
-    commands[signals].add_argument("--budget-minutes", type=float, default=math.inf, help="default: until it ends")
+    commands[signals].add_argument("--budget-minutes", type=span, default=math.inf, help="default: until it ends")
     for command in (commands[teacher], commands[campaign]):
         command.add_argument("--way", choices=tuple(WAYS), default="recorded", help="of training; default: %(default)s")
     for command in (commands[teacher], commands[signals]):
@@ -519,6 +523,13 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def span(text: str) -> float:
+    """A span of time, 0 or more; raises ArgumentTypeError for what is none, `nan` included."""
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no span of time: give 0 or more, as 9")
+    return float(text)
+
+
 def add_teacher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--epochs", type=int, default=TEACHER_RECIPE.epochs, help="default: %(default)s")
@@ -532,7 +543,7 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--label-smoothing", type=float, default=TEACHER_RECIPE.label_smoothing, help="%(default)s")
     command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
-    command.add_argument("--budget-minutes", type=float, default=math.inf, help="from now on; default: until it ends")
+    command.add_argument("--budget-minutes", type=span, default=math.inf, help="from now on; default: until it ends")
     command.add_argument("--initial", type=Path, metavar="FILE", help="safetensors to start from; else random weights")
 
 
@@ -545,7 +556,7 @@ def add_adopt_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--learning-rate", type=float, default=TeacherSpec.learning_rate, help="default: %(default)s")
     command.add_argument("--weight-decay", type=float, default=0.0, help="default: %(default)s")
     command.add_argument("--label-smoothing", type=float, default=0.0, help="default: %(default)s")
-    command.add_argument("--seconds", type=float, default=math.nan, help="that it took; default: not known")
+    command.add_argument("--seconds", type=span, default=math.nan, help="that it took; default: not known")
     command.add_argument("--device", default="", help="that it took them on; default: not known")
 
 
@@ -561,7 +572,7 @@ def add_student_options(command: argparse.ArgumentParser) -> None:
 def add_campaign_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", metavar="NAME", help=f"next, or of {' '.join(campaigns.CAMPAIGNS)} answers")
     command.add_argument("--plan", action="store_true", help="train nothing: print the queue of `next`")
-    command.add_argument("--budget-minutes", type=float, default=math.inf, help="from now on, signals included")
+    command.add_argument("--budget-minutes", type=span, default=math.inf, help="from now on, signals included")
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
     command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
@@ -572,20 +583,20 @@ def add_flight_options(
     probing: argparse.ArgumentParser, flying: argparse.ArgumentParser, calling: argparse.ArgumentParser
 ) -> None:
     probing.add_argument("way", choices=tuple(WAYS), help="of training")
-    probing.add_argument("--seconds", type=float, default=2.0, help="for each number of runs; default: %(default)s")
+    probing.add_argument("--seconds", type=span, default=2.0, help="for each number of runs; default: %(default)s")
     probing.add_argument("--json", type=Path, metavar="FILE", help="write what was found to this file")
-    flying.add_argument("--budget-minutes", type=float, required=True, help="from now on, everything included")
+    flying.add_argument("--budget-minutes", type=span, required=True, help="from now on, everything included")
     flying.add_argument("--pack", type=Path, metavar="FOLDER", required=True, help="what must be carried home")
     flying.add_argument("--profile", default="full", help="full, or smoke for a rehearsal; default: %(default)s")
     calling.add_argument("file", type=Path, metavar="FILE", help="a CSV file for the times")
-    calling.add_argument("--seconds", type=float, default=40.0, help="about; default: %(default)s")
+    calling.add_argument("--seconds", type=span, default=40.0, help="about; default: %(default)s")
 
 
 def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", required=True, help=f"of {' '.join(METHODS[1:])}")
     command.add_argument("--trials", type=int, help="of all workers together; default: as many as in chapter 07")
     command.add_argument("--storage", metavar="URL", help="an Optuna storage; default: an SQLite file in the workspace")
-    command.add_argument("--budget-minutes", type=float, required=True, help="from now on, teacher signals included")
+    command.add_argument("--budget-minutes", type=span, required=True, help="from now on, teacher signals included")
     command.add_argument("--at-once", type=int, help="runs side by side; default: by device, and what its memory holds")
     command.add_argument("--pack", type=Path, metavar="FOLDER", help="write what must be carried home there")
     command.add_argument("--report-seconds", type=float, default=30.0, help="between two lines; default: %(default)s")
@@ -594,7 +605,7 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
 
 def add_explain_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--images", type=int, default=100, help="explained, a multiple of 20; default: %(default)s")
-    command.add_argument("--budget-minutes", type=float, default=math.inf, help="no network starts later")
+    command.add_argument("--budget-minutes", type=span, default=math.inf, help="no network starts later")
     command.add_argument("--table", type=Path, metavar="FILE", help="default: explanations.csv beside the ledger")
     command.add_argument("--profile", default="full", help="published uses the repository's images; default: full")
 

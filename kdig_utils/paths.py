@@ -109,6 +109,7 @@ def _explained(error: OSError, path: Path) -> OSError:
         errno.EDQUOT: "the disk quota is used up: free some space",
         errno.EROFS: f"the folder is read-only: {elsewhere}",
         errno.EACCES: f"the folder may not be written: {elsewhere}",
+        errno.ENOENT: f"the folder is not there and cannot be made: name another one, or {elsewhere}",
     }
     if error.errno not in remedies:
         return error

@@ -109,8 +109,10 @@ def methods_table(ledger: pd.DataFrame) -> str:
         for cells in _cells_of(shown.get(method, ledger.head(0))):
             lines.append(f"| `{method}` | {_signals_of(method)} | {cells} | {_in_the_paper(method):.2f} % |")
     for _index, row in teachers.waiting(ledger).iterrows():
-        words = f"{_budget(spec_of(row))}: {row['test_accuracy']:.2f} %, run `{row['run_id']}`"
-        lines += ["", f"A better teacher waits for students of its own. Epochs: {words}."]
+        spec = spec_of(row)
+        trained = spec.recipe or f"{spec.epochs} epochs by this book's code"
+        words = f"{row['test_accuracy']:.2f} % (run `{row['run_id']}`). How it was trained: {trained}."
+        lines += ["", f"A better teacher has no students yet: {words}"]
     return "\n".join(lines)
 
 

@@ -66,8 +66,7 @@ def adopt(
         ValueError: a damaged file, another architecture, no recipe, or a spec that another network has; nothing was
             written.
     """
-    if not spec.recipe:
-        raise ValueError("a teacher that other code trained needs a recipe: say in one sentence how it was trained")
+    check_recipe(spec.recipe)
     network = artifacts.rounded(artifacts.read_weights(models.teacher(), file), "teacher", 0)
     sha256, rows = models.weights_sha256(network), ledger.read()
     if len(same := rows[rows["weights_sha256"] == sha256]):
@@ -88,6 +87,12 @@ def adopt(
         **known,
     )
     return ledger.find(spec), True
+
+
+def check_recipe(recipe: str) -> None:
+    """Raise ValueError unless there is one."""
+    if not recipe.strip():
+        raise ValueError(f"the recipe {recipe!r} says nothing: say in one sentence how the teacher was trained")
 
 
 def is_better_than_the_published(row: pd.Series) -> bool:
