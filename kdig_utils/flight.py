@@ -5,7 +5,6 @@ limit of time, so that nothing that breaks in one stops the flight; each goes on
 command is given again; and what there is is packed after each, and now and then within the long ones.
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ import torch
 from kdig_utils import artifacts, campaigns, explanations, paths, probes, teachers
 from kdig_utils.campaigns import Pack
 from kdig_utils.engine import first_line
+from kdig_utils.processes import die_with_parent
 from kdig_utils.queue import CAMPAIGN
 from kdig_utils.runs import TeacherSpec
 from kdig_utils.study import TEACHER_RECIPE, Study, print_line
@@ -45,7 +45,6 @@ END = 10.0  # seconds of the flight that are kept for its last pack
 FIRST_CALLS_END = 30.0  # seconds that its processes take to start, and its last pair to end
 LEAST = 5.0  # seconds within which no process does anything useful
 OUT_OF_MEMORY = 3  # exit status of a command whose GPU was full
-SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"}
 
 
@@ -376,8 +375,3 @@ def kill_group(child: subprocess.Popen) -> None:
     """Kill a process and all that it has started."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-
-
-def die_with_parent() -> None:
-    """Let this process be killed when the one that started it dies: two flights must not train the same run."""
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

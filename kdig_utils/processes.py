@@ -2,11 +2,12 @@
 
 A process leads a process group, so that a compiler that it has started ends with it. It is stopped (SIGSTOP) whenever
 nothing is asked of it: threads that wait for work by spinning would run beside the network that is timed. If this
-program dies, the system wakes the stopped group with a hang-up (SIGHUP and SIGCONT, as POSIX wants of a group that
-nobody waits for), and the group ends; no process is left behind.
+program dies, Linux kills the process at once; elsewhere the system wakes the stopped group with a hang-up (SIGHUP and
+SIGCONT, as POSIX wants of a group that nobody waits for), and the group ends. No process is left behind.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -17,8 +18,14 @@ import threading
 import time
 from pathlib import Path
 
+SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 EXTRAS = {"onnx": "edge", "onnxruntime": "edge", "openvino": "edge"}  # of pyproject.toml, by package
 LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
+
+
+def die_with_parent() -> None:
+    """Let this process be killed when the one that started it dies, even by SIGKILL; for `preexec_fn`, on Linux."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 class Lost(RuntimeError):
@@ -48,6 +55,7 @@ class Process:
             text=True,
             env=environment(),
             process_group=0,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
 
     def ask(self, do: str, **arguments: object) -> object:

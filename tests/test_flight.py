@@ -264,7 +264,7 @@ def test_a_bad_command_gives_its_error_to_the_log(small: Study, tmp_path: Path) 
 def test_what_a_killed_flight_has_started_dies_with_it(tmp_path: Path) -> None:
     """Else the next call would train the same run beside it."""
     script = (
-        "import subprocess, sys, time\nfrom kdig_utils.flight import die_with_parent\n"
+        "import subprocess, sys, time\nfrom kdig_utils.processes import die_with_parent\n"
         "child = subprocess.Popen(['sleep', '1000'], preexec_fn=die_with_parent)\n"
         "print(child.pid, flush=True)\ntime.sleep(1000)"
     )

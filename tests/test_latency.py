@@ -416,7 +416,7 @@ def test_who_has_no_turn_is_stopped(monkeypatch):
     with contextlib.closing(process):
         for _turn in range(3):
             assert process.ask("times", calls=1) == 1
-            assert within_seconds(60, {"T"}, process.process.pid)
+            assert within_seconds(10, {"T"}, process.process.pid)
     assert state(process.process.pid) == ""
 
 
@@ -432,7 +432,7 @@ def test_what_a_process_has_started_ends_with_it(monkeypatch):
     with contextlib.closing(process):
         compiler = process.ask("times", calls=1)
         assert state(compiler)
-    assert within_seconds(60, {"", "Z"}, compiler)
+    assert within_seconds(10, {"", "Z"}, compiler)
 
 
 @linux
@@ -451,10 +451,10 @@ def test_no_stopped_process_outlives_this_program():
         start_new_session=True,
     )
     number = int(parent.stdout.readline())
-    assert within_seconds(60, {"T"}, number)
+    assert within_seconds(10, {"T"}, number)
     parent.kill()
     parent.communicate()
-    assert within_seconds(60, {"", "Z"}, number)
+    assert within_seconds(10, {"", "Z"}, number)
 
 
 class Scripted:
