@@ -85,10 +85,9 @@ def adopt(arguments: argparse.Namespace) -> int:
     artifacts.read_weights(models.teacher(), arguments.file)  # before the data are looked for
     keep_freed_memory()
     spec = dataclasses.replace(spec, data_md5=study.train.md5)
-    known = {"campaign": "main", "train_images": len(study.train), "seconds": arguments.seconds}
-    weights = study.folders["weights"]
-    known["device"] = arguments.device
-    row, new = teachers.adopt(arguments.file, spec, study.ledger, weights, study.test, **known)
+    known = {"campaign": "main", "train_images": len(study.train)}
+    known |= {"seconds": arguments.seconds, "device": arguments.device}
+    row, new = teachers.adopt(arguments.file, spec, study.ledger, study.folders["weights"], study.test, **known)
     print(finished(row) + ("" if new else "; it was in the ledger already"))
     if new and teachers.is_better_than_the_published(row):
         entry = publishing.publish_run(study, row)
