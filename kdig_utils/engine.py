@@ -153,14 +153,14 @@ class Run:
         return Trained(self.model.eval(), pd.DataFrame(self.curve))
 
 
-def fit(run: Run, report: Report = lambda line: None, way: Way = Way()) -> Trained:
+def fit(run: Run, report: Report = lambda line: None) -> Trained:
     """Train one run to its end, or go on from its checkpoint.
 
     Raises:
         TrainingDiverged: the loss is not finite.
         ValueError: the checkpoint is damaged or of another run.
     """
-    (finished,) = train_together([run], way, report=report)
+    (finished,) = train_together([run], report=report)
     return finished.trained
 
 
