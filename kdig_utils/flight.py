@@ -27,7 +27,7 @@ from kdig_utils import artifacts, campaigns, explanations, paths, probes, teache
 from kdig_utils.campaigns import Pack
 from kdig_utils.claims import claims
 from kdig_utils.engine import first_line
-from kdig_utils.processes import die_with_parent
+from kdig_utils.processes import start
 from kdig_utils.queue import CAMPAIGN
 from kdig_utils.runs import TeacherSpec
 from kdig_utils.study import TEACHER_RECIPE, Study, print_line
@@ -101,7 +101,7 @@ class Flight:
             return -signal.SIGKILL
         command = [sys.executable, "-m", "kdig_utils", *map(str, words)]
         begun = self.elapsed
-        child = subprocess.Popen(
+        child = start(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -109,7 +109,6 @@ class Flight:
             errors="replace",
             env={**os.environ, **self.environment},
             start_new_session=True,
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         limit = threading.Timer(seconds, kill_group, (child,))
         limit.daemon = True

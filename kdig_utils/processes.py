@@ -16,15 +16,27 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 EXTRAS = {"onnx": "edge", "onnxruntime": "edge", "openvino": "edge"}  # of pyproject.toml, by package
+STARTING = ThreadPoolExecutor(1, "starting")
 LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
 
 
-def die_with_parent() -> None:
-    """Let this process be killed when the one that started it dies, even by SIGKILL; for `preexec_fn`, on Linux."""
+def start(command: Sequence[str], **options: object) -> subprocess.Popen:
+    """Start a process that, on Linux, is killed when this program dies, even by SIGKILL; options as of `Popen`.
+
+    Linux kills it when the *thread* that started it ends, so one thread starts all of them, and lasts as long as the
+    program (prctl(2), PR_SET_PDEATHSIG).
+    """
+    last_will = _die_with_parent if sys.platform == "linux" else None
+    return STARTING.submit(subprocess.Popen, command, preexec_fn=last_will, **options).result()
+
+
+def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
@@ -47,7 +59,7 @@ class Process:
     def __init__(self, name: str, end: float) -> None:
         self.name, self.end, self.setting = name, end, (0, 0)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
+        self.process = start(
             [sys.executable, "-m", "kdig_utils.runtimes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,7 +67,6 @@ class Process:
             text=True,
             env=environment(),
             process_group=0,
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
 
     def ask(self, do: str, **arguments: object) -> object:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from kdig_utils import __main__ as command_line
-from kdig_utils import artifacts, campaigns, explanations, flight, models, probes, study
+from kdig_utils import artifacts, campaigns, explanations, flight, models, probes, processes, study
 from kdig_utils.engine import WAYS, Steps
 from kdig_utils.flight import Flight
 from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
@@ -264,8 +265,8 @@ def test_a_bad_command_gives_its_error_to_the_log(small: Study, tmp_path: Path) 
 def test_what_a_killed_flight_has_started_dies_with_it(tmp_path: Path) -> None:
     """Else the next call would train the same run beside it."""
     script = (
-        "import subprocess, sys, time\nfrom kdig_utils.processes import die_with_parent\n"
-        "child = subprocess.Popen(['sleep', '1000'], preexec_fn=die_with_parent)\n"
+        "import time\nfrom kdig_utils.processes import start\n"
+        "child = start(['sleep', '1000'])\n"
         "print(child.pid, flush=True)\ntime.sleep(1000)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -280,6 +281,16 @@ def test_what_a_killed_flight_has_started_dies_with_it(tmp_path: Path) -> None:
         time.sleep(0.1)
     else:
         pytest.fail("the child outlived its parent")
+
+
+def test_what_a_thread_has_started_outlives_the_thread() -> None:
+    """Linux takes the end of the thread that started a process for the end of its parent."""
+    with ThreadPoolExecutor(1) as pool:
+        child = pool.submit(processes.start, ["sleep", "1000"]).result()
+    time.sleep(1)
+    assert child.poll() is None
+    child.kill()
+    child.wait()
 
 
 # The pack
