@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
-from kdig_utils.cifar10 import ImageSet, load_sample
-from kdig_utils.overlay import crop_and_flip, draw_epoch
+from kdig_utils.method.cifar10 import ImageSet, load_sample
+from kdig_utils.method.overlay import crop_and_flip, draw_epoch
 
 BATCH_SIZE = 64
 ROUNDS = 7

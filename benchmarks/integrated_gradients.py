@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from kdig_utils import artifacts
-from kdig_utils.__main__ import keep_freed_memory
-from kdig_utils.attribution import attribute, half_pays, secant_attributions
-from kdig_utils.cifar10 import load_sample
-from kdig_utils.integrated_gradients import baseline, integrated_gradients
-from kdig_utils.secants import SecantNetwork
+from kdig_utils.machine import keep_freed_memory
+from kdig_utils.method import artifacts
+from kdig_utils.method.attribution import attribute, half_pays, secant_attributions
+from kdig_utils.method.cifar10 import load_sample
+from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
+from kdig_utils.method.secants import SecantNetwork
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,7 +8,8 @@ import sys
 
 import pandas as pd
 
-from kdig_utils import court, latency, paths
+from kdig_utils import paths
+from kdig_utils.edge import benchmark, timing
 
 PROCESSES = 20
 ORDERS = (("teacher", "student"), ("student", "teacher"))
@@ -17,8 +18,8 @@ ORDERS = (("teacher", "student"), ("student", "teacher"))
 def main(name: str) -> None:
     """Measure and write both files."""
     folder = paths.repository_root() / "results" / "latency"
-    court.run("kd_ig_k5", 600.0, folder / f"{name}.json")
-    found = [latency.first_calls(order, 64, 3, PROCESSES) for order in ORDERS]
+    benchmark.run("kd_ig_k5", 600.0, folder / f"{name}.json")
+    found = [timing.first_calls(order, 64, 3, PROCESSES) for order in ORDERS]
     with paths.replacing(folder / "first_calls" / f"{name}.csv") as part:
         pd.concat(found).round(3).to_csv(part, index=False)
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from kdig_utils import artifacts, latency
-from kdig_utils.__main__ import keep_freed_memory
-from kdig_utils.cifar10 import ImageSet, load_sample
+from kdig_utils import machine
+from kdig_utils.machine import keep_freed_memory
+from kdig_utils.method import artifacts
+from kdig_utils.method.cifar10 import ImageSet, load_sample
+from kdig_utils.method.signals import SignalSettings, compute_signals
 from kdig_utils.paths import replacing
-from kdig_utils.signals import SignalSettings, compute_signals
 
 RESULTS = Path(__file__).parent / "results" / "signals.json"
 WHOLE = 50_000
@@ -47,7 +48,7 @@ def measured(count: int, warm_up: int, settings: SignalSettings) -> dict[str, ob
     images = sample.subset(torch.arange(count) % len(sample))
     seconds = seconds_for(images, teacher, settings)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else latency.processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor(),
         "kind": device.type,
         "threads": torch.get_num_threads(),
         "method": settings.method,

@@ -32,14 +32,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
-from kdig_utils import engine, latency, losses, models, profiling, training
-from kdig_utils.__main__ import keep_freed_memory
-from kdig_utils.cifar10 import ImageSet, load_sample
-from kdig_utils.engine import Run, Steps
+from kdig_utils import machine
+from kdig_utils.experiments import profiling, runs
+from kdig_utils.experiments.probes import random_signals, wait
+from kdig_utils.experiments.side_by_side import Run, Steps, has_room
+from kdig_utils.machine import keep_freed_memory
+from kdig_utils.method import losses, models
+from kdig_utils.method.cifar10 import ImageSet, load_sample
+from kdig_utils.method.signals import TeacherSignals
+from kdig_utils.method.spec import RunSpec
 from kdig_utils.paths import replacing
-from kdig_utils.probes import random_signals, wait
-from kdig_utils.runs import RunSpec
-from kdig_utils.signals import TeacherSignals
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 POSITIONS = 50_000
@@ -202,7 +204,7 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
         for student in students:
             with torch.cuda.stream(student.stream):
                 student.place.zero_()  # a chunk begins at the first image again: no way comes to an epoch's end
-        for _turn in range(steps // engine.STEPS_A_GRAPH if graphs else steps):
+        for _turn in range(steps // side_by_side.STEPS_A_GRAPH if graphs else steps):
             for student in students:
                 take_turn(student, graphs)
         wait(device)
@@ -211,20 +213,20 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
         with torch.cuda.stream(students[0].stream):
             students[0].load_epoch()
         wait(device)
-        students[0].run.epoch = engine.MEASURE_EVERY - 1  # after such an epoch a run is measured
+        students[0].run.epoch = side_by_side.MEASURE_EVERY - 1  # after such an epoch a run is measured
         started = time.perf_counter()
-        engine.measure(students[0].run)
+        side_by_side.measure(students[0].run)
         wait(device)
         seconds = time.perf_counter() - started
         students[0].run.epoch = 0
-        engine.check_weights(students[0].run)
+        side_by_side.check_weights(students[0].run)
         students[0].run.model.train()
         return seconds
 
-    value_bytes = 2 if engine.uses_bfloat16(students[0].run) else 4
+    value_bytes = 2 if side_by_side.uses_bfloat16(students[0].run) else 4
     taken = sum(student.bytes for student in students) / 1e6 if graphs else None
-    multiple = engine.STEPS_A_GRAPH if graphs else 1
-    every = {"measured_every": engine.MEASURE_EVERY}
+    multiple = side_by_side.STEPS_A_GRAPH if graphs else 1
+    every = {"measured_every": side_by_side.MEASURE_EVERY}
     return Way(
         name, len(students), train, between, 0, value_bytes, multiple=multiple, megabytes=taken, **every, **attributes
     )
@@ -232,7 +234,7 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
 
 def take_turn(student: Steps, graphs: bool) -> None:
     if graphs:
-        student.advance(engine.STEPS_A_GRAPH, student.run.spec.batch_size)
+        student.advance(side_by_side.STEPS_A_GRAPH, student.run.spec.batch_size)
     else:
         student.step(student.run.spec.batch_size)
 
@@ -248,10 +250,10 @@ def all_ways(spec: RunSpec, device: torch.device, compiled: bool) -> list[Way]:
     float32 = dataclasses.replace(spec, precision="float32")
 
     def new(which: RunSpec, **arguments: object) -> Run:
-        return training.student_run(which, images, test, their_signals, device=device, **arguments)
+        return runs.student_run(which, images, test, their_signals, device=device, **arguments)
 
     native = "bfloat16, " if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    network = training.compiled_network(print)
+    network = runs.compiled_network(print)
     ways = [
         authors_way(spec, sample, signals, device),
         engines_way("batches from tensors", [called(contiguous(new(float32)))]),
@@ -279,7 +281,7 @@ def signals_at(signals: TeacherSignals, images: ImageSet, positions: Tensor) -> 
 def side_by_side(name: str, new: Callable[[], Steps], counts: tuple[int, ...], **attributes: object) -> list[Way]:
     """Ways with the first 1, 2, … of the same students, as many as the memory holds."""
     students: list[Steps] = []
-    while len(students) < max(counts) and engine.has_room(students):
+    while len(students) < max(counts) and has_room(students):
         students.append(new())
     return [engines_way(name, students[:count], **attributes) for count in counts if count <= len(students)]
 
@@ -342,7 +344,7 @@ def rows_of(ways: list[Way], spec: RunSpec, device: torch.device, seconds: float
         ratios = (theirs / ours for theirs, ours in zip(ways[0].epochs(), way.epochs(), strict=True))
         rows.append(
             {
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else latency.processor(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor(),
                 "kind": device.type,
                 "threads": torch.get_num_threads(),
                 "way": way.name,

@@ -1,17 +1,13 @@
 """kdig_utils: the helper package of the executable book on explanation-guided knowledge distillation.
 
-The modules follow the way of the data, and import only what stands before them:
+Five wings, and imports go one way: `method` ← `experiments`, `edge`; `experiments` ← `analysis` ← `book` ← the command
+line `python -m kdig_utils`. Below all of them lie `paths` and `machine`.
 
-- images and networks: `paths` → `cifar10` → `models`
-- the teacher's reasons: `integrated_gradients` → `secants` → `attribution` → `losses` → `signals`
-- training: `overlay` → `controls` → `runs` → `brief` → `evidence` → `engine` → `training` → `profiling` → `artifacts`
-  → `teachers` → `campaigns` → `study`
-- what runs mean: `claims` → `comparisons` → `verdicts` → `imagenet` → `counted` → `scorecard` → `scorecard_text`
-  → `variance` → `frontier` → `hyperparameters` → `laboratory` → `faithfulness` → `robustness` → `explanations`
-  → `prose`
-- the edge: `latency` → `roofline` → `exporting` → `runtimes` → `browser` → `processes` → `court`
-- a GPU lent for minutes: `queue` → `probes` → `flight`
-- the book: `figures` → `publishing` → `status`, `reproduce` → the command line `python -m kdig_utils`
+- `method`: what the paper describes, from the images to the loss of a batch
+- `experiments`: how runs are made and kept: the ledger, many students side by side, campaigns, a GPU lent for minutes
+- `analysis`: what runs mean: claims, verdicts, comparisons, faithfulness
+- `edge`: how fast a network is, in which runtime
+- `book`: how it is told: figures, quoted numbers, chapters run headlessly
 """
 
 __version__ = "0.1.0"

@@ -1,8 +1,6 @@
 """The command line: `python -m kdig_utils COMMAND`; each command has --help with examples."""
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import importlib
 import inspect
@@ -18,14 +16,18 @@ from types import ModuleType
 import pandas as pd
 import torch
 
-from kdig_utils import artifacts, campaigns, cifar10, models, overlay, paths, publishing, teachers
-from kdig_utils.engine import SIDE_BY_SIDE, WAYS, TrainingDiverged, Way
-from kdig_utils.runs import METHODS, SCHEDULES, Ledger, RunSpec, TeacherSpec
-from kdig_utils.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
-from kdig_utils.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
+from kdig_utils import paths
+from kdig_utils.book import repository
+from kdig_utils.book.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
+from kdig_utils.experiments import campaigns, packs, publishing, teachers
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, TrainingDiverged, Way
+from kdig_utils.experiments.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
+from kdig_utils.machine import keep_freed_memory
+from kdig_utils.method import artifacts, cifar10, models, overlay
+from kdig_utils.method.spec import METHODS, SCHEDULES, RunSpec, TeacherSpec
 
 EXPECTED_ERRORS = (ValueError, KeyError, RuntimeError)  # and OSError: what the package raises on bad input
-MALLOC_PARAMETERS = (-1, -2, -3)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of glibc's mallopt
 
 
 def data(_arguments: argparse.Namespace) -> int:
@@ -179,7 +181,7 @@ def next_runs(
 ) -> int:
     """The next runs of the queue."""
     before = set(study.ledger.read()["run_id"])
-    needed("queue").train(study, way, deadline, report)
+    needed("experiments.queue").train(study, way, deadline, report)
     rows = study.ledger.read()
     done = rows[~rows["run_id"].isin(before)]
     print("\n".join([*ledger_lines(done), f"next: {len(done)} runs done now"]))
@@ -192,7 +194,7 @@ def plan(arguments: argparse.Namespace) -> int:
     """Print the queue: each group of runs, what is left of it, how long that takes, and what it settles."""
     if arguments.name != "next":
         raise ValueError(f"--plan shows the queue of all campaigns, not {arguments.name}: say `campaign next --plan`")
-    queue, study = needed("queue"), open_study(arguments.profile)
+    queue, study = needed("analysis.plan"), open_study(arguments.profile)
     ledger = study.ledger.read()
     own = ledger.query("method == 'teacher'")["weights_sha256"].tail(1).to_list() if study.teacher_spec else []
     table = queue.plan(ledger, study.scaled, *(own if arguments.profile == "smoke" else []))
@@ -209,7 +211,7 @@ def probe(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     if arguments.json:
         paths.check_writable(arguments.json.parent)
-    for found in needed("probes").probe(WAYS[arguments.way], arguments.seconds):
+    for found in needed("experiments.probes").probe(WAYS[arguments.way], arguments.seconds):
         if arguments.json:
             with paths.replacing(arguments.json) as part:
                 part.write_text(json.dumps(found) + "\n")
@@ -222,14 +224,15 @@ def flight(arguments: argparse.Namespace) -> int:
 
     Each stage goes on where it was stopped when the same command is given again; nothing that fails ends the flight.
     """
-    needed("flight").fly(trained_study(arguments.profile), arguments.budget_minutes, arguments.pack)
+    goal = needed("analysis.claims").teacher_goal()
+    needed("experiments.flight").fly(trained_study(arguments.profile), arguments.budget_minutes, arguments.pack, goal)
     return 0
 
 
 def first_calls(arguments: argparse.Namespace) -> int:
     """Time first calls as the released scripts do, in fresh processes: teacher first, student first, on into warmth."""
     paths.check_writable(arguments.file.parent)
-    count = needed("latency").record_first_calls(arguments.file, arguments.seconds)
+    count = needed("edge.timing").record_first_calls(arguments.file, arguments.seconds)
     print(f"{arguments.file.name}: {count} processes for each order of the networks")
     return 0
 
@@ -243,7 +246,7 @@ def trained_study(profile: str) -> Study:
 
 def search(arguments: argparse.Namespace) -> int:
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
-    deadline, hyperparameters = time.monotonic() + 60 * arguments.budget_minutes, needed("hyperparameters")
+    deadline, hyperparameters = time.monotonic() + 60 * arguments.budget_minutes, needed("experiments.search")
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
     options = {
@@ -268,7 +271,7 @@ def campaign_specs(name: str) -> list[RunSpec]:
     """The runs of a campaign; those of `answers` wait for what validation prefers."""
     if name != "answers":
         return campaigns.specs(name)
-    preferred = needed("hyperparameters").preferred(Ledger(paths.ledger_path()).read())
+    preferred = needed("experiments.search").preferred(Ledger(paths.ledger_path()).read())
     if preferred is None:
         raise ValueError(
             "the campaign answers needs the alpha that validation prefers: run "
@@ -280,10 +283,10 @@ def campaign_specs(name: str) -> list[RunSpec]:
 def unpack(arguments: argparse.Namespace) -> int:
     """Put the runs of a pack, brought back from another machine, into the ledger, their files beside it."""
     study = open_study(arguments.profile)
-    added = campaigns.unpack(arguments.file, study.ledger, study.folders)
+    added = packs.unpack(arguments.file, study.ledger, study.folders)
     for path in sorted(study.folders["flights"].glob("*_explanations.csv")):
-        explanations = needed("explanations")
-        explanations.record(explanations.read(path), explanations.table_path(study))
+        explanations = needed("analysis.explanations")
+        explanations.record(explanations.read(path), study.explanations_path)
     print(f"{len(added)} runs added to {study.ledger.path.name}: {' '.join(added) or 'none of its runs was new'}")
     return 0
 
@@ -292,13 +295,13 @@ def explain(arguments: argparse.Namespace) -> int:
     """Measure the explanations of every run whose weights are here; goes on where it stopped."""
     if arguments.images % 20:
         raise ValueError(f"--images {arguments.images} is no multiple of 20: give one, as 100; half are corrupted")
-    deadline, explanations = time.monotonic() + 60 * arguments.budget_minutes, needed("explanations")
+    deadline, explanations = time.monotonic() + 60 * arguments.budget_minutes, needed("analysis.explanations")
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
     effort = dataclasses.replace(
         explanations.Effort(), images=arguments.images, mosaics=arguments.images, corrupted=arguments.images // 2
     )
-    path = arguments.table or explanations.table_path(study)
+    path = arguments.table or study.explanations_path
     table = explanations.explain_runs(study, effort, path, deadline, print)
     print(f"{path.name}: {table.loc[table['run_id'] != '', 'run_id'].nunique()} networks explained")
     return 0
@@ -306,13 +309,13 @@ def explain(arguments: argparse.Namespace) -> int:
 
 def latency(arguments: argparse.Namespace) -> int:
     """Time teacher and student in every runtime at hand; needs no data set."""
-    needed("court").run(arguments.student, arguments.patience, arguments.json)
+    needed("edge.benchmark").run(arguments.student, arguments.patience, arguments.json)
     return 0
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """Run the notebooks in a profile with papermill."""
-    chapters = needed("reproduce")
+    chapters = needed("book.reproduce")
     outcomes = chapters.reproduce(arguments.profile, arguments.only, arguments.resume)
     print("\n" + chapters.summary(outcomes))
     return int(any(outcome.status == "failed" for outcome in outcomes))
@@ -320,7 +323,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 def store(_arguments: argparse.Namespace) -> int:
     """Run the notebooks in profile published and put the executed copies in place of the committed ones."""
-    chapters = needed("reproduce")
+    chapters = needed("book.reproduce")
     changed = chapters.store(chapters.reproduce("published", resume=True))
     print(f"changed: {', '.join(changed) or 'none'}")
     return 0
@@ -331,7 +334,7 @@ def status(_arguments: argparse.Namespace) -> int:
     damaged, ledger = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read()
     sections = {
         "ledger": ledger_lines(ledger),
-        "queue": needed("queue").progress_lines(ledger),
+        "queue": needed("analysis.plan").progress_lines(ledger),
         "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
         "runs in progress": [checkpoint_line(path) for path in sorted(paths.workspace().glob("*/checkpoints/*.pt"))],
         "teacher signals": [
@@ -367,11 +370,11 @@ def readme(arguments: argparse.Namespace) -> int:
     ledger = Ledger(paths.ledger_path()).read()
     if arguments.check:
         current = (paths.repository_root() / "README.md").read_text()
-        if current != publishing.readme_with(publishing.results_table(ledger)):
+        if current != repository.readme_with(repository.results_table(ledger)):
             raise ValueError("the table in README.md is not the ledger's: run `python -m kdig_utils readme`")
         print("README.md says what the ledger says")
     else:
-        print("README.md " + ("got the ledger's table" if publishing.write_results(ledger) else "was up to date"))
+        print("README.md " + ("got the ledger's table" if repository.write_results(ledger) else "was up to date"))
     return 0
 
 
@@ -379,13 +382,13 @@ def links(arguments: argparse.Namespace) -> int:
     """Write the public address of pyproject.toml into every file that links to it."""
     root = paths.repository_root()
     if arguments.check:
-        if stale := list(publishing.stale_addresses()):
+        if stale := list(repository.stale_addresses()):
             path, slug = stale[0]
             raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
-        print(f"every file names {publishing.address()}")
+        print(f"every file names {repository.address()}")
     else:
-        changed = [str(path.relative_to(root)) for path in publishing.write_address()]
-        print(f"{publishing.address()}: changed {', '.join(changed) or 'nothing'}")
+        changed = [str(path.relative_to(root)) for path in repository.write_address()]
+        print(f"{repository.address()}: changed {', '.join(changed) or 'nothing'}")
     return 0
 
 
@@ -421,19 +424,11 @@ def answers_line(ledger: pd.DataFrame) -> str:
 def packed(study: Study, run_ids: Iterable[str], folder: Path, name: str) -> str:
     """Pack these runs, as far as they are finished, with their files; say what was written and what was not."""
     rows = study.ledger.read().query("run_id in @run_ids")
-    pack = campaigns.pack(study.ledger, rows["run_id"], study.files(rows), folder, name)
+    pack = packs.pack(study.ledger, rows["run_id"], study.files(rows), folder, name)
     left_out = "".join(f"\nleft out, no room: {path.parent.name}/{path.name}" for path in pack.left_out)
     return (
         "packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pack.pieces) + left_out
     )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a training step frees: else a CPU loses half its time to page faults."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter in MALLOC_PARAMETERS:
-            libc.mallopt(parameter, 1 << 30)
 
 
 EXAMPLES = {
@@ -628,7 +623,7 @@ def add_reproduce_options(command: argparse.ArgumentParser) -> None:
 def is_expected(error: Exception) -> bool:
     """Whether `error` is the package's own word on bad input, or the system's on a file, and no defect."""
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    raised_here = Path(innermost).parent == Path(__file__).parent
+    raised_here = Path(innermost).is_relative_to(Path(__file__).parent)
     return isinstance(error, OSError) or (isinstance(error, EXPECTED_ERRORS) and raised_here)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kdig_utils import cifar10
-from kdig_utils.cifar10 import ImageSet
+from kdig_utils.method import cifar10
+from kdig_utils.method.cifar10 import ImageSet
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from kdig_utils import __main__ as command_line
-from kdig_utils import artifacts, cifar10, models, study
-from kdig_utils.cifar10 import ImageSet
-from kdig_utils.runs import Ledger, RunSpec, TeacherSpec
+from kdig_utils.experiments import study
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.spec import RunSpec, TeacherSpec
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -68,7 +70,7 @@ import sys
 for name in {NOT_ON_A_BARE_MACHINE}:
     sys.modules[name] = None  # importing it fails
 from kdig_utils import __main__, campaigns, study
-from kdig_utils.runs import RunSpec
+from kdig_utils.experiments.ledger import RunSpec
 campaigns.CAMPAIGNS["ablation"] = lambda: [RunSpec("student", k=17)]
 study.SMOKE_IMAGES = 50
 for words in sys.argv[1:]:

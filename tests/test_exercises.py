@@ -9,8 +9,8 @@ import nbformat
 import pytest
 
 import kdig_utils
+from kdig_utils.experiments.study import Study, open_study
 from kdig_utils.paths import repository_root
-from kdig_utils.study import Study, open_study
 
 SOLUTION = re.compile(r"^(`{3,})\{admonition\} Solution$(.*?)^\1$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)

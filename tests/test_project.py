@@ -13,12 +13,14 @@ import nbformat
 import pytest
 import yaml
 
-from kdig_utils import evidence, publishing
-from kdig_utils.runs import Ledger
+from kdig_utils.book import repository
+from kdig_utils.experiments import evidence
+from kdig_utils.experiments.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted((ROOT / "kdig_utils").glob("*.py"))
+PACKAGE = ROOT / "kdig_utils"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MEGABYTE = 1_000_000
 # A place on somebody's machine, which means nothing on another one.
@@ -104,7 +106,7 @@ def test_notebook_has_one_parameter_and_the_plain_kernel(path: Path) -> None:
 def test_notebook_opens_with_title_question_and_its_own_colab_badge(path: Path) -> None:
     opening = cells(path)[0].source
     assert re.match(rf"# {path.name[:2]} · \w", opening)
-    assert publishing.colab_badge(path.name) in opening
+    assert repository.colab_badge(path.name) in opening
     assert "question" in opening.lower()
 
 
@@ -156,16 +158,16 @@ def test_no_file_names_a_place_on_a_machine_or_the_host_of_a_registry() -> None:
 
 
 def test_every_link_to_the_repository_is_the_address_in_pyproject() -> None:
-    assert publishing.address() == PROJECT["urls"]["Repository"]
-    assert not list(publishing.stale_addresses())
-    slug = publishing.address().removeprefix("https://github.com/")
+    assert repository.address() == PROJECT["urls"]["Repository"]
+    assert not list(repository.stale_addresses())
+    slug = repository.address().removeprefix("https://github.com/")
     for path in (ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "_config.yml", ROOT / "book" / "how_to_run.md"):
         assert slug in path.read_text(), f"{path.name} does not link to the repository"
 
 
 def test_the_results_in_the_readme_are_those_of_the_ledger() -> None:
     ledger = Ledger(ROOT / "results" / "runs.csv").read()
-    assert (ROOT / "README.md").read_text() == publishing.readme_with(publishing.results_table(ledger))
+    assert (ROOT / "README.md").read_text() == repository.readme_with(repository.results_table(ledger))
 
 
 def test_the_readme_names_files_that_exist() -> None:
@@ -198,10 +200,9 @@ def distribution_names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w-]+", requirement).group().lower() for requirement in requirements}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_a_module_imports_only_what_the_package_requires(path: Path) -> None:
-    edge = dict.fromkeys(("latency", "exporting", "runtimes", "roofline", "court", "browser"), "edge")
-    extras = {"reproduce": "book", **edge}.get(path.stem)
+    extras = "edge" if path.parent.name == "edge" else {"reproduce": "book"}.get(path.stem)
     required = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extras] if extras else [])
     known = {IMPORT_NAMES.get(name, name) for name in distribution_names(required)} | {"kdig_utils"}
     installed_with_papermill = {"nbclient"} if extras == "book" else set()
@@ -217,7 +218,7 @@ def test_requirements_are_ranges_and_the_lock_has_an_exact_version_of_each() -> 
     assert not missing
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_public_names_exist_and_say_what_they_are(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the module says nothing"
@@ -228,20 +229,18 @@ def test_public_names_exist_and_say_what_they_are(path: Path) -> None:
             assert annotated, f"{part.name} does not say what it returns"
 
 
-def test_modules_import_only_what_stands_before_them_in_the_way_of_the_data() -> None:
-    """The order is the one in the package's docstring."""
-    docstring = ast.get_docstring(ast.parse((ROOT / "kdig_utils" / "__init__.py").read_text()))
-    order = [name for name in re.findall(r"`(\w+)`", docstring) if (ROOT / "kdig_utils" / f"{name}.py").is_file()]
-    assert {path.stem for path in MODULES} - {"__init__", "__main__"} == set(order)
-    for place, name in enumerate(order):
-        text = (ROOT / "kdig_utils" / f"{name}.py").read_text()
-        used = {
-            used
-            for line in re.findall(r"^from kdig_utils import (.+)$", text, re.MULTILINE)
-            for used in re.findall(r"\w+", line)
-        }
-        used |= set(re.findall(r"^from kdig_utils\.(\w+) import", text, re.MULTILINE))
-        assert used <= set(order[:place]), f"{name} imports {sorted(used - set(order[:place]))}"
+def test_imports_go_one_way_through_the_wings() -> None:
+    """The layers, and that no wing has a circle, are contracts in pyproject.toml."""
+    words = [Path(sys.executable).parent / "lint-imports", "--no-cache", "--no-logo"]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("wing", [path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()])
+def test_a_wing_says_what_is_inside(wing: str) -> None:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text()))
+    modules = {path.stem for path in (PACKAGE / wing).glob("*.py")} - {"__init__"}
+    assert modules == set(re.findall(r"`(\w+)`", docstring))
 
 
 def test_ruff_finds_nothing() -> None:

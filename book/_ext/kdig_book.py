@@ -15,8 +15,10 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from kdig_utils import prose, scorecard, status
-from kdig_utils.runs import METHODS, Ledger
+from kdig_utils.analysis import scorecard
+from kdig_utils.book import prose, status
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.method.spec import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +173,7 @@ def without_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, 
 def serve_networks(app: Sphinx, error: Exception | None) -> None:
     """Put what `book/try_it.md` runs in the reader's browser beside the pages; without a network, the reason why."""
     if error is None and app.builder.format == "html":
-        from kdig_utils import browser  # slow to import, and needed only now
+        from kdig_utils.edge import browser  # slow to import, and needed only now
 
         if missing := browser.write_site(Path(app.outdir) / "_static" / "try_it"):
             logger.info("try_it: no networks in the browser: %s", missing)

@@ -1,0 +1,196 @@
+"""What choosing on the test images costs: from runs, by simulation, and what alpha and T do to a gradient."""
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdig_utils.analysis.comparisons import best_of_normal
+from kdig_utils.method import losses
+
+with warnings.catch_warnings():  # of its progress bar, which is never shown
+    warnings.filterwarnings("ignore", message="IProgress not found")
+from kdig_utils.experiments.search import LEVELS, _settings
+
+REPEATS = 2000
+
+
+class Noise(NamedTuple):
+    """What makes the accuracy of a run differ from that of its setting: standard deviations, in points.
+
+    Attributes:
+        seed: of the accuracy that each network would have on endless images.
+        test: of its luck on these test images, beyond the luck that all networks share.
+        validation: the same on the validation images.
+    """
+
+    seed: float
+    test: float
+    validation: float
+
+
+def surface(rows: pd.DataFrame, x: str, y: str, value: str) -> pd.DataFrame:
+    """Response surface: mean of `value` over the runs at each pair of levels, NaN where none was run.
+
+    Args:
+        rows: of `trials`.
+        x, y: hyperparameters, keys of `LEVELS`.
+        value: a column, as `validation_accuracy`, in per cent.
+
+    Returns:
+        Index the levels of y, columns those of x, both growing.
+    """
+    for name in (x, y):
+        if name not in LEVELS:
+            raise ValueError(f"{name!r} is not searched: choose two of {', '.join(LEVELS)}")
+    whole = pd.DataFrame(np.nan, index=pd.Index(LEVELS[y], name=y), columns=pd.Index(LEVELS[x], name=x))
+    if rows.empty:
+        return whole
+    means = rows.assign(**{value: rows[value].astype(float)}).pivot_table(index=y, columns=x, values=value)
+    return means.reindex_like(whole)
+
+
+def optimism(rows: pd.DataFrame, chosen_by: str, repeats: int = REPEATS, seed: int = 0) -> float:
+    """How much a choice promises too much, from runs: one run of each setting, drawn, is what the chooser sees.
+
+    It reports the test accuracy of the run it chooses; the other runs of that setting say what to expect.
+
+    Args:
+        rows: of `trials`; settings with a single run take no part.
+        chosen_by: the column that is looked at, `validation_accuracy` or `test_accuracy`.
+
+    Returns:
+        Reported minus expected, mean over the repeats, in points; NaN with fewer than two settings to choose from.
+    """
+    groups = [its for _setting, its in rows.groupby(_settings(rows)) if len(its) > 1]
+    if len(groups) < 2:
+        return math.nan
+    rng, gaps = np.random.default_rng(seed), []
+    looked_at = [its[chosen_by].to_numpy(dtype=float) for its in groups]
+    reported = [its["test_accuracy"].to_numpy(dtype=float) for its in groups]
+    for _repeat in range(repeats):
+        seen = [rng.integers(len(values)) for values in looked_at]
+        best = int(np.argmax([values[run] for values, run in zip(looked_at, seen, strict=True)]))
+        gaps.append(reported[best][seen[best]] - np.delete(reported[best], seen[best]).mean())
+    return float(np.mean(gaps))
+
+
+def noise_of_runs(
+    deviation: float, accuracy: float, correlation: float, test_images: int = 10_000, validation_images: int = 5_000
+) -> Noise:
+    """Split the spread of runs on one test set into better networks and luck on its images.
+
+    A network is right on each image or not, which gives a binomial variance of accuracy · (1 - accuracy) / images.
+    What networks have in common, the hard images, moves all of them together and is no part of the spread.
+
+    Args:
+        deviation: of the test accuracy from seed to seed, in points.
+        accuracy: in per cent.
+        correlation: of two networks' being right, over the images, in [0, 1].
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    if not (deviation > 0 and 0 < accuracy < 100 and 0 <= correlation <= 1):
+        raise ValueError(
+            f"deviation {deviation}, accuracy {accuracy}, correlation {correlation}: give points above 0, per cent "
+            "between 0 and 100, and a correlation in [0, 1]"
+        )
+    own = (1 - correlation) * accuracy * (100 - accuracy)
+    seed = math.sqrt(max(deviation**2 - own / test_images, 0.0))
+    return Noise(seed, math.sqrt(own / test_images), math.sqrt(own / validation_images))
+
+
+def expected_optimism(n: int, noise: Noise) -> dict[str, float]:
+    """Reported test accuracy minus that of fresh seeds, in points, for the best of `n` equally good settings.
+
+    Chosen by what it reports, a run owes it all its luck. Chosen by validation, it owes it only the part that is in
+    both accuracies, its seed's. By the mean of the highest of n normal values (`comparisons.best_of_normal`).
+
+    Returns:
+        By chooser, `test` and `validation`.
+    """
+    highest, _deviation = best_of_normal(n)
+    by_validation = noise.seed**2 / math.hypot(noise.seed, noise.validation)
+    return {"test": highest * math.hypot(noise.seed, noise.test), "validation": highest * by_validation}
+
+
+def simulate_choices(settings: Sequence[float], noise: Noise, repeats: int = REPEATS, seed: int = 0) -> pd.DataFrame:
+    """SIMULATED: train one network a setting, choose by test and by validation accuracy, again and again.
+
+    Args:
+        settings: true mean accuracy of each, in per cent.
+
+    Returns:
+        One row a chooser and repeat: chosen_by, reported (test accuracy of the chosen run), setting (true mean of the
+        chosen setting, which fresh seeds would show), lost (best setting's mean minus that, in points).
+    """
+    rng, means = np.random.default_rng(seed), np.asarray(settings, dtype=float)
+    networks = means + noise.seed * rng.standard_normal((repeats, len(means)))
+    accuracies = {
+        "test": networks + noise.test * rng.standard_normal(networks.shape),
+        "validation": networks + noise.validation * rng.standard_normal(networks.shape),
+    }
+    tables = []
+    for name, seen in accuracies.items():
+        best = seen.argmax(axis=1)
+        reported = accuracies["test"][np.arange(repeats), best]
+        tables.append(pd.DataFrame({"chosen_by": name, "reported": reported, "setting": means[best]}))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(lost=means.max() - table["setting"])
+
+
+def gradient_plane(
+    student: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    alphas: Sequence[float] = LEVELS["alpha"],
+    temperatures: Sequence[float] = LEVELS["temperature"],
+) -> pd.DataFrame:
+    """What distillation contributes to one training step at each alpha and temperature, exactly.
+
+    The gradient with respect to the student's parameters is (1 - alpha) g + alpha h_T, with g that of cross-entropy
+    and h_T that of T² KL: one backward pass for g and one for each T give the whole plane.
+
+    Args:
+        inputs: a batch of crops, (N, 3, 32, 32).
+        labels: (N,).
+        teacher_logits: (N, classes).
+
+    Returns:
+        Columns alpha, temperature; share, of distillation in the sum of the two lengths, per cent; angle between the
+        whole gradient and that of cross-entropy alone, degrees, which is what an optimiser such as Adam notices:
+        it hardly asks for the length.
+    """
+    student = copy.deepcopy(student).train()  # the batch norm of training; the caller's statistics stay
+    logits = student(inputs)
+    hard = parameter_gradient(student, F.cross_entropy(logits, labels))
+    rows = []
+    for temperature in temperatures:
+        soft = parameter_gradient(student, losses.distillation_loss(logits, teacher_logits, temperature))
+        for alpha in alphas:
+            from_teacher, from_labels = alpha * soft.norm(), (1 - alpha) * hard.norm()
+            share = 100 * float(from_teacher / (from_teacher + from_labels))
+            angle = degrees_between((1 - alpha) * hard + alpha * soft, hard)
+            rows.append({"alpha": alpha, "temperature": temperature, "share": share, "angle": angle})
+    return pd.DataFrame(rows)
+
+
+def parameter_gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    """Gradient of `loss` with respect to all parameters, one vector in float64; the graph is kept."""
+    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients]).double()
+
+
+def degrees_between(first: Tensor, second: Tensor) -> float:
+    """Angle between two vectors, from 0 to 180 degrees."""
+    cosine = float(F.cosine_similarity(first, second, dim=0))
+    return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))

@@ -1,0 +1,208 @@
+"""The paper's claims: what each says, where, how it is measured, and what would settle it, registered before the runs.
+
+`claims.yml` lists them; every number of the paper is looked up in `paper.json`, so that none is typed twice. What each
+verdict means is in `verdicts`, what the ledger says of each claim in `scorecard`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import yaml
+
+from kdig_utils.experiments import evidence
+
+SIGNIFICANCE = 0.05
+ACCURACY_MEASURES = ("accuracy", "teacher", "teacher_gap", "difference", "no_difference", "interaction", "direction")
+MODEL_MEASURES = ("parameters", "million_macs", "compression_factor")
+AXIOM_MEASURES = ("sensitivity", "implementation_invariance", "explaining_over_training")
+LIST_MEASURES = ("least_factor", "largest_factor", "least_change", "largest_change")
+OUT_OF_REACH = {
+    "authors_device": "needs the authors' machine",
+    "other_work": "needs another group's networks and recipe",
+    "imagenet": "needs images of ImageNet, which nobody may pass on: KDIG_IMAGENET names a folder of them, with one "
+    "folder for each class of CIFAR-10 that ImageNet has",
+}
+MEASURES = (
+    *ACCURACY_MEASURES,
+    *MODEL_MEASURES,
+    *AXIOM_MEASURES,
+    *LIST_MEASURES,
+    *OUT_OF_REACH,
+    "latency_ratio",
+    "map_similarity",
+)
+STATISTICS = ("mean", "best")
+SIGNS = (1, -1, -1, 1)  # of a claim's numbers and methods: first - second, or (first - second) - (third - fourth)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim and what settles it.
+
+    Attributes:
+        name: short and unique.
+        group: the question that it belongs to, a key of `groups()`.
+        text: what is claimed, for a reader.
+        source: where.
+        value: path into paper.json, as `headline.kd_accuracy`; two paths mean their difference, for a latency_ratio
+            their quotient, four (first - second) - (third - fourth); of a list, its mean. Or a number: a bound that
+            the claim's words imply where they give none.
+        measure: one of `MEASURES`.
+        unit: of the number.
+        evidence: the kind of evidence that settles it, one of `evidence.KINDS`, a protocol with its name.
+        methods: the methods whose runs or networks are measured; two for a difference, four for an interaction.
+        settings: what a run must have to count, besides the paper's values of the other fields of its spec.
+        seeds: runs of each method at which the claim is judged; before, a verdict is an interim one.
+        statistic: what the paper's number is of its runs, `mean` or `best`; of a single run its mean.
+        paper_runs: how many these are.
+        family: the tests that are corrected together.
+        tolerance: the largest distance from the paper's number that counts as the same, in its unit. For an accuracy:
+            the widest interval of the distance, to each side, at which agreement is worth the word.
+        chapter: the notebook that shows it.
+        registered: when it was written down, or last changed: a run that ended before does not count.
+        k: feature blocks removed.
+
+    Raises:
+        ValueError: unknown measure, statistic or kind of evidence, or a negative tolerance.
+    """
+
+    name: str
+    group: str
+    text: str
+    source: str
+    value: tuple[str | float, ...]
+    measure: str
+    unit: str
+    evidence: str
+    methods: tuple[str, ...]
+    settings: Mapping[str, object]
+    seeds: int
+    chapter: str
+    registered: str
+    statistic: str = "mean"
+    paper_runs: int = 1
+    family: str = ""
+    tolerance: float = 0.0
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"claim {self.name} has unknown measure {self.measure!r}: use {', '.join(MEASURES)}")
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"claim {self.name} has unknown statistic {self.statistic!r}: use {', '.join(STATISTICS)}")
+        if self.tolerance < 0:
+            raise ValueError(f"claim {self.name} has tolerance {self.tolerance}: give a distance, 0 or more")
+        evidence.check(self.evidence)
+
+    @property
+    def claimed(self) -> float:
+        """The paper's number, or the bound that its words imply; NaN if they imply none."""
+        numbers = [float(np.mean(lookup(part))) if isinstance(part, str) else float(part) for part in self.value]
+        if self.measure == "latency_ratio" and len(numbers) == 2:
+            return numbers[0] / numbers[1]
+        return sum((sign * number for sign, number in zip(SIGNS, numbers, strict=False)), 0.0) if numbers else np.nan
+
+    @property
+    def protocol(self) -> str:
+        """The name of the protocol whose runs it is about; empty if these are runs at the paper's settings."""
+        return evidence.protocol_in(self.evidence)
+
+    @property
+    def depends_on_pairing(self) -> bool:
+        """Whether its runs take anything from a teacher, so that it matters which image a signal belongs to."""
+        return "pairing" in self.settings and set(self.methods) != {"student"}
+
+
+@cache
+def paper() -> dict:
+    """Facts and figures of the reproduced work, as in paper.json; treat it as read-only."""
+    return json.loads(files("kdig_utils").joinpath("paper.json").read_text(encoding="utf-8"))
+
+
+def lookup(path: str) -> float | list:
+    """The value at a dotted path of paper.json, list positions included; a key may hold a dot, as `2.19`.
+
+    Raises:
+        KeyError: there is no such path.
+    """
+    found, rest = paper(), path
+    while rest:
+        names = map(str, range(len(found))) if isinstance(found, list) else found if isinstance(found, dict) else ()
+        step = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+        if step is None:
+            raise KeyError(f"paper.json has no {path!r}: nothing at {rest!r}")
+        found = found[int(step)] if isinstance(found, list) else found[step]
+        rest = rest[len(step) + 1 :]
+    return found
+
+
+@cache
+def claims() -> tuple[Claim, ...]:
+    """All claims, in the order of claims.yml."""
+    content = _claims_file()
+    return tuple(_claim(entry, content) for entry in content["claims"])
+
+
+def teacher_goal() -> float:
+    """Test accuracy, in per cent, that the claims on training need of their teacher."""
+    return next(claim.settings["teacher_accuracy"] for claim in claims() if "teacher_accuracy" in claim.settings)
+
+
+def groups() -> dict[str, str]:
+    """The questions that the claims belong to: name and title, in reading order."""
+    return {name: group["title"] for name, group in _claims_file()["groups"].items()}
+
+
+def protocols() -> dict[str, dict]:
+    """Other protocols than the paper's, as they are registered: by name; treat them as read-only."""
+    return _claims_file()["protocols"]
+
+
+def margin() -> float:
+    """The book's one margin of equivalence, in points of test accuracy: a smaller difference is of no interest."""
+    return float(_claims_file()["rules"]["margin"])
+
+
+def interim_significance() -> float:
+    """The level of a look before the planned number of seeds."""
+    return float(_claims_file()["rules"]["interim_significance"])
+
+
+def registrations() -> list[dict[str, str]]:
+    """When claims and rules were written down or changed, and what: date, what, and the digest of what it covers."""
+    return [dict(entry) for entry in _claims_file()["registrations"]]
+
+
+def digest(date: str) -> str:
+    """Twelve digits of the SHA-256 of rules, protocols and claims registered on `date`, with the paper's numbers.
+
+    Whoever changes one of them has to date the change: a test holds the digests of claims.yml against this.
+    """
+    content = _claims_file()
+    dated = {name: content[name] for name in ("rules", "settings") if content["rules"]["registered"] == date}
+    dated |= {name: its for name, its in content["protocols"].items() if its["registered"] == date}
+    merged = [asdict(_claim(entry, content)) for entry in content["claims"]]
+    own = [{**claim, "claimed": Claim(**claim).claimed} for claim in merged if claim["registered"] == date]
+    text = json.dumps([SIGNIFICANCE, paper()["ablation_runs"], dated, own], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def _claims_file() -> dict:
+    return yaml.safe_load(files("kdig_utils").joinpath("claims.yml").read_text(encoding="utf-8"))
+
+
+def _claim(entry: dict, content: dict) -> Claim:
+    merged = {**content["groups"][entry["group"]], **entry}
+    merged.pop("title")
+    value = merged["value"] if isinstance(merged["value"], list) else [merged["value"]]
+    protocol = content["protocols"].get(merged["settings"])
+    dated = [merged["registered"], content["rules"]["registered"], *([protocol["registered"]] if protocol else [])]
+    merged["registered"] = max(dated)  # all as 2026-11-27T16:00Z
+    settings = protocol["settings"] if protocol else content["settings"][merged["settings"]]
+    return Claim(**{**merged, "value": tuple(value), "methods": tuple(merged["methods"]), "settings": settings})

@@ -1,0 +1,341 @@
+"""Is an attribution true to its model, and does the student look where the teacher looks? Measures, each with controls.
+
+Every function gives one number an image, so that means get intervals over the images. A measure without what chance
+would give is no measure: for each one the control stands beside it.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.integrated_gradients import attribution_map, baseline, integrated_gradients
+from kdig_utils.method.pairings import another, edges, permuted
+
+Forward = Callable[[Tensor], Tensor]
+SIMILARITIES = ("spearman", "cosine", "top_tenth")
+TILES = 4
+BYTES_A_PIXEL = 20_000  # that the teacher keeps of a point of the path for its backward pass, in float32
+MOST_POINTS = 2048
+
+
+def captum_metrics() -> ModuleType:
+    """Captum's metrics; a machine that is lent for minutes may lack them, and needs them for two measures only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its progress bars ask for widgets that this book does without
+        return importlib.import_module("captum.metrics")
+
+
+def attributions(model: Forward, images: Tensor, target: Tensor, n_steps: int) -> Tensor:
+    """IG of the target's logit from the paper's baseline, the mean colour, (N, 3, H, W) to the same.
+
+    The same baseline in pixels serves teacher and students: maps from two baselines answer two questions.
+    """
+    grey, at_once = baseline("mean_colour", images), 64
+    if images.is_cuda:
+        free, _total = torch.cuda.mem_get_info(images.device)
+        at_once = points_at_once(free, images[0, 0].numel())
+    return integrated_gradients(model, images, grey, target, n_steps, internal_batch_size=at_once).detach()
+
+
+def points_at_once(free_bytes: int, pixels: int) -> int:
+    """How many points of the path fit into half of a GPU's free memory, from 1 to 2,048; gradients need the rest.
+
+    Args:
+        free_bytes: as `torch.cuda.mem_get_info` counts them.
+        pixels: of one image, H · W.
+    """
+    return max(1, min(MOST_POINTS, free_bytes // (2 * BYTES_A_PIXEL * pixels)))
+
+
+def similarity(maps: Tensor, others: Tensor) -> dict[str, Tensor]:
+    """How alike two sets of maps are, image by image.
+
+    Args:
+        maps, others: (N, H, W), in the same order.
+
+    Returns:
+        `spearman`, the correlation of the ranks, in [-1, 1]; `cosine`, in [0, 1] for maps without negative values;
+        `top_tenth`, in [0, 1], the share of the highest tenth of the pixels that the two have in common. Each of shape
+        (N,). Spearman is NaN where a map is constant.
+
+    Raises:
+        ValueError: the maps have different shapes.
+    """
+    if maps.shape != others.shape:
+        raise ValueError(f"maps of shapes {tuple(maps.shape)} and {tuple(others.shape)}: compare maps of equal shape")
+    a, b = maps.flatten(1).double().cpu(), others.flatten(1).double().cpu()
+    return {"spearman": _spearman(a, b), "cosine": F.cosine_similarity(a, b), "top_tenth": _top_overlap(a, b)}
+
+
+def partial_spearman(maps: Tensor, others: Tensor, given: Tensor) -> Tensor:
+    """What is left of the rank correlation of two sets of maps when both follow a third, (N,), in [-1, 1].
+
+    0 where they are alike only because both are like `given`. All three (N, H, W).
+    """
+    a, b, c = (values.flatten(1).double().cpu() for values in (maps, others, given))
+    ab, ac, bc = _spearman(a, b), _spearman(a, c), _spearman(b, c)
+    return (ab - ac * bc) / ((1 - ac**2) * (1 - bc**2)).sqrt()
+
+
+def _spearman(a: Tensor, b: Tensor) -> Tensor:
+    ranks = (torch.from_numpy(rankdata(values.numpy(), axis=1)) for values in (a, b))
+    first, second = (values - values.mean(1, keepdim=True) for values in ranks)
+    return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+
+
+def _top_overlap(a: Tensor, b: Tensor, share: float = 0.1) -> Tensor:
+    count = max(1, round(share * a.shape[1]))
+    high = [torch.zeros_like(values).scatter_(1, values.topk(count).indices, 1.0) for values in (a, b)]
+    return (high[0] * high[1]).sum(1) / count
+
+
+def similarity_controls(maps: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Two stand-ins for the teacher's maps: `shuffled`, those of other images, and `random`, their pixels permuted.
+
+    Args:
+        maps: (N, H, W), at least two.
+    """
+    return {"shuffled": maps[another(len(maps), seed).to(maps.device)], "random": permuted(maps, seed)}
+
+
+def blind_maps(images: ImageSet) -> dict[str, Tensor]:
+    """Two maps that no network has a part in, (N, 32, 32): `edges` (Sobel) and `difference`, |image - baseline|.
+
+    The second is the factor that stands before the integral: whatever the network, its IG map contains it.
+    """
+    pixels = images.images()
+    difference = attribution_map(pixels - baseline("mean_colour", pixels))
+    return {"edges": edges(images.pixels).float(), "difference": difference}
+
+
+def perturbation_curve(
+    forward_func: Forward,
+    start: Tensor,
+    end: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    n_steps: int = 16,
+    internal_batch_size: int = 256,
+) -> Tensor:
+    """The target's output while pixels change from `start` to `end`, highest of the map first (RISE, arXiv 1806.07421).
+
+    Deletion starts from the image and ends at a baseline; insertion starts from a blurred image and ends at the image.
+
+    Args:
+        forward_func: (N, C, H, W) to (N, classes); RISE takes probabilities.
+        start, end: (N, C, H, W).
+        maps: (N, H, W); pixels of equal height change in their order.
+        target: classes, (N,).
+        n_steps: how often some of the pixels change, always the same number up to rounding.
+
+    Returns:
+        (N, n_steps + 1), from no pixel changed to all.
+
+    Raises:
+        ValueError: n_steps is outside 1 to the number of pixels.
+    """
+    pixels = maps[0].numel()
+    if not 1 <= n_steps <= pixels:
+        raise ValueError(f"n_steps = {n_steps} is outside 1 to {pixels}: at least one pixel changes in a step")
+    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(maps).unsqueeze(1)
+    columns = []
+    for count in np.linspace(0, pixels, n_steps + 1).round():
+        changed = torch.where(rank < int(count), end, start)
+        columns.append(_outputs(forward_func, changed, target, internal_batch_size))
+    return torch.stack(columns, dim=1)
+
+
+def _outputs(forward_func: Forward, inputs: Tensor, target: Tensor, batch_size: int) -> Tensor:
+    with torch.no_grad():
+        outputs = torch.cat([forward_func(part) for part in inputs.split(batch_size)])
+    return outputs.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def area(curves: Tensor) -> Tensor:
+    """Area under each curve, (N, points) to (N,): the mean height over the share of pixels changed, trapezoids."""
+    return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
+
+
+def deletion_and_insertion(
+    model: Forward, images: Tensor, target: Tensor, maps: Tensor, n_steps: int = 16
+) -> dict[str, Tensor]:
+    """Both curves of the target's probability, `deletion` to the mean colour and `insertion` from a blurred image.
+
+    A faithful map makes the first fall early and the second rise early.
+
+    Returns:
+        Each (N, n_steps + 1).
+    """
+
+    def probability(inputs: Tensor) -> Tensor:
+        return model(inputs).softmax(1)
+
+    grey, blurred = baseline("mean_colour", images), baseline("blurred", images)
+    return {
+        "deletion": perturbation_curve(probability, images, grey, maps, target, n_steps),
+        "insertion": perturbation_curve(probability, blurred, images, maps, target, n_steps),
+    }
+
+
+def infidelity_and_scale(
+    model: Forward,
+    images: Tensor,
+    attributions: Tensor,
+    target: Tensor,
+    n_perturb_samples: int = 10,
+    side: int = 8,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Captum's infidelity (Yeh et al. 2019, arXiv 1901.09392), and that of an attribution of zeros, each (N,).
+
+    Squares of the image are replaced by the mean colour; a faithful attribution foretells by how much the logit falls.
+    The ratio of the two means is the share that it leaves unexplained: 0 for an attribution that foretells exactly, 1
+    for one that is no better than saying that nothing changes.
+
+    Args:
+        attributions: with their signs, (N, 3, H, W), of the logit from the mean colour.
+        n_perturb_samples: squares an image.
+        side: of the square, in pixels.
+        seed: of the places of the squares, the same for every model.
+    """
+
+    def error(values: Tensor) -> Tensor:
+        squares = _SquareRemoval(side, torch.Generator().manual_seed(seed))
+        grey = baseline("mean_colour", images)
+        return captum_metrics().infidelity(
+            model, squares, images, values, grey, target=target, n_perturb_samples=n_perturb_samples
+        )
+
+    return error(attributions), error(torch.zeros_like(attributions))
+
+
+@dataclass
+class _SquareRemoval:
+    """Captum's `perturb_func` for attributions that contain the factor (input - baseline): 1 where a pixel is taken."""
+
+    side: int
+    generator: torch.Generator
+
+    def __call__(self, inputs: Tensor, baselines: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = inputs.shape[-2:]
+        corners = torch.rand(len(inputs), 2, generator=self.generator).to(inputs.device)
+        top, left = (corners * torch.tensor([height - self.side + 1, width - self.side + 1]).to(corners)).long().T
+        rows, columns = (torch.arange(size, device=inputs.device) for size in (height, width))
+        in_rows = (rows >= top[:, None]) & (rows < top[:, None] + self.side)
+        in_columns = (columns >= left[:, None]) & (columns < left[:, None] + self.side)
+        taken = (in_rows[:, None, :, None] & in_columns[:, None, None, :]).expand_as(inputs).to(inputs.dtype)
+        return taken, inputs - taken * (inputs - baselines)
+
+
+def map_sensitivity(
+    model: Forward,
+    images: Tensor,
+    target: Tensor,
+    n_steps: int,
+    n_perturb_samples: int = 4,
+    radius: float = 0.02,
+    seed: int = 0,
+) -> Tensor:
+    """Captum's sensitivity_max of the IG map, (N,): the largest relative change under noise (arXiv 1901.09392).
+
+    Args:
+        n_perturb_samples: noisy copies of each image.
+        radius: of the noise, uniform, in units of pixels from 0 to 1.
+        seed: of the noise, the same for every model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def maps(inputs: Tensor | tuple[Tensor], target: Tensor) -> tuple[Tensor]:
+        (inputs,) = inputs if isinstance(inputs, tuple) else (inputs,)  # Captum passes both, and takes tuples back
+        return (attribution_map(attributions(model, inputs, target, n_steps)),)
+
+    def noisy(inputs: Tensor, radius: float) -> Tensor:
+        noise = torch.rand(inputs.shape, generator=generator).to(inputs.device)
+        return inputs + radius * (2 * noise - 1)
+
+    return captum_metrics().sensitivity_max(maps, images, noisy, radius, n_perturb_samples, target=target)
+
+
+@dataclass(frozen=True)
+class Mosaics:
+    """Two by two images of four different classes, and the tile that is asked about.
+
+    Attributes:
+        images: (N, 3, 64, 64) in [0, 1]; the tiles in the order of reading.
+        labels: the classes of the tiles, (N, 4).
+        asked: the tile whose class is explained, (N,), from 0 to 3; drawn at random, so that a map that does not
+            depend on the class falls on it once in four times, whatever else it depends on.
+    """
+
+    images: Tensor
+    labels: Tensor
+    asked: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """The class that is asked about, (N,)."""
+        return self.labels.gather(1, self.asked.unsqueeze(1)).squeeze(1)
+
+
+def mosaics(images: ImageSet, count: int, seed: int = 0) -> Mosaics:
+    """`count` mosaics of images drawn at random; the networks take them as they are, pooling over more places.
+
+    Raises:
+        ValueError: the images have fewer than four classes.
+    """
+    classes = images.labels.unique().cpu()
+    if len(classes) < TILES:
+        raise ValueError(f"{len(classes)} classes make no mosaic of {TILES} different ones: give images of more")
+    generator = torch.Generator().manual_seed(seed)
+    labels = classes[torch.rand(count, len(classes), generator=generator).argsort(1)[:, :TILES]]
+    members = {int(label): torch.nonzero(images.labels.cpu() == label).flatten() for label in classes}
+    draws = torch.rand(count, TILES, generator=generator)
+    places = [
+        [members[label][int(draw * len(members[label]))] for label, draw in zip(*row, strict=True)]
+        for row in zip(labels.tolist(), draws.tolist(), strict=True)
+    ]
+    tiles = images.images(torch.tensor(places).flatten()).view(count, 2, 2, *images.pixels.shape[1:])
+    whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    asked = torch.randint(TILES, (count,), generator=generator)
+    return Mosaics(whole, labels.to(whole.device), asked.to(whole.device))
+
+
+def tile_shares(maps: Tensor) -> Tensor:
+    """The share of a map, without its negative values, on each tile, (N, H, W) to (N, 4), rows adding up to 1.
+
+    The measure of the grid pointing game (Böhle et al. 2021, arXiv 2104.00032). NaN where nothing is positive.
+    """
+    mass = F.avg_pool2d(maps.clamp_min(0).unsqueeze(1), (maps.shape[1] // 2, maps.shape[2] // 2)).flatten(1)
+    return mass / mass.sum(1, keepdim=True)
+
+
+def peak_tile(maps: Tensor) -> Tensor:
+    """The tile of a map's highest pixel, (N, H, W) to (N,): the pointing game (Zhang et al. 2016, arXiv 1608.00507)."""
+    height, width = maps.shape[1:]
+    place = maps.flatten(1).argmax(1)
+    return 2 * (place // width >= height // 2) + (place % width >= width // 2)
+
+
+def pointing(maps: Tensor, asked: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Does a map fall on the tile that it was asked about? Chance is 1/4 for every value; maps are (N, H, W).
+
+    Returns:
+        `peak`, bool, whether the highest pixel lies on the tile; `share`, of the map's positive part on it; the same
+        with the question of another mosaic, `peak_shuffled` and `share_shuffled`. Each (N,).
+    """
+    peak, shares = peak_tile(maps), tile_shares(maps)
+    other = asked[another(len(asked), seed).to(asked.device)]
+    values = {}
+    for name, tile in {"": asked, "_shuffled": other}.items():
+        values[f"peak{name}"] = peak == tile
+        values[f"share{name}"] = shares.gather(1, tile.unsqueeze(1)).squeeze(1)
+    return values

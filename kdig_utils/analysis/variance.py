@@ -1,0 +1,223 @@
+"""Where does the spread come from? Factors that were switched, and luck: the seed's, and the training images'.
+
+Every function takes rows of the ledger of one experiment; accuracies are in per cent, variances in points squared.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.diagnostic import lilliefors
+
+from kdig_utils.analysis.claims import SIGNIFICANCE
+from kdig_utils.analysis.comparisons import holm, runs_by_method
+from kdig_utils.method.spec import METHODS
+
+FACTORS = ("kd", "ig", "at")
+TERMS = tuple(":".join(term) for order in (1, 2, 3) for term in combinations(FACTORS, order))
+FEWEST_FOR_NORMALITY = 4  # statsmodels' Lilliefors has no table below
+
+
+class Components(NamedTuple):
+    """Variance between groups and within them, in points squared.
+
+    Attributes:
+        between: of the groups' true means; the unbiased estimate, which may fall below 0 and then means 0.
+        within: of runs in one group.
+        share: between / (between + within).
+        low, high: 95 % interval of the share, exact for normal values.
+        groups, runs: how many groups, and runs in each.
+    """
+
+    between: float
+    within: float
+    share: float
+    low: float
+    high: float
+    groups: int
+    runs: int
+
+
+def factor_effects(rows: pd.DataFrame, blocks: Sequence[str] = ()) -> pd.DataFrame:
+    """Main effects and interactions of KD, IG and AT, each switched off and on: a 2³ factorial analysis.
+
+    A main effect is what switching a part on adds, averaged over the others. An interaction of two is what both add
+    together beyond the sum of what each adds alone: synergy if positive. That of three is how much switching the third
+    on changes the synergy of two. All are in points.
+
+    Args:
+        rows: runs of all eight methods.
+        blocks: columns whose value is shared by runs of different methods, as `seed` in this book's runs.
+
+    Returns:
+        Index term (`kd`, ..., `kd:ig:at`); columns effect, low, high (95 %), p, p_holm.
+
+    Raises:
+        ValueError: a method is missing, each has only one run, or all runs end alike.
+    """
+    runs = runs_by_method(rows)
+    if missing := [method for method in METHODS if method not in runs]:
+        raise ValueError(f"no run of {', '.join(missing)}: the factorial analysis needs all eight methods")
+    if max(map(len, runs.values())) < 2:
+        raise ValueError("each method has 1 run: a factorial analysis needs two or more, train more seeds")
+    _check_spread(rows)
+    students = rows[rows["method"].isin(METHODS)]
+    coded = students.assign(**{factor: switched(students["method"], factor) for factor in FACTORS})
+    formula = " + ".join(["test_accuracy ~ kd * ig * at", *(f"C({block})" for block in blocks)])
+    fit = ols(formula, coded.astype({"test_accuracy": float})).fit()
+    # Coded −1 and +1: a coefficient is half a main effect, a quarter or an eighth of an interaction.
+    scale = pd.Series({term: 2.0 ** (1 + term.count(":")) for term in TERMS})
+    low, high = (fit.conf_int(SIGNIFICANCE)[side][list(TERMS)] * scale for side in (0, 1))
+    table = pd.DataFrame(
+        {"effect": fit.params[list(TERMS)] * scale, "low": low, "high": high, "p": fit.pvalues[list(TERMS)]}
+    )
+    return table.assign(p_holm=holm(table["p"])).rename_axis("term")
+
+
+def switched(methods: pd.Series, factor: str) -> pd.Series:
+    """Effect coding of a part: +1 for methods that contain it, −1 for the others."""
+    return methods.map(lambda method: 1.0 if factor in method.split("_") else -1.0)
+
+
+def normality(rows: pd.DataFrame) -> pd.DataFrame:
+    """Two tests of whether the runs of each method are normally distributed: Lilliefors, as in the paper, and Shapiro.
+
+    Returns:
+        Index method; columns runs, mean, deviation, lilliefors_p, shapiro_p. statsmodels interpolates a table for the
+        former, from 0.001 to 0.99.
+
+    Raises:
+        ValueError: a method has fewer than four runs, or all its runs end alike.
+    """
+    table = {}
+    for method, values in runs_by_method(rows).items():
+        if len(values) < FEWEST_FOR_NORMALITY:
+            raise ValueError(
+                f"{method} has {len(values)} runs: a test of normality needs {FEWEST_FOR_NORMALITY} or more"
+            )
+        if np.ptp(values) == 0:
+            raise ValueError(f"all runs of {method} end at {values.iloc[0]:.2f} %: check that their seeds differ")
+        table[method] = {
+            "runs": len(values),
+            "mean": values.mean(),
+            "deviation": values.std(ddof=1),
+            "lilliefors_p": lilliefors(values)[1],
+            "shapiro_p": stats.shapiro(values).pvalue,
+        }
+    columns = ["runs", "mean", "deviation", "lilliefors_p", "shapiro_p"]
+    return pd.DataFrame.from_dict(table, orient="index", columns=columns).astype({"runs": int}).rename_axis("method")
+
+
+def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = ()) -> Components:
+    """Split the variance of test accuracies in two: between groups, and within them (classical analysis of variance).
+
+    Seed against training images needs several seeds on each resample: `group` is the column that names the resample.
+    With `group="seed"` and `fixed=["method"]` it splits what runs with one seed share from what they do not.
+
+    Args:
+        rows: with test_accuracy, `group` and `fixed`; each group with the same number of runs.
+        group: the column whose values are a random sample.
+        fixed: columns whose effect is taken out first; every group must have each of their values as often.
+
+    Raises:
+        ValueError: fewer than two groups, one run in each, groups of different sizes, or runs that all end alike.
+    """
+    counts = pd.crosstab(rows[group], [rows[name] for name in fixed] or [np.zeros(len(rows))]).to_numpy()
+    groups, runs = len(counts), int(counts.sum(axis=1).max(initial=0))
+    if groups < 2 or runs < 2:
+        raise ValueError(
+            f"{groups} groups of {runs} runs: the split needs two groups or more with two runs or more each"
+        )
+    if counts.min() < counts.max():
+        raise ValueError(
+            f"the groups by {group} are not alike: {counts.sum(axis=1).min()} to {runs} runs, each setting "
+            f"{counts.min()} to {counts.max()} times; finish the campaign, or leave out the incomplete groups"
+        )
+    _check_spread(rows)
+    formula = " + ".join(["test_accuracy ~ 1", *(f"C({name})" for name in fixed), f"C({group})"])
+    table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit())
+    return _components(table.loc[f"C({group})"], table.loc["Residual"], groups, runs)
+
+
+def _check_spread(rows: pd.DataFrame) -> None:
+    values = rows["test_accuracy"].to_numpy(float)
+    if np.ptp(values) == 0:
+        raise ValueError(f"all runs end alike, at {values[0]:.2f} %: there is nothing to split; train for longer")
+
+
+def _components(between: pd.Series, within: pd.Series, groups: int, runs: int) -> Components:
+    """From the two lines of the table: the expected mean square between is within + runs × between."""
+    variance = float(between["mean_sq"] - within["mean_sq"]) / runs
+    total = variance + float(within["mean_sq"])
+    ratio = float(between["mean_sq"] / within["mean_sq"]) if within["mean_sq"] > 0 else np.inf
+    low, high = (_share(ratio / limit, runs) for limit in _f_limits(between["df"], within["df"]))
+    return Components(variance, float(within["mean_sq"]), variance / total, low, high, groups, runs)
+
+
+def _share(ratio: float, runs: int) -> float:
+    """The intraclass correlation that goes with a ratio of mean squares; never below 0."""
+    return 1.0 if np.isinf(ratio) else max(0.0, (ratio - 1) / (ratio + runs - 1))
+
+
+def _f_limits(df_above: float, df_below: float) -> tuple[float, float]:
+    f = stats.f(df_above, df_below)
+    return float(f.ppf(1 - SIGNIFICANCE / 2)), float(f.ppf(SIGNIFICANCE / 2))
+
+
+def added_variance(together: pd.DataFrame, alone: pd.DataFrame) -> pd.DataFrame:
+    """What drawing new training images adds to the seed's variance, by subtraction, for the methods in both tables.
+
+    `together` holds runs in which seed and images change (`monte-carlo`), `alone` runs in which only the seed does
+    (`ablation`). The subtraction assumes that the seed's variance is the same in both, although the resamples are
+    smaller sets: several seeds on each resample and `variance_components` need no such assumption.
+
+    Returns:
+        Index method; columns together, alone, added (points squared; may fall below 0, and then means 0), ratio
+        (together / alone), low, high (its 95 % interval, exact for normal values), p (of F, one-sided).
+
+    Raises:
+        ValueError: no method has two runs or more in both tables, or runs of `alone` all end alike.
+    """
+    first, second = runs_by_method(together), runs_by_method(alone)
+    shared = [m for m in first if m in second and min(len(first[m]), len(second[m])) > 1]
+    if not shared:
+        raise ValueError("no method has two runs or more in both tables: train more seeds")
+    table = {method: _ratio_of_variances(first[method], second[method]) for method in shared}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("method")
+
+
+def _ratio_of_variances(together: pd.Series, alone: pd.Series) -> dict[str, float]:
+    if np.ptp(alone) == 0:
+        raise ValueError(f"all runs of {alone.name} end at {alone.iloc[0]:.2f} %: check that their seeds differ")
+    above, below = float(together.var(ddof=1)), float(alone.var(ddof=1))
+    df = len(together) - 1, len(alone) - 1
+    low, high = (above / below / limit for limit in _f_limits(*df))
+    return {
+        "together": above,
+        "alone": below,
+        "added": above - below,
+        "ratio": above / below,
+        "low": low,
+        "high": high,
+        "p": float(stats.f(*df).sf(above / below)),
+    }
+
+
+def fresh_sample_factor(fraction: float) -> float:
+    """How much more a result varies from one fresh training set to the next than between subsets of one pool.
+
+    Subsets drawn without replacement overlap, and show only 1 − `fraction` of the variance of fresh sets of their size:
+    exact for a mean, to first order for anything smooth (the delete-d jackknife: Shao & Wu 1989,
+    doi 10.1214/aos/1176347263). It applies to the images' variance, not to the seed's.
+
+    Raises:
+        ValueError: the fraction is not above 0 and below 1.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction {fraction} is outside (0, 1): give the share of the pool that each subset takes")
+    return 1 / (1 - fraction)

@@ -1,0 +1,85 @@
+"""How the book's figures look: one style, one colour a method, an alternative text and a caption for each."""
+
+import io
+from collections.abc import Iterable
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL.Image
+import seaborn as sns
+from IPython.display import Image, Markdown, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kdig_utils.experiments import evidence
+from kdig_utils.method.spec import METHODS
+
+# Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
+METHOD_COLOURS = {
+    "teacher": "#555555",
+    **dict(
+        zip(
+            METHODS,
+            ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255"),
+            strict=True,
+        )
+    ),
+}
+DPI = 110
+
+
+def style() -> None:
+    """Set the book's style for all figures that follow."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
+    matplotlib.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "figure.titleweight": "bold",
+        }
+    )
+
+
+def show(figure: Figure, alt: str, caption: str, kind: str | Iterable[str]) -> None:
+    """Show a figure with its alternative text, and its caption below; close it.
+
+    Args:
+        alt: what the figure shows, for readers who do not see it.
+        caption: what it rests on: which images, how many seeds, how many epochs.
+        kind: its kind of evidence, in the vocabulary of `evidence`; of a figure with several, all of them.
+
+    Raises:
+        ValueError: alternative text or caption is empty, or a kind is not in the vocabulary.
+    """
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"a figure needs an alternative text and a caption, got {alt!r} and {caption!r}: write both")
+    named = f"Evidence: {evidence.in_words(kind)}"
+    display(Image(data=png(figure), format="png", alt=alt))
+    plt.close(figure)
+    display(Markdown(f"*{caption}* {named}."))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, chosen for it and dithered: a third of the bytes, and nobody sees it."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, facecolor="white")
+    with PIL.Image.open(drawn) as image:
+        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
+    """Draw one image, (3, H, W) in [0, 1], without axes."""
+    axes.imshow(image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy())
+    axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
+    axes.set_axis_off()
+
+
+def show_map(axes: Axes, values: Tensor, title: str = "", cmap: str = "inferno") -> None:
+    """Draw one map, (H, W), from its lowest to its highest value, without axes."""
+    axes.imshow(np.asarray(values.detach().cpu().float()), cmap=cmap)
+    axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
+    axes.set_axis_off()

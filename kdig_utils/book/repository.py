@@ -1,0 +1,183 @@
+"""What the repository shows the world: its address, the README's table of results, the weights of chosen runs."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kdig_utils.experiments import campaigns, evidence, teachers
+from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
+from kdig_utils.paths import replacing, repository_root
+
+BRANCH = "main"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# Where a file of the book names the book's own repository; other links to GitHub are other people's.
+OWN_ADDRESS = re.compile(
+    r"(?:colab\.research\.google\.com/github/|git clone [^\n\"]*?https://github\.com/"
+    r"|repository-code: https://github\.com/|\burl: https://github\.com/)([\w-]+/[\w-]+)"
+)
+TEACHER_SIGNALS = {"kd": "answers", "ig": "reasons", "at": "attention"}  # by the part of a method's name
+
+
+def address() -> str:
+    """The public address of the repository, `https://github.com/OWNER/NAME`, from `[project.urls]` in pyproject.toml.
+
+    Raises:
+        ValueError: it is no address of a GitHub repository.
+    """
+    path = repository_root() / "pyproject.toml"
+    found = tomllib.loads(path.read_text())["project"]["urls"]["Repository"]
+    if not re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+", found):
+        raise ValueError(f"Repository = {found!r} in {path.name} is not of the form https://github.com/OWNER/NAME")
+    return found
+
+
+def colab_badge(notebook: str) -> str:
+    """The Markdown of the button that opens `notebook`, a file name in notebooks/, in Colab."""
+    link = f"https://colab.research.google.com/github/{_slug()}/blob/{BRANCH}/notebooks/{notebook}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
+def linking_files() -> list[Path]:
+    """The files that name the public address, or may: README, citation, settings, prose pages, notebooks."""
+    root = repository_root()
+    named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
+    return [path for path in (*named, *sorted(root.glob("book/*.md")), *notebooks()) if path.is_file()]
+
+
+def notebooks() -> list[Path]:
+    """The chapters that compute, in reading order."""
+    return sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def stale_addresses() -> Iterator[tuple[Path, str]]:
+    """Each file that names another repository as the book's own, with that `OWNER/NAME`."""
+    for path in linking_files():
+        found = set(OWN_ADDRESS.findall(path.read_text())) - {_slug()}
+        yield from ((path, slug) for slug in sorted(found))
+
+
+def write_address() -> list[Path]:
+    """Write the public address into every file that names another one as the book's own; return the changed files."""
+    changed = []
+    for path, slug in stale_addresses():
+        old, new = slug.split("/")[1], _slug().split("/")[1]
+        text = re.sub(rf"github\.com/{re.escape(slug)}\b", f"github.com/{_slug()}", path.read_text())
+        text = text.replace(f"google.com/github/{slug}/", f"google.com/github/{_slug()}/")
+        text = re.sub(rf"(?<=\bcd ){re.escape(old)}\b|(?<=\bcd -q ){re.escape(old)}\b", new, text)
+        _write(path, text)
+        changed.append(path)
+    return changed
+
+
+def results_table(ledger: pd.DataFrame) -> str:
+    """What the README shows of the ledger, in Markdown: claims by kind of evidence, methods, and the queue."""
+    return "\n\n".join(table(ledger) for table in (claims_table, methods_table, queue_table))
+
+
+def claims_table(ledger: pd.DataFrame) -> str:
+    """How many claims of each kind of evidence have which verdict; what a clock must settle is in chapter 16."""
+    from kdig_utils.analysis import scorecard, verdicts  # as in `_in_the_paper`
+
+    card = scorecard.scorecard(ledger)
+    counts = scorecard.by_kind(card[card["evidence"] != evidence.TIMED])
+    lines = [f"| evidence that settles the claim | {' | '.join(verdicts.VERDICTS)} |", "|---" * 7 + "|"]
+    lines += [f"| {kind} | {' | '.join(str(n or '') for n in counts.loc[kind])} |" for kind in counts.index]
+    return "\n".join(lines)
+
+
+def methods_table(ledger: pd.DataFrame) -> str:
+    """Students of `campaigns.main_runs` and their teacher beside the paper's; a row for each method, run or not.
+
+    Below stands a better teacher that has no students yet.
+    """
+    students = campaigns.main_runs(ledger)
+    shown = {"teacher": teachers.of(students, ledger), **dict(iter(students.groupby("method")))}
+    lines = [
+        "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in ("teacher", *METHODS):
+        for cells in _cells_of(shown.get(method, ledger.head(0))):
+            lines.append(f"| `{method}` | {_signals_of(method)} | {cells} | {_in_the_paper(method):.2f} % |")
+    for _index, row in teachers.waiting(ledger).iterrows():
+        spec = spec_of(row)
+        trained = spec.recipe or f"{spec.epochs} epochs by this book's code"
+        words = f"{row['test_accuracy']:.2f} % (run `{row['run_id']}`). How it was trained: {trained}."
+        lines += ["", f"A better teacher has no students yet: {words}"]
+    return "\n".join(lines)
+
+
+def _cells_of(runs: pd.DataFrame) -> Iterator[str]:
+    """Seeds, epochs, mean accuracy with standard deviation, and kind of evidence: once for each number of epochs."""
+    if runs.empty:
+        yield f" | | | {evidence.NOT_RUN}"
+    for _epochs, group in runs.groupby("epochs"):
+        accuracy = group["test_accuracy"].astype(float)
+        spread = f" ± {accuracy.std():.2f}" if len(group) > 1 else ""
+        budget = ", or ".join(dict.fromkeys(_budget(spec_of(row)) for _index, row in group.iterrows()))
+        kind = evidence.in_words(evidence.of_runs(group))
+        yield f"{len(group)} | {budget} | {accuracy.mean():.2f}{spread} % | {kind}"
+
+
+def _budget(spec: RunSpec | TeacherSpec) -> str:
+    """Epochs, and of a teacher where it started and by which recipe, in words."""
+    continued = ["after an earlier short training"] if getattr(spec, "initial_sha256", "") else []
+    recipe = [spec.recipe] if getattr(spec, "recipe", "") else []
+    return ", ".join([f"{spec.epochs}", *continued, *recipe])
+
+
+def _signals_of(method: str) -> str:
+    return ", ".join(signal for part, signal in TEACHER_SIGNALS.items() if part in method.split("_"))
+
+
+def _in_the_paper(method: str) -> float:
+    """Its test accuracy, in per cent, there: the mean of ten runs; of the one teacher."""
+    from kdig_utils.analysis import claims  # needs PyYAML and statsmodels; a machine that only trains may lack them
+
+    return float(np.mean(claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")))
+
+
+def queue_table(ledger: pd.DataFrame) -> str:
+    """How many runs of each stage of the queue the ledger holds, and how many claims it settles; in its order."""
+    from kdig_utils.analysis import plan  # as in `_in_the_paper`
+
+    stages = plan.stages(plan.plan(ledger))
+    lines = ["| stage of the queue, in its order | runs done | settles claims |", "|---|---|---|"]
+    lines += [f"| {row.stage} | {row.done} of {row.runs} | {row.claims or ''} |" for row in stages.itertuples()]
+    return "\n".join(lines)
+
+
+def readme_with(table: str) -> str:
+    """The text of the README with `table` between its two marks.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    text = (repository_root() / "README.md").read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md needs the lines {BEGIN} and {END}, once each, around its table of results")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def write_results(ledger: pd.DataFrame) -> bool:
+    """Write the ledger's table of results into the README; return whether it was another one."""
+    path, text = repository_root() / "README.md", readme_with(results_table(ledger))
+    if path.read_text() == text:
+        return False
+    _write(path, text)
+    return True
+
+
+def _slug() -> str:
+    return address().removeprefix("https://github.com/")
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text)

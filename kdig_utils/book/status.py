@@ -1,0 +1,85 @@
+"""What is there and what is missing, a line each: for the command `status`, and for what the others print."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdig_utils.analysis.comparisons import setting_of
+from kdig_utils.experiments import campaigns
+from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.method import artifacts
+from kdig_utils.method.spec import METHODS
+
+
+def campaign_lines(ledger: pd.DataFrame) -> list[str]:
+    """A line for each campaign: what is done, what is left, and how long that takes at the pace so far."""
+    return [
+        f"{row.campaign}: {row.done} of {row.runs} runs done, {row.left} left"
+        + ("" if not row.left else ", time not known yet" if np.isnan(row.hours) else f", about {row.hours:.1f} h")
+        for row in campaigns.progress(ledger).itertuples()
+    ]
+
+
+def finished(row: pd.Series) -> str:
+    """One line about a finished run."""
+    name = "teacher" if row["method"] == "teacher" else f"{row['method']} k={row['k']}"
+    settings = f"{name} seed {row['seed']}, {row['epochs']} epochs"
+    return f"run {row['run_id']}: {settings}: {row['test_accuracy']:.2f} % on {row['test_images']:,} test images"
+
+
+def ledger_lines(table: pd.DataFrame) -> list[str]:
+    """A line for each campaign and setting: the runs and their mean accuracy."""
+    order = {method: place for place, method in enumerate(("teacher", *METHODS))}
+    groups = with_other_settings(table).groupby(["campaign", "method", "k", "epochs", "other_settings"], dropna=False)
+    found = sorted(groups, key=lambda group: (str(group[0][0]), order[group[0][1]], group[0][2:]))
+    return [
+        f"{campaign}: {method} k={k}, {epochs} epochs{others and ', '}{others}: {len(runs)} run"
+        f"{'s' if len(runs) > 1 else ''}, mean {runs['test_accuracy'].mean():.2f} % ({' '.join(runs['run_id'])})"
+        for (campaign, method, k, epochs, others), runs in found
+    ]
+
+
+def with_other_settings(table: pd.DataFrame) -> pd.DataFrame:
+    """The ledger with other_settings: what a run has, besides method, k and epochs, that is not the default, in words.
+
+    Runs with one method, k, number of epochs and these words were trained alike, but for seed, images and teacher.
+    """
+    return table.assign(other_settings=[_other_settings(run) for run in table.to_dict("records")])
+
+
+def _other_settings(run: dict) -> str:
+    defaults = {field.name: field.default for field in fields(spec_of(run))}
+    others = {name: value for name, value in setting_of(run).items() if value != defaults[name]}
+    words = {"k": "", "epochs": "", "initial_sha256": "after earlier epochs"}
+    told = [words.get(name, f"{name.replace('_', ' ')} {value}") for name, value in others.items()]
+    return ", ".join(filter(None, told))
+
+
+def checkpoint_line(path: Path) -> str:
+    """Where the run of a checkpoint stands."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged file
+        return f"{path.name}: damaged ({type(error).__name__}): delete {path} to start the run afresh"
+    spec = content["spec"]
+    done, name = content["epoch"], spec.get("method", "teacher")
+    return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
+
+
+def signals_line(folder: Path) -> str:
+    """How much of a store of teacher signals is there."""
+    done = np.load(folder / "done.npy")
+    return f"{folder.name} ({folder.parts[-3]}): {int(done.sum()):,} of {len(done):,} images"
+
+
+def artifact_lines(damaged: dict[str, str]) -> list[str]:
+    """A line for each published network: what it is, or why it cannot be used."""
+    return [
+        f"{name}: {damaged[name]}"
+        if name in damaged
+        else f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"
+        for name, entry in artifacts.manifest().items()
+    ]

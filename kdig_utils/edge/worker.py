@@ -1,0 +1,140 @@
+"""A runtime in a process of its own: started, asked, stopped while others have their turn, ended; failures in words.
+
+A process leads a process group, so that a compiler that it has started ends with it. It is stopped (SIGSTOP) whenever
+nothing is asked of it: threads that wait for work by spinning would run beside the network that is timed. If this
+program dies, Linux kills the process at once; elsewhere the system wakes the stopped group with a hang-up (SIGHUP and
+SIGCONT, as POSIX wants of a group that nobody waits for), and the group ends. No process is left behind.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from kdig_utils.machine import process_environment, start
+
+EXTRAS = {"onnx": "edge", "onnxruntime": "edge", "openvino": "edge"}  # of pyproject.toml, by package
+LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
+
+
+class Lost(RuntimeError):
+    """The process of one network died, or refused; the message says why."""
+
+    def __init__(self, words: str, name: str) -> None:
+        super().__init__(words)
+        self.name = name
+
+
+class Process:
+    """A runtime in a process of its own, which answers one request at a time.
+
+    Args:
+        name: of the network, for `Lost`.
+        end: the moment of `time.monotonic` after which no answer is waited for; may be moved.
+    """
+
+    def __init__(self, name: str, end: float) -> None:
+        self.name, self.end, self.setting = name, end, (0, 0)
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self.process = start(
+            [sys.executable, "-m", "kdig_utils.edge.runtimes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=process_environment(),
+            process_group=0,
+        )
+
+    def ask(self, do: str, **arguments: object) -> object:
+        """The answer of the process to one request.
+
+        Raises:
+            Lost: the process died, refused, or did not answer before `end`.
+        """
+        late = threading.Timer(max(0.0, self.end - time.monotonic()), self._kill)
+        late.start()
+        try:
+            line = self._answer(json.dumps({"do": do, **arguments}) + "\n")
+        finally:
+            late.cancel()
+        if not line.endswith("\n"):
+            raise Lost(self._death() if time.monotonic() < self.end else LATE, self.name)
+        reply = json.loads(line)
+        if "error" in reply:
+            raise Lost(in_words(reply["error"]), self.name)
+        return reply["answer"]
+
+    def _answer(self, request: str) -> str:
+        """The line that answers; what there is of it if the process dies."""
+        self._signal("SIGCONT")
+        try:
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except BrokenPipeError:
+            return ""
+        finally:
+            self._signal("SIGSTOP")
+
+    def _death(self) -> str:
+        """Why the process ended: its status, and the last line that it wrote."""
+        self._kill()
+        status = self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return death(status) + (f": {in_words(lines[-1])}" if lines else "")
+
+    def ready(self, batch: int, threads: int) -> None:
+        """Open the file anew if it was open for another batch size or number of threads."""
+        if self.setting != (batch, threads):
+            self.ask("load", batch=batch, threads=threads)
+            self.setting = (batch, threads)
+
+    def stay(self, cpus: list[int]) -> None:
+        """Use these CPUs only, where the system lets a process say so."""
+        if hasattr(os, "sched_setaffinity"):
+            self.ask("stay", cpus=cpus)
+
+    def is_alive(self) -> bool:
+        """Whether there is a process to ask."""
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End the process, and those that it has started."""
+        self._kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def _kill(self) -> None:
+        self._signal("SIGKILL")
+        self.process.kill()  # where there are no process groups
+
+    def _signal(self, name: str) -> None:
+        if self.process.returncode is None and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of the dead
+                os.killpg(self.process.pid, getattr(signal, name))
+
+
+def death(status: int) -> str:
+    """What an exit status says of the end of a process."""
+    if status == -4:
+        return "this CPU lacks an instruction that the runtime needs"
+    return f"the process ended with status {status}" + (", perhaps out of memory" if status == -9 else "")
+
+
+def in_words(error: str) -> str:
+    """A runtime's error as one line that says what to do, where that is known."""
+    line = " ".join(error.split())
+    if line.startswith("ModuleNotFoundError"):
+        package = line.rpartition("'")[0].rpartition("'")[2].partition(".")[0]
+        remedy = f"'.[{EXTRAS[package]}]' in the folder of the book" if package in EXTRAS else package
+        return f"{package} is not installed: pip install {remedy}"
+    if "C++ compiler" in line or "InvalidCxxCompiler" in line:
+        return "torch.compile found no C++ compiler: install one (g++ or clang++), or set CXX"
+    return line[:200]

@@ -1,0 +1,140 @@
+"""A run is a spec: what determines it, its identity, and its row in the ledger."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
+from kdig_utils.paths import explaining, replacing, repository_root
+
+COLUMNS = (
+    "run_id", "campaign", "method", "k", "seed", "pairing", "epochs", "train_fraction", "test_accuracy",
+    "validation_accuracy", "train_loss", "parameters", "macs", "seconds", "device", "train_images", "test_images",
+    "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
+    "compiled",
+)  # fmt: skip
+LATER_COLUMNS = ("compiled",)  # ledgers from before have none: empty, which is what they would say
+
+NUMBER_COLUMNS = (
+    "k", "seed", "epochs", "train_fraction", "test_accuracy", "validation_accuracy", "train_loss", "parameters", "macs",
+    "seconds", "train_images", "test_images",
+)  # fmt: skip
+# A hash such as 12e45678 is text, never a number.
+TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in NUMBER_COLUMNS)
+# Whole numbers stay whole where a row has none.
+COUNTS = dict.fromkeys(("k", "seed", "epochs", "parameters", "macs", "train_images", "test_images"), "Int64")
+NO_NUMBER = {name: ["", "nan"] for name in NUMBER_COLUMNS}
+
+
+class Ledger:
+    """The table of finished runs, `results/runs.csv`: each run once, accuracies in per cent.
+
+    Several processes may append at the same time; a reader always sees a whole file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> pd.DataFrame:
+        """All rows; an empty table with the right columns if nothing was run yet.
+
+        Raises:
+            ValueError: the file has other columns than a ledger.
+        """
+        if not self.path.is_file():
+            return pd.DataFrame(columns=list(COLUMNS))
+        try:
+            table = pd.read_csv(
+                self.path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=NO_NUMBER
+            )
+        except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
+            raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
+        table = table.assign(**{name: "" for name in LATER_COLUMNS if name not in table.columns})
+        if missing := [name for name in COLUMNS if name not in table.columns]:
+            raise ValueError(
+                f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
+            )
+        return table
+
+    def find(self, spec: Spec) -> pd.Series | None:
+        """The row of this run, or None if it was not run yet."""
+        rows = self.read().query("run_id == @spec.run_id")
+        return None if rows.empty else rows.iloc[0]
+
+    def append(self, spec: Spec, **measured: object) -> None:
+        """Add the row of a finished run; a run that is already there is left as it is."""
+        row = {
+            **{
+                name: getattr(spec, name)
+                for name in ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")
+            },
+            "data_md5": spec.data_md5,
+            "teacher_sha256": getattr(spec, "teacher_sha256", ""),
+            "spec": json.dumps(asdict(spec), sort_keys=True),
+            **measured,
+        }
+        if unknown := set(row) - set(COLUMNS):
+            raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
+        self.merge(pd.DataFrame([row], columns=list(COLUMNS)))
+
+    def merge(self, table: pd.DataFrame) -> list[str]:
+        """Add the rows of another ledger; runs that are already there are left as they are.
+
+        Returns:
+            The identities of the runs that were added.
+        """
+        with explaining(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with explaining(self.path), FileLock(self.path.parent / f".{self.path.name}.lock"):
+            rows = self.read().to_dict("records")
+            known = {row["run_id"] for row in rows}
+            new = [row for row in table.to_dict("records") if row["run_id"] not in known]
+            if new:
+                with replacing(self.path) as part:
+                    pd.DataFrame([*rows, *new], columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
+        return [row["run_id"] for row in new]
+
+
+def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:
+    """The spec that a ledger row was made from."""
+    values = json.loads(row["spec"])
+    kind = TeacherSpec if row["method"] == "teacher" else RunSpec
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+
+
+def of_one_teacher(rows: pd.DataFrame) -> pd.DataFrame:
+    """The ledger rows of the teacher that has most of them, and those without one: students of two do not mix."""
+    teachers = rows.loc[rows["teacher_sha256"].fillna("") != "", "teacher_sha256"]
+    other = set(teachers) - set(teachers.mode()[:1])
+    return rows[~rows["teacher_sha256"].isin(other)]
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Device, versions and code commit of this process, for the ledger."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "commit": code_commit(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "torchvision": version("torchvision"),
+    }
+
+
+def code_commit() -> str:
+    """The commit of the code, with `+` if the package has uncommitted changes; outside a clone `KDIG_COMMIT`."""
+    options = {"cwd": repository_root(), "capture_output": True, "text": True}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=False, **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "kdig_utils"], check=False, **options).stdout.strip()
+    except FileNotFoundError:
+        commit, changed = "", ""
+    return commit + ("+" if changed else "") if commit else os.environ.get("KDIG_COMMIT", "")

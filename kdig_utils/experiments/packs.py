@@ -1,0 +1,125 @@
+"""Packs, in which finished runs travel: rows, curves and weights in a tar archive, in pieces that a host lets out."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.paths import explaining, replacing
+
+PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
+PACK_MOST_BYTES = 60_000_000  # and in all files together
+
+
+class Pack(NamedTuple):
+    """What `pack` wrote.
+
+    Attributes:
+        pieces: the files of the archive, in order.
+        left_out: files for which there was no room.
+    """
+
+    pieces: list[Path]
+    left_out: list[Path]
+
+
+def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: Path, name: str) -> Pack:
+    """Write rows and files into a tar archive, cut into pieces of at most 16 MB: `NAME.tar.00`, `NAME.tar.01`, …
+
+    A list of SHA-256 and the rows come first; `files`, each with its folder's name (`curves/…csv`,
+    `weights/…safetensors`, `checkpoints/…pt`), follow in their order; one that 60 MB cannot hold is left out, and so is
+    one that is gone by now. A pack of the same name makes way for the new one, which should hold its runs too.
+    """
+    table = ledger.read()
+    members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
+    left_out, size = [], len(members["runs.csv"])
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # a run that ended meanwhile has no checkpoint any more
+            content = path.read_bytes()
+            if size + len(content) > PACK_MOST_BYTES:
+                left_out.append(path)
+            else:
+                members[f"{path.parent.name}/{path.name}"] = content
+                size += len(content)
+    return Pack(_write_pieces(_archive(members), folder, name), left_out)
+
+
+def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
+    """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(content), PACK_BYTES)
+    pieces = [folder / f"{name}.tar.{number:02d}" for number in range(len(starts))]
+    parts = [piece.with_name(f".{piece.name}.part") for piece in pieces]
+    with explaining(pieces[0]):
+        for part, start in zip(parts, starts, strict=True):
+            part.write_bytes(content[start : start + PACK_BYTES])
+        for part, piece in zip(parts, pieces, strict=True):
+            os.replace(part, piece)
+    for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
+        path.unlink()  # of a larger pack that stood here before
+    return pieces
+
+
+def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
+    """Put a pack's files into `folders` and its rows into the ledger, files first; what is there already stays.
+
+    Only a checkpoint is replaced: the machine that the pack comes from went on from ours.
+
+    Args:
+        pieces: all pieces of one pack.
+        folders: where the files go, by the name of their folder in the pack.
+
+    Returns:
+        The identities of the runs whose rows were added.
+
+    Raises:
+        ValueError: a piece is missing or damaged; nothing was written then.
+    """
+    members = _members(b"".join(path.read_bytes() for path in sorted(pieces)))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "runs.csv").write_bytes(members.pop("runs.csv"))
+        table = Ledger(Path(folder) / "runs.csv").read()
+    for name, data in members.items():
+        folder, file = name.split("/")
+        path = folders[folder] / Path(file).name
+        if folder == "checkpoints" or not path.exists():
+            with replacing(path) as part:
+                part.write_bytes(data)
+    return ledger.merge(table)
+
+
+def _archive(members: dict[str, bytes]) -> bytes:
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in {"sha256.json": json.dumps(hashes).encode(), **members}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _members(content: bytes) -> dict[str, bytes]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            members = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
+    hashes = json.loads(members.pop("sha256.json", b"{}"))
+    known = re.compile(
+        r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
+        r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
+    )
+    if "runs.csv" not in members or not all(map(known.fullmatch, members)):
+        raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
+    if damaged := [name for name in hashes if hashlib.sha256(members.get(name, b"")).hexdigest() != hashes[name]]:
+        raise ValueError(f"the pack is not whole ({damaged[0]} is damaged): bring its pieces over again")
+    return members

@@ -1,0 +1,154 @@
+"""One queue of runs across all campaigns, ordered by what they settle: what the next quarter hour of a GPU trains.
+
+A cut leaves whole seeds: all methods of a seed come before the next seed. Each run stands where it is first needed.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import pandas as pd
+
+from kdig_utils import paths
+from kdig_utils.experiments import brief, campaigns, profiling
+from kdig_utils.experiments.side_by_side import Report, TrainingDiverged, Way
+from kdig_utils.experiments.study import Study
+from kdig_utils.method import models
+from kdig_utils.method.signals import SignalsNotFinished
+from kdig_utils.method.spec import MAIN_METHODS, RunSpec
+
+CAMPAIGN = "next"  # the queue's name in the ledger and on the command line
+CARD_BYTES = 3.0e12  # a second, of an H100 in use; its data sheet says 3.35
+CARD_VALUE_BYTES = 2  # bfloat16
+TRAIN_IMAGES = 50_000
+Scale = Callable[[RunSpec], RunSpec]
+
+
+class Group(NamedTuple):
+    """Runs that belong together: one seed of one stage.
+
+    Attributes:
+        stage: what they are for.
+        name: stage and seed.
+        specs: the runs, without those of earlier groups.
+    """
+
+    stage: str
+    name: str
+    specs: tuple[RunSpec, ...]
+
+
+def main_comparison(seed: int, protocol: Callable[..., RunSpec] = RunSpec) -> list[RunSpec]:
+    """The seven runs of a seed: `student`, and the others as the released scripts do it, then with their own maps."""
+    taught = [method for method in MAIN_METHODS if method != "student"]
+    specs = [protocol(method, seed=seed, pairing=pairing) for pairing in ("shuffled", "matched") for method in taught]
+    return [protocol("student", seed=seed), *specs]
+
+
+def groups(setting: brief.Setting = brief.DEFAULT) -> list[Group]:
+    """The whole queue.
+
+    Args:
+        setting: that of the brief protocol (`brief.chosen`).
+    """
+    seen: set[RunSpec] = set()
+    found = []
+    for stage, part, specs in _stages(setting):
+        new = tuple(spec for spec in specs if spec not in seen)
+        seen.update(new)
+        if new:
+            found.append(Group(stage, f"{stage}{part}", new))
+    return found
+
+
+def _stages(setting: brief.Setting) -> Iterator[tuple[str, str, list[RunSpec]]]:
+    def short(method: str, seed: int, **changed: object) -> RunSpec:
+        return brief.spec(method, seed, setting, **changed)
+
+    yield "choice of the brief setting", "", brief.candidates()
+    for seed in range(brief.SEEDS):
+        yield "brief: answers and reasons", f", seed {seed}", main_comparison(seed, short)
+    for seed in range(campaigns.SEEDS):
+        yield "answers and reasons", f", seed {seed}", main_comparison(seed)
+    for seed, specs in _by_seed(campaigns.alignment()):
+        if seed < brief.SEEDS:
+            yield "brief: controls of the map", f", seed {seed}", [_shortened(spec, setting) for spec in specs]
+    for seed, specs in _by_seed([*campaigns.ablation(), *campaigns.pairing()]):
+        yield "all eight methods", f", seed {seed}", specs
+    for k in reversed(models.REMOVABLE_BLOCKS):
+        sizes = [spec for spec in (*campaigns.compression(), *campaigns.compression_pairing()) if spec.k == k]
+        for seed, specs in _by_seed(sizes):
+            yield "sizes", f", k = {k}, seed {seed}", specs
+    for name in ("alignment", "precision", "components"):
+        for seed, specs in _by_seed(campaigns.specs(name)):
+            yield name, f", seed {seed}", specs
+    for seed, specs in _by_seed([*campaigns.monte_carlo(), *campaigns.monte_carlo_pairing()]):
+        yield "resamples", f", draw {seed}", specs
+
+
+def _by_seed(specs: Iterable[RunSpec]) -> list[tuple[int, list[RunSpec]]]:
+    ordered = sorted(specs, key=lambda spec: spec.seed)
+    return [(seed, [spec for spec in ordered if spec.seed == seed]) for seed in dict.fromkeys(s.seed for s in ordered)]
+
+
+def _shortened(spec: RunSpec, setting: brief.Setting) -> RunSpec:
+    return brief.spec(spec.method, spec.seed, setting, pairing=spec.pairing, answers=spec.answers)
+
+
+def train(study: Study, way: Way | None, deadline: float, report: Report) -> None:
+    """Train the next unfinished runs until `deadline` (`time.monotonic`).
+
+    The setting of the brief protocol is chosen as soon as its candidates are done, before any other run. A run that
+    diverges is noted in the folder `diverged` of the workspace, and passed over from then on.
+    """
+    _train(study, brief.candidates(), way, deadline, report)
+    setting = brief.chosen(study.ledger.read(), study.scaled)
+    report(f"the brief protocol: highest learning rate {setting.learning_rate:g}, batch {setting.batch_size}")
+    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
+
+
+def _train(study: Study, specs: Iterable[RunSpec], way: Way | None, deadline: float, report: Report) -> None:
+    noted = {path.stem for path in (study.folder / "diverged").glob("*.txt")}
+    scaled = [spec for spec in map(study.scaled, specs) if study.completed(spec).run_id not in noted]
+    try:
+        study.run_all(scaled, CAMPAIGN, way, deadline, report)
+    except TrainingDiverged as error:
+        report(f"diverged: {error}")
+        for run_id in re.findall(r"run (\w{12}):", str(error)):
+            with paths.replacing(study.folder / "diverged" / f"{run_id}.txt") as part:
+                part.write_text(f"{error}\n")
+    except SignalsNotFinished as error:
+        report(str(error))
+
+
+def images_of(spec: RunSpec) -> int:
+    """Training images of a run on the full data set."""
+    return round(spec.train_fraction * (TRAIN_IMAGES - spec.validation_images))
+
+
+def is_measured(ledger: pd.DataFrame) -> bool:
+    """Whether the ledger holds a student that a GPU trained, so that `speed` rests on a measurement."""
+    return bool(len(_on_gpu(ledger)))
+
+
+def speed(ledger: pd.DataFrame) -> Callable[[RunSpec], float]:
+    """Seconds an image of a run on a GPU: the median of the ledger's, in proportion to the bytes of a step by k.
+
+    Without any, the floor: what a step moves if each operation reads and writes for itself, at `CARD_BYTES`.
+    """
+    on_gpu = _on_gpu(ledger)
+    counted = {k: _bytes_an_image(k) / CARD_BYTES for k in models.REMOVABLE_BLOCKS}
+    ratio = 1.0
+    if len(on_gpu):
+        images = on_gpu["epochs"].astype(float) * on_gpu["train_images"].astype(float)
+        ratio = float((on_gpu["seconds"].astype(float) / images / on_gpu["k"].map(counted)).median())
+    return lambda spec: ratio * counted[spec.k]
+
+
+def _on_gpu(ledger: pd.DataFrame) -> pd.DataFrame:
+    return ledger[(ledger["method"] != "teacher") & ~ledger["device"].fillna("CPU").str.startswith("CPU")]
+
+
+def _bytes_an_image(k: int) -> float:
+    batch = RunSpec.batch_size
+    return profiling.step_bytes(models.student(k), batch, CARD_VALUE_BYTES, profiling.EAGER) / batch

@@ -1,0 +1,218 @@
+"""The teacher, MobileNet-V2 for 32 × 32 images, and the students that are cut from it (paper, section 3)."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import MobileNetV2
+
+from kdig_utils.method.cifar10 import MEAN, STD, ImageSet
+
+# t: expansion, c: channels, n: blocks, s: stride of the first block (arXiv 1801.04381, table 2, fitted to CIFAR-10).
+INVERTED_RESIDUALS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+FEATURE_BLOCKS = 19
+REMOVABLE_BLOCKS = (3, 5, 7, 9, 11, 13, 15, 17)
+# The feature block whose output attention transfer compares is number 19 // divider (paper.json, attention_transfer).
+ATTENTION_DIVIDER = {3: 2, 5: 2, 7: 2, 9: 4, 11: 4, 13: 4, 15: 8, 17: 20}
+
+
+Network = Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]]  # model, images, tap: logits, features
+
+
+class Normalise(nn.Module):
+    """(pixel - mean) / std per channel, as a first layer: pixels in [0, 1] go in, so no caller can forget it."""
+
+    def __init__(self, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> None:
+        super().__init__()
+        # Not persistent: the state dict keeps torchvision's names and nothing else.
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class Teacher(MobileNetV2):
+    """torchvision's MobileNet-V2 with the paper's setting: 2,236,682 parameters, 87.98 M multiply-accumulates.
+
+    Takes pixels in [0, 1], shape (N, 3, 32, 32); gives logits of shape (N, 10).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(num_classes=10, inverted_residual_setting=[list(row) for row in INVERTED_RESIDUALS])
+        self.features[0][0].stride = (1, 1)
+        self.normalise = Normalise()
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.classifier(nn.functional.adaptive_avg_pool2d(features, 1).flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.normalise(images))
+
+
+class Student(nn.Module):
+    """The teacher's feature blocks without the last `k`, global average pooling, one linear layer (paper, section 3).
+
+    Takes pixels in [0, 1], not normalised, shape (N, 3, 32, 32); gives logits of shape (N, 10).
+
+    Raises:
+        ValueError: `k` is not one of 3, 5, …, 17.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if k not in REMOVABLE_BLOCKS:
+            raise ValueError(
+                f"k = {k!r} feature blocks cannot be removed: choose one of {', '.join(map(str, REMOVABLE_BLOCKS))}"
+            )
+        self.k = k
+        self.normalise = nn.Identity()
+        self.features = Teacher().features[: FEATURE_BLOCKS - k]
+        channels = [layer.out_channels for layer in self.features.modules() if isinstance(layer, nn.Conv2d)][-1]
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels, 10))
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.classifier(self.pool(features))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(self.normalise(images)))
+
+
+def teacher(seed: int = 0) -> Teacher:
+    """A teacher with random weights drawn from `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Teacher()
+
+
+def student(k: int, seed: int = 0) -> Student:
+    """A student without the last `k` feature blocks, with random weights drawn from `seed`.
+
+    Raises:
+        ValueError: `k` is not one of 3, 5, …, 17.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Student(k)
+
+
+def attention_tap(k: int) -> int:
+    """The index of the feature block whose output attention transfer compares, for a student without `k` blocks."""
+    return FEATURE_BLOCKS // ATTENTION_DIVIDER[k]
+
+
+def logits_and_features(model: Teacher | Student, images: Tensor, tap: int) -> tuple[Tensor, Tensor]:
+    """Logits (N, 10) and the output of feature block `tap`, (N, C, H, W), in one pass."""
+    front = model.features[: tap + 1](model.normalise(images))
+    return model.head(model.features[tap + 1 :](front)), front
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, input_shape: tuple[int, ...] = (3, 32, 32)) -> int:
+    """Multiply-accumulates of the convolutions and linear layers for one input of `input_shape`."""
+    total = 0
+
+    def add(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        per_output = layer.weight[0].numel()  # weights that meet in one output value
+        total += per_output * output[0].numel()
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    was_training = model.training
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Load a state dict, with torchvision's names or those of the authors' students with attention transfer.
+
+    Raises:
+        ValueError: the state dict is that of another architecture; the message names the first differences.
+    """
+    state = {torchvision_name(name): value for name, value in state.items()}
+    expected = model.state_dict()
+    wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+    wrong += [name for name in state if name not in expected]
+    if wrong:
+        raise ValueError(
+            f"these weights are not those of {type(model).__name__} with {count_parameters(model):,} parameters "
+            f"({len(wrong)} tensors differ, first {wrong[0]}): build the architecture they were saved from"
+        )
+    model.load_state_dict(state)
+    return model
+
+
+def torchvision_name(name: str) -> str:
+    """The torchvision name of a tensor of the authors' students, whose features are split around block 9."""
+    part, _, rest = name.partition(".")
+    if part == "middle_layer":
+        return f"features.9.{rest}"
+    if part == "front_layers":
+        return f"features.{rest}"
+    if part == "end_layers":
+        block, _, rest = rest.partition(".")
+        return f"features.{int(block) + 10}.{rest}"
+    return name
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names and values of the state dict: the identity of a trained model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Let a GPU's convolutions, where they are in float32, not round to TF32; leaves the setting as it was."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@exact_float32()
+@torch.inference_mode()
+def predict(model: nn.Module, images: ImageSet, batch_size: int | None = None) -> Tensor:
+    """Logits of all `images`, (N, 10), with the model in evaluation mode.
+
+    Args:
+        batch_size: 50 on the CPU, where small batches fit into the cache, and 500 on a GPU.
+    """
+    model.eval()
+    batch_size = batch_size or (500 if images.pixels.is_cuda else 50)
+    return torch.cat([model(images.images(slice(at, at + batch_size))) for at in range(0, len(images), batch_size)])
+
+
+def share_correct(model: nn.Module, images: ImageSet) -> Tensor:
+    """Top-1 accuracy in per cent, a tensor on the device."""
+    return 100 * (predict(model, images).argmax(1) == images.labels).double().mean()
+
+
+def accuracy(model: nn.Module, images: ImageSet) -> float:
+    """Top-1 accuracy in per cent."""
+    return float(share_correct(model, images))

@@ -1,0 +1,94 @@
+"""What is blended in instead of the teacher's own map: the controls of the alignment laboratory.
+
+Each control keeps something of the overlay and takes something away: its place, its image, its form, its teacher.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.integrated_gradients import attribution_map
+
+CHUNK = 2048  # images at a time: memory stays small, however many there are
+SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
+
+
+def control_maps(pairing: str, maps: Tensor, images: ImageSet, positions: Tensor, seed: int) -> Tensor:
+    """The maps of the images at `positions` under a pairing, (n, 32, 32), float16 in [0, 1].
+
+    Args:
+        pairing: one of `overlay.PAIRINGS`; those without a map of their own get `maps` back.
+        maps: the teacher's maps of these images, (n, 32, 32).
+        images: all training images, on the device of `maps`.
+        positions: where the n images stand among them.
+        seed: of the noise and of the other images.
+    """
+    if pairing == "random":
+        return permuted(maps, seed)
+    if pairing == "edges":
+        return torch.cat([edges(part) for part in _parts(images.pixels, positions)])
+    if pairing == "mixup-grey":
+        others = another(len(images), seed)[positions]
+        return torch.cat([grey(part).half() for part in _parts(images.pixels, others)])
+    return maps
+
+
+def permuted(maps: Tensor, seed: int) -> Tensor:
+    """Each map with its pixels in random order: noise with the map's own histogram, (N, H, W) to the same."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = maps.flatten(1)
+    orders = (torch.rand(part.shape, generator=generator).argsort(1) for part in flat.split(CHUNK))
+    shuffled = [part.gather(1, order.to(maps.device)) for part, order in zip(flat.split(CHUNK), orders, strict=True)]
+    return torch.cat(shuffled).view(maps.shape)
+
+
+def edges(pixels: Tensor) -> Tensor:
+    """Length of the Sobel gradient of the grey image, divided by its maximum, (N, 3, H, W) to (N, H, W), float16."""
+    kernel = torch.tensor(SOBEL, device=pixels.device)
+    whole = pixels.float().sum(1, keepdim=True)  # whole numbers: where nothing changes, the length is exactly zero
+    padded = F.pad(whole, [1, 1, 1, 1], mode="replicate")
+    length = F.conv2d(padded, torch.stack([kernel, kernel.T]).unsqueeze(1)).norm(dim=1)
+    return _divided_by_maximum(length)
+
+
+def grey(pixels: Tensor) -> Tensor:
+    """Mean over the colours of images as bytes, in [0, 1], (N, 3, H, W) to (N, H, W)."""
+    return pixels.float().mean(1) / 255
+
+
+def another(n_images: int, seed: int) -> Tensor:
+    """For each image the position of another one, (N,): a random permutation in which nobody keeps its place."""
+    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
+    partners = torch.empty_like(order)
+    partners[order] = order.roll(1)  # one cycle through all images
+    return partners
+
+
+def saliency_maps(teacher: nn.Module, images: ImageSet, batch_size: int = 64) -> Tensor:
+    """Plain gradients instead of integrated ones: |∂ logit of the true class / ∂ pixel|, summed over the colours.
+
+    Simonyan et al. (arXiv 1312.6034) take the largest colour; the sum is what the IG maps do.
+
+    Returns:
+        Maps divided by their maximum, (N, 32, 32), float16, in memory.
+    """
+    device = next(teacher.parameters()).device
+    teacher.eval()
+    maps = []
+    for part in torch.arange(len(images)).split(batch_size):
+        inputs = images.images(part).to(device).requires_grad_()
+        logits = teacher(inputs).gather(1, images.labels[part].to(device).unsqueeze(1))
+        (gradients,) = torch.autograd.grad(logits.sum(), inputs)
+        maps.append(_divided_by_maximum(attribution_map(gradients)).cpu())
+    return torch.cat(maps)
+
+
+def _divided_by_maximum(maps: Tensor) -> Tensor:
+    return (maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)).half()
+
+
+def _parts(pixels: Tensor, positions: Tensor) -> Iterator[Tensor]:
+    return (pixels[part] for part in positions.split(CHUNK))

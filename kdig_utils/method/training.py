@@ -1,0 +1,153 @@
+"""What a run trains: student and teacher, their losses, and the images and signals that they see."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdig_utils.method import losses, models
+from kdig_utils.method.cifar10 import ImageSet, stratified_split
+from kdig_utils.method.overlay import EpochDraws, crop_and_flip, overlay, signal_positions
+from kdig_utils.method.pairings import control_maps
+from kdig_utils.method.signals import TeacherSignals
+from kdig_utils.method.spec import RunSpec, TeacherSpec
+
+VALIDATION_SEED = 0  # the 5,000 validation images are the same for every run
+WARM_UP_SHARE = 0.05  # of the steps, in the cosine schedule
+
+
+def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str) -> Tensor | None:
+    """The learning rate of each step of a student's run on `device`; None where it stays what it is."""
+    if spec.schedule == "constant":
+        return None
+    steps = spec.epochs * steps_an_epoch
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], spec.learning_rate)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, spec.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+    )
+    return torch.tensor(rates_of(optimizer, scheduler, steps)[0], device=device)
+
+
+def schedule(spec: TeacherSpec, steps_an_epoch: int) -> tuple[list[float], list[float] | None]:
+    """Learning rate, and momentum if it moves, of each step of a teacher's run, by PyTorch's own schedulers."""
+    steps, highest = spec.epochs * steps_an_epoch, spec.learning_rate
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], highest, momentum=0.9)
+    if spec.schedule == "one_cycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
+    else:
+        rise = max(1, round(WARM_UP_SHARE * steps))
+        up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, 1.0, rise)
+        down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))
+        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [rise])
+    rates, momenta = rates_of(optimizer, scheduler, steps)
+    return rates, momenta if spec.schedule == "one_cycle" else None
+
+
+def rates_of(
+    optimizer: torch.optim.SGD, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int
+) -> tuple[list[float], list[float]]:
+    """Learning rate and momentum of each of `steps` steps under one of PyTorch's schedulers."""
+    rates, momenta, group = [], [], optimizer.param_groups[0]
+    for step in range(steps):
+        rates.append(float(group["lr"]))
+        momenta.append(float(group["momentum"]))
+        optimizer.step()  # the schedulers ask for it
+        if step + 1 < steps:
+            scheduler.step()
+    return rates, momenta
+
+
+def chosen(images: ImageSet, positions: Tensor) -> ImageSet:
+    """The images at `positions`; the very same set, not a copy, if those are all in their order."""
+    whole = len(positions) == len(images) and bool((positions == torch.arange(len(images))).all())
+    return images if whole else images.subset(positions)
+
+
+def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet) -> None:
+    """Raise ValueError unless `signals` are what the spec's method needs, from the spec's teacher, of these images."""
+    if not spec.uses_teacher:
+        return
+    if signals is None:
+        raise ValueError(
+            f"method {spec.method} needs the teacher's signals: compute them with `python -m kdig_utils signals`"
+        )
+    if signals.manifest["indices"] != train.indices.tolist():
+        raise ValueError(f"the signals are those of other images than {train.name}: compute the signals of these")
+    found, tap = signals.manifest["teacher_sha256"], signals.manifest["settings"]["tap"]
+    if spec.teacher_sha256 and spec.teacher_sha256 != found:
+        raise ValueError(
+            f"the spec names teacher {spec.teacher_sha256[:12]}, the signals are of {found[:12]}: compute its signals"
+        )
+    if (spec.pairing == "gradient") != (signals.manifest.get("maps") == "saliency"):
+        raise ValueError(
+            f"pairing {spec.pairing!r} blends in {'plain gradients' if spec.pairing == 'gradient' else 'IG maps'}, the "
+            "signals hold the others: pass those that pairings.saliency_maps or signals.compute_signals make"
+        )
+    if spec.uses("at") and tap != models.attention_tap(spec.k):
+        raise ValueError(
+            f"attention transfer at k = {spec.k} compares block {models.attention_tap(spec.k)}, the signals hold block "
+            f"{tap}: compute them with that tap"
+        )
+
+
+def student_loss(
+    model: models.Student,
+    images: ImageSet,
+    signals: TeacherSignals | None,
+    batch: EpochDraws,
+    spec: RunSpec,
+    teacher: nn.Module | None = None,
+    network: models.Network = models.logits_and_features,
+) -> Tensor:
+    """The paper's loss of one batch: a pure function of student, batch and spec (paper, section 3).
+
+    `signals` holds, row by row, what the image at that position gets from the teacher under the spec's pairing;
+    `teacher` is asked about the crop where the answers are `online`. `network` evaluates a full batch; the smaller last
+    one of an epoch is not worth compiling for.
+    """
+    pixels, labels = images.images(batch.order), images.labels[batch.order]
+    told = signals.rows(batch.order) if signals is not None else None
+    if spec.uses("ig"):
+        inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
+    else:
+        inputs = crop_and_flip(pixels, batch.shifts, batch.flips)
+    evaluate = network if len(inputs) == spec.batch_size else models.logits_and_features
+    logits, features = evaluate(model, inputs, models.attention_tap(spec.k))
+    alpha = spec.alpha if spec.uses("kd") else 0.0
+    loss = (1 - alpha) * F.cross_entropy(logits, labels)
+    if spec.uses("kd"):
+        answers = told.logits if spec.answers == "stored" else asked(teacher, pixels, batch)
+        loss = loss + alpha * losses.distillation_loss(logits, answers, spec.temperature)
+    if spec.uses("at"):
+        loss = loss + spec.gamma * losses.attention_loss(features, told.attention)
+    return loss
+
+
+@torch.no_grad()
+def asked(teacher: nn.Module, images: Tensor, batch: EpochDraws) -> Tensor:
+    """The teacher's logits of the very crops that the student sees, without overlay, (N, 10)."""
+    return teacher(crop_and_flip(images, batch.shifts, batch.flips))
+
+
+def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Tensor, Tensor]:
+    """Positions to train on and positions held out for validation, disjoint and stratified."""
+    validation, rest = stratified_split(labels, spec.validation_images, VALIDATION_SEED)
+    if spec.train_fraction == 1:
+        return rest, validation
+    each_class = int(spec.train_fraction * int(labels[rest].bincount().min()))
+    seed = spec.seed if spec.sample_seed is None else spec.sample_seed
+    drawn, _left = stratified_split(labels[rest], each_class * len(labels.unique()), seed)
+    return rest[drawn], validation
+
+
+def paired_signals(signals: TeacherSignals, train: ImageSet, positions: Tensor, spec: RunSpec) -> TeacherSignals:
+    """The rows of `signals` for the images at `positions` of `train` under the spec's pairing.
+
+    The released scripts save maps in one shuffled order, logits and attention maps in another: two permutations.
+    """
+    if spec.pairing == "matched" and positions.equal(torch.arange(len(signals.logits))):
+        return signals
+    maps_of = signal_positions(len(signals.logits), spec.pairing, seed=2 * spec.seed)[positions]
+    answers_of = signal_positions(len(signals.logits), spec.pairing, seed=2 * spec.seed + 1)[positions]
+    maps, answers = signals.rows(maps_of), signals.rows(answers_of)
+    blended = control_maps(spec.pairing, maps.maps, train, positions, spec.seed)
+    return TeacherSignals(answers.logits, blended, answers.attention, maps.error, signals.manifest)

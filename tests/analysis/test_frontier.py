@@ -1,0 +1,107 @@
+"""Sizes that can be counted by hand, means that SciPy confirms, and a frontier without dominated points."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from torch import nn
+
+from kdig_utils.analysis import claims, frontier
+from kdig_utils.experiments.ledger import COLUMNS
+from kdig_utils.method.spec import RunSpec
+
+TEACHER = "a teacher"
+
+
+def ledger(*rows: dict) -> pd.DataFrame:
+    teacher = {
+        "method": "teacher",
+        "k": 0,
+        "weights_sha256": TEACHER,
+        "test_accuracy": 94.0,
+        "spec": "{}",
+        "pairing": "",
+    }
+    return pd.DataFrame([teacher, *rows], columns=list(COLUMNS))
+
+
+def row(method: str, accuracy: float, **changes: object) -> dict:
+    spec = RunSpec(method, teacher_sha256="" if method == "student" else TEACHER, **changes)
+    names = ("run_id", "method", "k", "seed", "epochs", "pairing", "teacher_sha256")
+    facts = {name: getattr(spec, name) for name in names}
+    return {**facts, "train_images": 50000, "test_accuracy": accuracy, "spec": json.dumps(asdict(spec))}
+
+
+def test_sizes_are_those_of_the_paper():
+    table = frontier.sizes().set_index("k")
+    for listed in claims.lookup("compression"):
+        assert table.loc[listed["k"], "parameters"] == listed["parameters"]
+        assert table.loc[listed["k"], "factor"] == pytest.approx(listed["factor"], abs=0.005)
+        assert table.loc[listed["k"], "million_macs"] == pytest.approx(listed["million_macs"], abs=0.005)
+    assert (np.diff(table[["parameters", "million_macs", "fp32", "fp16", "int8"]], axis=0) < 0).all()
+
+
+def test_bytes_are_counted_as_by_hand():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+    weights, others = 3 * 4 * 9 + 4 * 10, 4 * 4 + 10  # four numbers a channel in batch norm, ten biases
+    assert frontier.state_bytes(network, "fp32") == 4 * (weights + others)
+    assert frontier.state_bytes(network, "fp16") == 2 * (weights + others)
+    assert frontier.state_bytes(network, "int8") == weights + 4 * others
+    with pytest.raises(ValueError, match="unknown precision 'int4'"):
+        frontier.state_bytes(network, "int4")
+
+
+@pytest.mark.parametrize("budget", [10_000, 50_000, 3_000_000])
+def test_the_largest_student_fits_and_the_next_larger_one_does_not(budget: int):
+    students = frontier.sizes().query("method == 'student'").set_index("k")
+    for plan in frontier.largest_within(budget).itertuples():
+        assert students.loc[plan.k, plan.precision] == plan.bytes <= budget
+        assert plan.k == 3 or students.loc[plan.k - 2, plan.precision] > budget
+
+
+def test_a_budget_that_holds_nothing_is_refused():
+    with pytest.raises(ValueError, match="10 bytes hold no student"):
+        frontier.largest_within(10)
+
+
+def test_means_have_the_interval_of_scipy_and_only_the_right_runs_count():
+    accuracies = [91.0, 91.4, 91.6]
+    right = [row("kd_ig", value, seed=seed, k=9) for seed, value in enumerate(accuracies)]
+    wrong = [
+        row("kd_ig", 50.0, seed=3, k=9, epochs=3),
+        row("kd_ig", 50.0, seed=4, k=9, pairing="shuffled"),
+        row("kd_ig", 50.0, seed=5, k=9, alpha=0.9),
+        {**row("kd_ig", 50.0, seed=6, k=9), "train_images": 40000},
+    ]
+    (found,) = frontier.ours(ledger(*right, *wrong), 100, 50000).itertuples()
+    interval = stats.t.interval(0.95, 2, np.mean(accuracies), stats.sem(accuracies))
+    assert (found.method, found.k, found.runs, found.teacher) == ("kd_ig", 9, 3, 94.0)
+    assert (found.low, found.high) == pytest.approx(interval)
+    assert found.accuracy == pytest.approx(np.mean(accuracies))
+
+
+def test_students_of_another_teacher_are_not_averaged_with_ours():
+    mine = [row("kd_ig", 91.0 + seed, seed=seed) for seed in range(3)]
+    others = [{**row("kd_ig", 50.0, seed=seed), "teacher_sha256": "another teacher"} for seed in (3, 4)]
+    (found,) = frontier.ours(ledger(*mine, *others), 100, 50000).itertuples()
+    assert (found.runs, found.accuracy, found.teacher) == (3, 92.0, 94.0)
+
+
+def test_one_run_has_no_interval_and_an_empty_ledger_no_rows():
+    (single,) = frontier.ours(ledger(row("student", 91.0)), 100, 50000).itertuples()
+    assert np.isnan(single.low)
+    assert np.isnan(single.teacher)
+    assert frontier.ours(ledger(), 100, 50000).empty
+
+
+def test_the_papers_sweep_and_the_literature_are_complete():
+    sweep = frontier.paper_sweep()
+    assert len(sweep) == 4 * 8
+    assert np.allclose(sweep["accuracy"] - sweep["change"], claims.lookup("teacher.accuracy"))
+    works = frontier.literature()
+    assert list(works["factor"]) == claims.lookup("literature_on_cifar10.factors")
+    assert set(works["work"]) == {"", "Bhardwaj 2019", "Gou 2023"}
+    assert np.allclose((works["accuracy"] - works["teacher"]).dropna(), works.loc[works["work"] != "", "change"])

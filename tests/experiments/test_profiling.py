@@ -1,0 +1,160 @@
+"""The floor of a training step and the table of a profile: counts that can be checked by hand, limits, a rehearsal."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdig_utils.experiments import profiling, runs, side_by_side
+from kdig_utils.experiments.profiling import Rates
+from kdig_utils.method import models
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.spec import RunSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+K = 17  # the smallest student: a stem, and one block of a depthwise and a linear convolution
+FULL, HALF = 32 * 32, 16 * 16  # positions of the feature maps
+UNIT = Rates(1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def smallest() -> models.Student:
+    return models.student(K)
+
+
+@pytest.fixture(scope="module")
+def found(sample_train: ImageSet) -> torch.profiler.profile:
+    train = sample_train.subset(torch.arange(100))
+    run = runs.student_run(RunSpec("student", k=K, batch_size=16), train, train)
+    steps = side_by_side.Steps(run, print)
+    steps.load_epoch()
+    return profiling.profiled(lambda: steps.step(16), 2)
+
+
+def test_layers_of_the_smallest_student_are_counted_as_by_hand(smallest: models.Student) -> None:
+    """Stem 3 → 32, depthwise 32 → 32, linear 32 → 16 channels, all at 32 × 32 positions (paper.json, k = 17)."""
+    layers = profiling.layer_elements(smallest)
+    found = layers[layers["kind"] == "convolution"][["inputs", "outputs"]].to_numpy().tolist()
+    assert found == [[3 * FULL, 32 * FULL], [32 * FULL, 32 * FULL], [32 * FULL, 16 * FULL]]
+    assert layers["kind"].value_counts().to_dict() == {"convolution": 3, "batch norm": 3, "ReLU6": 2}
+
+
+def test_a_block_adds_its_input_only_where_shapes_allow_it() -> None:
+    """Stride 1 and as many channels out as in: of the 13 blocks of k = 5, eight."""
+    layers = profiling.layer_elements(models.student(5))
+    assert layers["kind"].value_counts()["residual sum"] == 8
+    sums = layers[layers["kind"] == "residual sum"]
+    assert (sums["inputs"] == sums["outputs"]).all()
+
+
+def test_counting_leaves_the_network_as_it_was(smallest: models.Student) -> None:
+    before = models.weights_sha256(smallest.train())
+    profiling.layer_elements(smallest)
+    assert smallest.training
+    assert models.weights_sha256(smallest) == before
+    assert not any(layer._forward_hooks for layer in smallest.modules())
+
+
+def test_bytes_of_the_smallest_student_are_those_counted_by_hand(smallest: models.Student) -> None:
+    inputs, outputs, activated = 67 * FULL, 80 * FULL, 64 * FULL
+    eager = 3 * inputs + 3 * outputs + 8 * outputs + 5 * activated
+    adam = 28 * models.count_parameters(smallest)
+    assert profiling.step_bytes(smallest, 1, 2, profiling.EAGER) == 2 * eager + adam
+    assert profiling.step_bytes(smallest, 64, 4, profiling.EAGER) == 64 * 4 * eager + adam
+
+
+@pytest.mark.parametrize("k", models.REMOVABLE_BLOCKS)
+def test_each_fusion_moves_fewer_bytes_and_no_other_work(k: int) -> None:
+    student = models.student(k)
+    moved = [profiling.step_bytes(student, 64, 2, traffic) for traffic in profiling.TRAFFIC.values()]
+    assert moved == sorted(moved, reverse=True)
+    assert profiling.step_macs(student, 64) == 3 * 64 * models.count_macs(student)
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory(smallest: models.Student) -> None:
+    macs, moved = profiling.step_macs(smallest, 64), profiling.step_bytes(smallest, 64, 2, profiling.EAGER)
+    floor = lambda rates: profiling.floor_seconds(smallest, 64, 2, profiling.EAGER, rates)  # noqa: E731
+    assert floor(Rates(1.0, math.inf)) == macs
+    assert floor(Rates(math.inf, 1.0)) == moved
+    assert floor(UNIT) == max(macs, moved)
+
+
+def test_students_an_hour_follow_from_the_papers_settings() -> None:
+    """50,000 images in batches of 64 are 782 steps an epoch, the last one smaller; 100 epochs."""
+    assert profiling.students_per_hour(3600 / 78_200, RunSpec("student")) == pytest.approx(1)
+    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=1), 64) == 3600
+    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=2), 64, epoch_end_seconds=9.0) == 3600 / 20
+
+
+def test_measured_rates_are_possible_for_a_processor() -> None:
+    """Above a megabyte and a million multiply-accumulates a second, below anything ever built."""
+    rates = profiling.measured_rates(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert 1e8 < rates.macs < 1e15
+    assert 1e8 < rates.bytes < 1e14
+
+
+def test_profile_finds_each_layer_forward_and_backward(found: torch.profiler.profile) -> None:
+    """Two steps of three convolutions, three batch norms and two ReLU6, there and back; two calls of the optimiser."""
+    operations = profiling.shares(found).set_index("part")["operations"]
+    assert operations["convolution"] == 2 * 2 * 3
+    assert operations["batch norm"] == 2 * 2 * 3
+    assert operations["ReLU6"] == 2 * 2 * 2
+    assert operations["optimiser"] == 2 * 2
+
+
+def test_shares_are_the_whole_time(found: torch.profiler.profile) -> None:
+    shares = profiling.shares(found)["share"]
+    assert shares.sum() == pytest.approx(100)
+    assert (shares > 0).all()
+
+
+def test_parts_of_the_timeline_never_overlap(found: torch.profiler.profile) -> None:
+    """One thread does one thing at a time: an operation within an operation must not be counted twice."""
+    parts = profiling.timeline(found)
+    ends = parts["start"] + parts["milliseconds"]
+    assert (parts["start"].to_numpy()[1:] >= ends.to_numpy()[:-1] - 1e-6).all()
+
+
+@pytest.mark.slow
+def test_benchmark_measures_every_way_and_its_ratio() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDIG_ROOT": str(ROOT)}
+    words = [sys.executable, ROOT / "benchmarks" / "training.py", "--quick"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "the authors' way" in ran.stdout
+    assert "channels last" in ran.stdout
+    assert "extrapolated" in ran.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_of_the_signals_says_how_long_all_images_take() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDIG_ROOT": str(ROOT)}
+    words = [sys.executable, ROOT / "benchmarks" / "signals.py", "--quick"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    row = json.loads(ran.stdout)
+    assert row["seconds_for_50000"] == pytest.approx(50_000 / row["images"] * row["seconds"], rel=0.01)
+
+
+def test_committed_rows_agree_with_themselves() -> None:
+    """Students an hour follow from the milliseconds of a step, and the share from the floor, up to rounding."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
+    assert rows
+    for row in rows:
+        spec = RunSpec(row["method"], k=row["k"])
+        step, between = row["ms_per_step"] / 1000, row["epoch_end_seconds"]
+        hourly = profiling.students_per_hour(step, spec, epoch_end_seconds=between)
+        assert row["students_per_hour"] == pytest.approx(hourly, rel=0.01)
+        steps_alone = profiling.students_per_hour(step, spec)
+        assert row["share_of_floor"] == pytest.approx(steps_alone / row["floor_students_per_hour"], rel=0.015)
+        assert (row["workers"] > 0) == (row["way"] == "the authors' way")
+        assert row["gigamacs_per_step"] * 1e9 == pytest.approx(
+            profiling.step_macs(models.student(row["k"]), spec.batch_size), rel=0.005
+        )
+    first = {row["device"]: row for row in reversed(rows)}
+    assert all(row["ratio"] == 1 and row["way"] == "the authors' way" for row in first.values())

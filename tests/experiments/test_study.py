@@ -1,0 +1,242 @@
+"""A study: each run is made once, goes on after a stop, and is in the ledger only with all that belongs to it."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from kdig_utils import paths
+from kdig_utils.experiments import runs, side_by_side, study
+from kdig_utils.experiments.ledger import COLUMNS, Ledger
+from kdig_utils.experiments.side_by_side import Way
+from kdig_utils.experiments.study import PROFILES, Study, open_study
+from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.spec import MAIN_METHODS, RunSpec, TeacherSpec
+
+SPECS = tuple(RunSpec(method, k=17, epochs=1, batch_size=8) for method in ("student", "kd_ig"))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def small_study(tmp_path: Path, sample_train: ImageSet, sample_test: ImageSet) -> Study:
+    """Two tiny students on 16 images, beside a teacher with random weights."""
+    made = Study("smoke", tmp_path, Ledger(tmp_path / "runs.csv"), tmp_path / "curves", specs=SPECS, n_steps=2)
+    made.__dict__.update(  # what would be computed when first asked for
+        train=sample_train.subset(torch.arange(16)),
+        test=sample_test.subset(torch.arange(20)),
+        teacher=models.teacher(1).eval(),
+        device=torch.device("cpu"),
+    )
+    return made
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("student_run", "teacher_run"):
+        monkeypatch.setattr(
+            "kdig_utils.experiments.study." + name, lambda *_arguments, **_options: pytest.fail("trained")
+        )
+
+
+def test_students_are_trained_once_and_everything_belongs_to_the_row(
+    small_study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = small_study.students()
+    assert rows["method"].tolist() == ["student", "kd_ig"]
+    assert (rows["campaign"] == "main").all()
+    for _index, row in rows.iterrows():
+        curve, student = small_study.curve(row["run_id"]), small_study.student(row["method"], k=17)
+        assert len(curve) == row["epochs"] == 1
+        assert row["test_accuracy"] == pytest.approx(curve["test_accuracy"].iloc[-1], abs=1e-6)
+        assert row["test_accuracy"] == pytest.approx(models.accuracy(student, small_study.test), abs=1e-4)
+        assert row["weights_sha256"] == models.weights_sha256(student)
+        assert (row["parameters"], row["macs"]) == (models.count_parameters(student), models.count_macs(student))
+        assert (row["train_images"], row["test_images"]) == (16, 20)
+        assert 0 <= row["test_accuracy"] <= 100
+        assert row["data_md5"] == small_study.train.md5
+        assert pd.notna(row["finished"])
+    kd_ig = rows.iloc[1]
+    assert kd_ig["teacher_sha256"] == models.weights_sha256(small_study.teacher)
+    assert not rows.iloc[0]["teacher_sha256"]
+    for name in ("student_run", "teacher_run"):
+        monkeypatch.setattr(
+            "kdig_utils.experiments.study." + name, lambda *_arguments, **_options: pytest.fail("trained again")
+        )
+    assert small_study.students().equals(rows)
+    assert not list((small_study.folder / "checkpoints").glob("*.pt"))
+
+
+def test_students_carry_no_progress_of_another_campaign(small_study: Study) -> None:
+    small_study.run(RunSpec("student", k=17, epochs=1, batch_size=8, seed=7), campaign="other")
+    assert small_study.students()["seed"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("last_written", ["weights", "curve"])
+def test_run_that_stops_before_its_row_is_made_again(
+    small_study: Study, monkeypatch: pytest.MonkeyPatch, last_written: str
+) -> None:
+    spec = dataclasses.replace(SPECS[0], data_md5=small_study.train.md5)
+
+    def stop(*_arguments: object, **_options: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Ledger, "append") if last_written == "curve" else (paths, "replacing")), stop)
+        if last_written == "weights":
+            patch.setattr(side_by_side, "save_checkpoint", lambda *_arguments: None)
+        with pytest.raises(Stop):
+            small_study.run(spec)
+    assert small_study.ledger.read().empty
+    row = small_study.run(spec)
+    assert row["weights_sha256"] == models.weights_sha256(small_study.weights(spec))
+
+
+def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dataclasses.replace(small_study, teacher_spec=TeacherSpec(epochs=1, batch_size=8))
+    made.__dict__.update(train=small_study.train, test=small_study.test, device=torch.device("cpu"))
+    first = models.weights_sha256(made.teacher)
+    again = dataclasses.replace(made)
+    again.__dict__.update(train=small_study.train, test=small_study.test, device=torch.device("cpu"))
+    monkeypatch.setattr(runs, "train_teacher", lambda *_arguments, **_options: pytest.fail("trained again"))
+    assert models.weights_sha256(again.teacher) == first
+    assert not again.teacher.training
+    row = made.ledger.read().iloc[0]
+    assert row["method"] == "teacher"
+    assert row["weights_sha256"] == first
+
+
+def test_weights_of_teachers_and_of_three_seeds_go_home_before_open_runs(small_study: Study) -> None:
+    """A pack may be full before its end: an open run can be trained again, and a teacher is what all wait for."""
+    teacher = TeacherSpec(seed=7, epochs=1, batch_size=8, data_md5=small_study.train.md5)
+    small_study.run_all(RunSpec("student", k=17, epochs=1, batch_size=8, seed=seed) for seed in range(4))
+    small_study.run(teacher)
+    (small_study.folders["checkpoints"] / "0123456789ab.pt").write_bytes(b"open")
+    rows = small_study.ledger.read()
+    files = small_study.files(rows)
+    assert [path.parent.name for path in files] == ["curves"] * 5 + ["weights"] * 4 + ["checkpoints"]
+    chosen = rows.set_index("run_id").loc[[path.stem for path in files[5:9]]]
+    assert chosen["seed"].tolist() == [7, 0, 1, 2]
+    assert chosen.index[0] == teacher.run_id
+    assert small_study.files(rows[:0]) == [files[-1]]
+
+
+def test_a_run_whose_time_is_over_is_put_aside_and_goes_on(small_study: Study) -> None:
+    teacher = TeacherSpec(epochs=2, batch_size=8, data_md5=small_study.train.md5)
+    assert small_study.run(teacher, deadline=time.monotonic()) is None
+    calls = 1
+    while (row := small_study.run(teacher, deadline=time.monotonic() + 0.2)) is None:
+        calls += 1
+        assert [path.stem for path in small_study.folders["checkpoints"].glob("*.pt")] == [teacher.run_id]
+        assert calls < 100
+    assert calls > 1
+    assert row["run_id"] == teacher.run_id
+    assert len(small_study.curve(teacher.run_id)) == 2
+
+
+def test_runs_that_were_put_aside_go_on_before_the_others(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs, made = [RunSpec("student", k=17, epochs=1, batch_size=8, seed=seed) for seed in range(4)], []
+    checkpoints = small_study.folders["checkpoints"]
+    checkpoints.mkdir(parents=True)
+    (checkpoints / f"{small_study.completed(specs[2]).run_id}.pt").touch()
+    monkeypatch.setattr(Study, "_student_run", lambda _study, spec, *_rest: spec.seed)
+    monkeypatch.setattr(study, "train_together", lambda runs, *_rest: made.extend(runs) or [])
+    small_study.run_all(specs)
+    assert made == [2, 0, 1, 3]
+
+
+def test_the_ledger_says_which_runs_were_compiled(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, compiled = (dataclasses.replace(SPECS[0], seed=seed) for seed in (1, 2))
+    small_study.run_all([plain])
+    monkeypatch.setattr(runs, "compiled_network", lambda _report: models.logits_and_features)
+    small_study.run_all([compiled], way=Way(compiled=True))
+    assert small_study.ledger.read()["compiled"].tolist() == ["", "yes"]
+
+
+def test_as_many_runs_side_by_side_as_suit_the_device(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(study, "train_together", lambda runs, way, *_rest: asked.append(way.at_once) or [])
+    small_study.run_all([])
+    small_study.run_all([], way=Way(3))
+    assert asked == [side_by_side.SIDE_BY_SIDE["cpu"], 3]
+
+
+def test_unknown_student_lists_what_was_run(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Study, "students", lambda _study: pd.DataFrame({"method": ["student"], "k": [17], "run_id": ["x"]})
+    )
+    with pytest.raises(KeyError, match="no 'kd_at' with k = 17: it has student, kd_ig"):
+        small_study.student("kd_at", k=17)
+
+
+@pytest.mark.parametrize("profile", ["Published", "quick", ""])
+def test_unknown_profile_lists_the_known_ones(profile: str) -> None:
+    with pytest.raises(ValueError, match="choose one of published, smoke, full") as caught:
+        open_study(profile)
+    assert repr(profile) in str(caught.value)
+
+
+def test_published_trains_nothing_and_reads_the_repository(no_training: None) -> None:
+    published = open_study("published")
+    assert published.specs == ()
+    assert published.teacher_spec is None
+    assert published.ledger.path == paths.ledger_path()
+    assert published.curves == paths.curves_folder()
+    assert (len(published.train), len(published.test)) == (1000, 2000)
+    rows = published.students()
+    assert set(COLUMNS) <= set(rows.columns)
+    assert "teacher" not in set(rows["method"])
+    for run_id in rows["run_id"]:
+        assert not published.curve(run_id).empty
+
+
+def test_published_names_what_the_repository_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
+    published = open_study("published")
+    with pytest.raises(KeyError, match="no artifact 'kd_k5'"):
+        published.student("kd")
+    assert published.students().empty
+
+
+def test_smoke_keeps_out_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path))
+    smoke = open_study("smoke")
+    for place in (smoke.folder, smoke.ledger.path, smoke.curves):
+        assert tmp_path in place.parents
+    assert smoke.train.labels.bincount().tolist() == smoke.test.labels.bincount().tolist() == [50] * 10
+    assert "500" in smoke.train.name
+    assert [spec.method for spec in smoke.specs] == list(MAIN_METHODS)
+
+
+def test_full_is_the_papers_settings() -> None:
+    full = open_study("full")
+    assert full.specs == tuple(RunSpec(method) for method in MAIN_METHODS)
+    assert full.n_steps == 50
+    assert full.teacher_spec == study.TEACHER_RECIPE
+    assert full.ledger.path == paths.ledger_path()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_opening_a_study_does_nothing_yet(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_training: None
+) -> None:
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path / "none"))
+    monkeypatch.setattr(cifar10, "fetch", lambda *_arguments: pytest.fail("downloaded"))
+    assert open_study(profile).profile == profile
+    assert not (tmp_path / "none").exists()
+
+
+def test_workspace_is_where_the_variable_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path))
+    assert open_study("smoke").folder == tmp_path / "smoke"
+
+
+def test_model_for_a_method() -> None:
+    assert models.count_parameters(artifacts.model_for("teacher", 0)) == 2_236_682
+    assert models.count_parameters(artifacts.model_for("kd_ig", 5)) == 543_498

@@ -1,0 +1,559 @@
+"""Training: resumable bit for bit, the same run from the same seed, and losses composed as the paper says."""
+
+import dataclasses
+import errno
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdig_utils.experiments import runs, side_by_side
+from kdig_utils.experiments.runs import train_student, train_teacher
+from kdig_utils.experiments.side_by_side import Trained
+from kdig_utils.method import losses, models, overlay, training
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.signals import TeacherSignals
+from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES, K = 60, 17  # 17 blocks removed: the smallest student, so that a run takes a second
+LONGEST_WAIT = 240  # seconds for another process to import torch on a busy machine
+
+
+class Stop(Exception):
+    pass
+
+
+def random_signals(train: ImageSet, side: int = 32) -> TeacherSignals:
+    generator, n = torch.Generator().manual_seed(0), len(train)
+    return TeacherSignals(
+        logits=4 * torch.randn(n, 10, generator=generator),
+        maps=torch.rand(n, 32, 32, generator=generator).half(),
+        attention=F.normalize(torch.rand(n, side * side, generator=generator), dim=1),
+        error=torch.zeros(n),
+        manifest={
+            "teacher_sha256": "ab" * 32,
+            "indices": train.indices.tolist(),
+            "settings": {"tap": {32: 0, 8: 9}[side]},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def train(sample_train: ImageSet) -> ImageSet:
+    return sample_train.subset(torch.arange(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def held_out(sample_test: ImageSet) -> ImageSet:
+    return sample_test.subset(torch.arange(40))
+
+
+@pytest.fixture(scope="module")
+def signals(train: ImageSet) -> TeacherSignals:
+    return random_signals(train)
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the loss and save after every step."""
+    monkeypatch.setattr(side_by_side, "CHECK_EVERY", 1)
+    monkeypatch.setattr(side_by_side, "SAVE_EVERY_SECONDS", 0.0)
+
+
+def small(method: str = "kd_ig_at", **changed: object) -> RunSpec:
+    return RunSpec(method, **{"k": K, "epochs": 2, "batch_size": 16, "overlay_probability": 0.5, **changed})
+
+
+def same(first: Trained, second: Trained) -> bool:
+    """Bit for bit: weights, statistics, and every number of the curve but the seconds."""
+    curves = (trained.curve.drop(columns="seconds") for trained in (first, second))
+    return models.weights_sha256(first.model) == models.weights_sha256(second.model) and next(curves).equals(
+        next(curves)
+    )
+
+
+def stop_after(lines: int):
+    seen = []
+
+    def report(line: str) -> None:
+        seen.append(line)
+        if len(seen) == lines:
+            raise Stop
+
+    return report
+
+
+def test_a_shorter_run_of_a_student_is_the_beginning_of_a_longer_one(train: ImageSet, held_out: ImageSet) -> None:
+    """The learning rate is constant and the draws depend on seed and epoch alone, so epochs can be added later."""
+    short, long = (train_student(small("student", epochs=n), train, held_out).curve for n in (1, 2))
+    assert short.drop(columns="seconds").equals(long.drop(columns="seconds").head(1))
+
+
+# The loss
+
+
+def loss_by_hand(
+    model: models.Student, inputs: Tensor, labels: Tensor, teacher: TeacherSignals, spec: RunSpec
+) -> Tensor:
+    """alpha T² KL(teacher ‖ student) / batch + (1 - alpha) cross-entropy + gamma attention_loss (paper.json)."""
+    tap = models.attention_tap(spec.k)
+    features = model.features[: tap + 1](inputs)
+    logits = model.classifier(model.pool(model.features[tap + 1 :](features)))
+    alpha = spec.alpha if "kd" in spec.method else 0
+    gamma = spec.gamma if "at" in spec.method.split("_") else 0
+    p, q = ((values / spec.temperature).softmax(1) for values in (teacher.logits, logits))
+    kl = (p * (p / q).log()).sum() / len(p)
+    cross_entropy = -logits.log_softmax(1)[torch.arange(len(labels)), labels].mean()
+    attention = ((losses.attention_map(features) - teacher.attention) ** 2).mean()
+    return alpha * spec.temperature**2 * kl + (1 - alpha) * cross_entropy + gamma * attention
+
+
+@pytest.mark.parametrize("k", [5, K])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_of_each_method_equals_the_formula(train: ImageSet, method: str, k: int) -> None:
+    spec = small(method, k=k, alpha=0.3)
+    teacher_signals = random_signals(train, side=32 if k == K else 8)
+    model = models.student(k).eval()  # so that both passes use the same batch-norm statistics
+    batch = overlay.draw_epoch(len(train), spec.overlay_probability, 0, 0).batch(0, 16)
+    found = training.student_loss(model, train, teacher_signals, batch, spec)
+    chosen = teacher_signals.rows(batch.order)
+    images = train.images(batch.order)
+    inputs = overlay.crop_and_flip(images, batch.shifts, batch.flips)
+    if "ig" in method:
+        inputs = overlay.overlay(images, chosen.maps.float(), batch)
+    assert torch.allclose(found, loss_by_hand(model, inputs, train.labels[batch.order], chosen, spec), rtol=1e-5)
+
+
+def test_untrained_student_knows_nothing(train: ImageSet) -> None:
+    """Its loss is near ln 10, that of ten equal probabilities."""
+    batch = overlay.draw_epoch(len(train), 0.0, 0, 0).batch(0, IMAGES)
+    loss = training.student_loss(models.student(5), train, None, batch, small("student", k=5))
+    assert float(loss.detach()) == pytest.approx(math.log(10), abs=0.3)
+
+
+def test_a_few_steps_reduce_the_loss_on_a_fixed_batch(train: ImageSet) -> None:
+    spec, model = small("kd_ig_at", k=5), models.student(5)
+    teacher_signals = random_signals(train, side=8)
+    batch = overlay.draw_epoch(len(train), spec.overlay_probability, 0, 0).batch(0, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    values = []
+    for _step in range(12):
+        loss = training.student_loss(model, train, teacher_signals, batch, spec)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert values[-1] < 0.6 * values[0]
+
+
+def test_a_network_that_cannot_be_compiled_is_called_as_it_is(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a compiler: the runs are the same, and the log says why they are slower."""
+    asked, lines = [], []
+
+    def no_compiler(_function: object, **_options: object) -> object:
+        def fail(*_arguments: object) -> None:
+            asked.append(1)
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    network = runs.compiled_network(lines.append)
+    run = runs.student_run(small("student"), train, train, network=network)
+    plain = runs.student_run(small("student"), train, train)
+    assert models.weights_sha256(side_by_side.fit(run).model) == models.weights_sha256(side_by_side.fit(plain).model)
+    assert len(asked) == len(lines) == 1  # what failed once is not tried again
+    assert "no working C++ compiler" in lines[0]
+
+
+def test_only_full_batches_go_through_the_compiled_network(train: ImageSet) -> None:
+    """The last, smaller batch of an epoch would have to be compiled for itself."""
+    sizes = []
+
+    def network(model: models.Student, images: Tensor, tap: int) -> tuple[Tensor, Tensor]:
+        sizes.append(len(images))
+        return models.logits_and_features(model, images, tap)
+
+    spec = small("student", epochs=2)
+    side_by_side.fit(runs.student_run(spec, train, train, network=network))
+    assert len(train) % spec.batch_size  # there is a smaller one
+    assert sizes == [spec.batch_size] * (2 * (len(train) // spec.batch_size))
+
+
+def test_one_compiled_network_serves_all_methods(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured by PyTorch's own compiler front end, without the back end that takes a minute: the same losses."""
+    compile_, signals = torch.compile, random_signals(train)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    network = runs.compiled_network(pytest.fail)
+    batch = overlay.draw_epoch(len(train), 0.5, 0, 0).batch(0, small().batch_size)
+    for method in METHODS:
+        arguments = (models.student(K), train, signals, batch, small(method))
+        found = training.student_loss(*arguments, network=network)
+        assert float(found) == pytest.approx(float(training.student_loss(*arguments)), rel=1e-5)
+
+
+def test_loss_touches_neither_images_nor_signals(train: ImageSet, signals: TeacherSignals) -> None:
+    before = train.pixels.clone(), [value.clone() for value in signals.tensors()]
+    batch = overlay.draw_epoch(len(train), 1.0, 0, 0).batch(0, 16)
+    training.student_loss(models.student(K), train, signals, batch, small()).backward()
+    assert torch.equal(train.pixels, before[0])
+    assert all(torch.equal(now, then) for now, then in zip(signals.tensors(), before[1], strict=True))
+
+
+# Resume
+
+
+@pytest.mark.parametrize("method", ["student", "kd_ig_at"])
+def test_stopped_anywhere_and_resumed_ends_bit_for_bit(
+    train: ImageSet, held_out: ImageSet, signals: TeacherSignals, tmp_path: Path, often: None, method: str
+) -> None:
+    spec = small(method)
+    whole = train_student(spec, train, held_out, signals)
+    for lines in range(1, 10):  # 4 steps and 1 line at the end of each of 2 epochs
+        checkpoint = tmp_path / f"{lines}.pt"
+        with pytest.raises(Stop):
+            train_student(spec, train, held_out, signals, checkpoint, report=stop_after(lines))
+        lines_of_resume = []
+        resumed = train_student(spec, train, held_out, signals, checkpoint, report=lines_of_resume.append)
+        assert "goes on" in lines_of_resume[0]
+        assert same(whole, resumed), f"stopped after {lines} reports"
+    print("9 places to stop, seed 0")
+
+
+def test_stopped_again_and_again_ends_bit_for_bit(
+    train: ImageSet, held_out: ImageSet, signals: TeacherSignals, tmp_path: Path, often: None
+) -> None:
+    spec, stops = small(), 0
+    while True:
+        try:
+            resumed = train_student(spec, train, held_out, signals, tmp_path / "c.pt", report=stop_after(2))
+            break
+        except Stop:
+            stops += 1
+    assert stops >= 3
+    assert same(train_student(spec, train, held_out, signals), resumed)
+
+
+def test_teacher_stopped_and_resumed_ends_bit_for_bit(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path, often: None
+) -> None:
+    """Dropout, momentum and the one-cycle schedule go on as if nothing had happened."""
+    few, initial = train.subset(torch.arange(24)), models.teacher(5)
+    spec = TeacherSpec(epochs=2, batch_size=8, initial_sha256=models.weights_sha256(initial))
+    whole = train_teacher(spec, few, held_out, initial)
+    with pytest.raises(Stop):
+        train_teacher(spec, few, held_out, initial, tmp_path / "t.pt", report=stop_after(2))
+    assert same(whole, train_teacher(spec, few, held_out, initial, tmp_path / "t.pt"))
+
+
+def test_finished_run_that_is_called_again_only_loads(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = small("student")
+    first = train_student(spec, train, held_out, None, tmp_path / "c.pt")
+    monkeypatch.setattr(side_by_side.Steps, "step", lambda *_arguments: pytest.fail("trained again"))
+    assert same(first, train_student(spec, train, held_out, None, tmp_path / "c.pt"))
+
+
+CHILD = """
+    import sys, time, torch
+    from pathlib import Path
+    from kdig_utils import cifar10, engine, models, training
+    from kdig_utils.experiments.ledger import RunSpec
+    torch.set_num_threads({threads})
+    side_by_side.CHECK_EVERY, side_by_side.SAVE_EVERY_SECONDS = 1, 0.0
+    train = cifar10.load_sample("train").subset(torch.arange({images}))
+    test = cifar10.load_sample("test").subset(torch.arange(40))
+    spec = RunSpec("student", k={k}, epochs=2, batch_size=16, overlay_probability=0.5, seed=int(sys.argv[1]))
+    def report(line):
+        print(line, flush=True)
+        time.sleep(float(sys.argv[3]))
+    trained = runs.train_student(spec, train, test, None, Path(sys.argv[2]), report=report)
+    print(models.weights_sha256(trained.model), flush=True)
+"""
+
+
+def child(checkpoint: Path, seed: int = 0, pause: float = 0.0) -> subprocess.Popen:
+    code = textwrap.dedent(CHILD).format(threads=torch.get_num_threads(), images=IMAGES, k=K)
+    command = [sys.executable, "-c", code, str(seed), str(checkpoint), str(pause)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(7 + seed)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+
+
+def test_killed_process_and_another_process_end_bit_for_bit(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path
+) -> None:
+    """One process runs through, one is killed mid-epoch and resumed here; this process ends the same without a stop."""
+    whole = train_student(small("student"), train, held_out)
+    other, victim = child(tmp_path / "other.pt"), child(tmp_path / "victim.pt", pause=3.0)
+    try:
+        for _line in range(2):
+            assert victim.stdout.readline()
+        victim.send_signal(signal.SIGKILL)
+        assert victim.wait(LONGEST_WAIT) == -signal.SIGKILL
+        resumed = train_student(small("student"), train, held_out, None, tmp_path / "victim.pt")
+        output, _errors = other.communicate(timeout=LONGEST_WAIT)
+    finally:
+        for process in (other, victim):
+            process.kill()
+            process.stdout.close()
+            process.wait(LONGEST_WAIT)
+    assert same(whole, resumed)
+    assert output.split()[-1] == models.weights_sha256(whole.model)
+
+
+# Seeds
+
+
+def test_same_seed_is_the_same_run_and_another_is_another(
+    train: ImageSet, held_out: ImageSet, signals: TeacherSignals
+) -> None:
+    first, again, other = (train_student(small(seed=seed), train, held_out, signals) for seed in (1, 1, 2))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_a_run_depends_on_no_global_generator_and_leaves_it(train: ImageSet, held_out: ImageSet) -> None:
+    few, spec = train.subset(torch.arange(16)), TeacherSpec(epochs=1, batch_size=8)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = train_teacher(spec, few, held_out)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert same(first, train_teacher(spec, few, held_out))
+
+
+# A loss that is not finite
+
+
+def test_huge_learning_rate_stops_with_its_value(train: ImageSet, held_out: ImageSet, often: None) -> None:
+    with pytest.raises(
+        side_by_side.TrainingDiverged, match=r"the loss is (nan|inf) in epoch \d.*learning rate \(1e\+30\)"
+    ):
+        train_student(small("student", learning_rate=1e30, epochs=5), train, held_out)
+
+
+def test_nan_map_stops_the_run_and_the_last_checkpoint_goes_on(
+    train: ImageSet, held_out: ImageSet, signals: TeacherSignals, tmp_path: Path
+) -> None:
+    spec = small("ig")
+    first, second = (overlay.draw_epoch(IMAGES, 0.5, spec.seed, epoch) for epoch in (0, 1))
+    only_later = set(second.order[second.overlaid].tolist()) - set(first.order[first.overlaid].tolist())
+    maps = signals.maps.clone()
+    maps[min(only_later)] = float("nan")
+    with pytest.raises(side_by_side.TrainingDiverged, match=r"the loss is nan in epoch 2.*check the teacher's signals"):
+        train_student(spec, train, held_out, dataclasses.replace(signals, maps=maps), tmp_path / "c.pt")
+    repaired = train_student(spec, train, held_out, signals, tmp_path / "c.pt")
+    assert same(repaired, train_student(spec, train, held_out, signals))
+
+
+def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path
+) -> None:
+    """The last loss was finite, the step after it was not survived."""
+    spec = small("student", epochs=1, batch_size=IMAGES, learning_rate=1e38)
+    with pytest.raises(side_by_side.TrainingDiverged):
+        train_student(spec, train, held_out, None, tmp_path / "c.pt")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_method_without_signals_names_the_command(train: ImageSet, held_out: ImageSet, method: str) -> None:
+    with pytest.raises(ValueError, match=f"method {method} needs the teacher's signals.*kdig_utils signals"):
+        train_student(small(method), train, held_out)
+
+
+@pytest.mark.parametrize("change", ["fewer", "other order"])
+def test_signals_of_other_images_are_refused(train: ImageSet, held_out: ImageSet, change: str) -> None:
+    positions = torch.arange(IMAGES // 2) if change == "fewer" else torch.arange(IMAGES - 1, -1, -1)
+    others = random_signals(train.subset(positions))
+    with pytest.raises(ValueError, match="signals are those of other images"):
+        train_student(small("kd"), train, held_out, others)
+
+
+def test_signals_of_another_teacher_are_refused(train: ImageSet, held_out: ImageSet, signals: TeacherSignals) -> None:
+    with pytest.raises(ValueError, match="spec names teacher cdcdcdcdcdcd, the signals are of abababababab"):
+        train_student(small("kd", teacher_sha256="cd" * 32), train, held_out, signals)
+
+
+def test_attention_maps_of_another_block_are_refused(train: ImageSet, held_out: ImageSet) -> None:
+    with pytest.raises(ValueError, match=r"k = 17 compares block 0, the signals hold block 9"):
+        train_student(small("at"), train, held_out, random_signals(train, side=8))
+
+
+def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, spec = tmp_path / "c.pt", small("student")
+    finished = []
+
+    def full(source: object, target: object) -> None:
+        finished.append(target)
+        if len(finished) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=r"cannot write c\.pt in .*disk is full: free some space"):
+            train_student(spec, train, held_out, None, checkpoint)
+    lines = []
+    assert same(
+        train_student(spec, train, held_out, None, checkpoint, report=lines.append),
+        train_student(spec, train, held_out),
+    )
+    assert "goes on at epoch 2" in lines[0]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_checkpoint_of_another_run_is_refused_and_kept(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c.pt"
+    mine = small("student")
+    train_student(mine, train, held_out, None, checkpoint)
+    before = checkpoint.read_bytes()
+    other = small("student", seed=9)
+    with pytest.raises(ValueError, match=f"is of run {mine.run_id} .*not of {other.run_id}") as caught:
+        train_student(other, train, held_out, None, checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["truncated", "empty", "garbage", "not a checkpoint"])
+def test_damaged_checkpoint_is_named_with_a_remedy(
+    train: ImageSet, held_out: ImageSet, tmp_path: Path, content: str
+) -> None:
+    checkpoint, spec = tmp_path / "c.pt", small("student", epochs=1)
+    train_student(spec, train, held_out, None, checkpoint)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": bytes(5000)}.get(content, whole)
+    )
+    if content == "not a checkpoint":
+        torch.save({"weights": torch.zeros(1)}, checkpoint)
+    with pytest.raises(ValueError, match=r"is damaged.*delete it to start the run afresh") as caught:
+        train_student(spec, train, held_out, None, checkpoint)
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_checkpoint_with_code_in_it_is_not_executed(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (marker,))
+
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    with pytest.raises(ValueError, match="is damaged"):
+        train_student(small("student"), train, held_out, None, tmp_path / "c.pt")
+    assert not marker.exists()
+
+
+def test_teacher_that_starts_from_other_weights_is_refused(train: ImageSet, held_out: ImageSet) -> None:
+    with pytest.raises(ValueError, match="starts from weights 0123456789ab, got none"):
+        train_teacher(TeacherSpec(initial_sha256="0123456789ab"), train, held_out)
+    with pytest.raises(ValueError, match="starts from weights none, got "):
+        train_teacher(TeacherSpec(), train, held_out, models.teacher())
+
+
+# Who is trained on what
+
+
+def test_validation_images_are_held_out_stratified_and_the_same_for_every_run(sample_train: ImageSet) -> None:
+    positions, validation = training.training_positions(sample_train.labels, RunSpec("kd", validation_images=100))
+    assert sample_train.labels[validation].bincount().tolist() == [10] * 10
+    assert torch.cat([positions, validation]).sort().values.equal(torch.arange(1000))
+    for other in (RunSpec("student", seed=5, validation_images=100), TeacherSpec(seed=2, validation_images=100)):
+        assert training.training_positions(sample_train.labels, other)[1].equal(validation)
+
+
+def test_train_fraction_is_drawn_stratified_and_fresh_for_each_seed(sample_train: ImageSet) -> None:
+    first, other = (
+        training.training_positions(
+            sample_train.labels, RunSpec("kd", train_fraction=0.8, seed=seed, validation_images=100)
+        )
+        for seed in (0, 1)
+    )
+    for positions, validation in (first, other):
+        assert (
+            sample_train.labels[positions].bincount().tolist() == [72] * 10
+        )  # 0.8 of the 90 that are left of each class
+        assert not set(positions.tolist()) & set(validation.tolist())
+        assert len(positions.unique()) == len(positions)
+    assert not first[0].equal(other[0])
+
+
+def test_seed_and_draw_of_images_can_be_told_apart(sample_train: ImageSet) -> None:
+    def drawn(seed: int, sample_seed: int | None) -> set[int]:
+        spec = RunSpec("kd", train_fraction=0.8, seed=seed, sample_seed=sample_seed)
+        return set(training.training_positions(sample_train.labels, spec)[0].tolist())
+
+    assert drawn(1, 5) == drawn(2, 5) == drawn(5, None)
+    assert drawn(1, 5) != drawn(1, 6)
+
+
+def test_all_images_are_trained_on_by_default(sample_train: ImageSet) -> None:
+    positions, validation = training.training_positions(sample_train.labels, RunSpec("kd"))
+    assert positions.equal(torch.arange(1000))
+    assert len(validation) == 0
+
+
+def test_matched_signals_are_rows_of_the_images_themselves(train: ImageSet, signals: TeacherSignals) -> None:
+    positions = torch.tensor([7, 3, 50])
+    found = training.paired_signals(signals, train, positions, small())
+    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), signals.rows(positions).tensors(), strict=True))
+
+
+def test_shuffled_signals_come_from_two_permutations(train: ImageSet, signals: TeacherSignals) -> None:
+    found = training.paired_signals(signals, train, torch.arange(IMAGES), small(pairing="shuffled"))
+    sources = [
+        [int(torch.nonzero((whole == row).flatten(1).all(1))) for row in part]
+        for part, whole in (
+            (found.maps, signals.maps),
+            (found.logits, signals.logits),
+            (found.attention, signals.attention),
+        )
+    ]
+    assert all(sorted(source) == list(range(IMAGES)) for source in sources)
+    assert sources[0] != sources[1]
+    assert sources[1] == sources[2]
+
+
+def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSet) -> None:
+    even = train.subset(torch.cat([torch.nonzero(train.labels == label).flatten()[:2] for label in range(10)]))
+    trained = train_student(small("student", epochs=3, validation_images=10), even, held_out)
+    curve = trained.curve
+    assert curve["epoch"].tolist() == [1, 2, 3]
+    assert not trained.model.training
+    assert (
+        curve[["test_accuracy", "validation_accuracy"]]
+        .isin([100 * i / n for n in (10, 40) for i in range(n + 1)])
+        .all(axis=None)
+    )
+    assert curve["seconds"].is_monotonic_increasing
+    assert curve["train_loss"].between(0, 10).all()
+    assert curve["test_accuracy"].iloc[-1] == models.accuracy(trained.model, held_out)
+
+
+def test_accuracy_is_a_percentage_by_hand(held_out: ImageSet) -> None:
+    class Answers(torch.nn.Module):
+        """Right about all images but the first ten."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            answers = held_out.labels.clone()
+            answers[:10] = (answers[:10] + 1) % 10
+            return F.one_hot(answers, 10).float()
+
+    assert models.accuracy(Answers(), held_out) == 75.0
