@@ -24,7 +24,7 @@ from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, TrainingDiverged, Way
 from kdig_utils.experiments.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
 from kdig_utils.machine import keep_freed_memory
-from kdig_utils.method import artifacts, cifar10, models, overlay
+from kdig_utils.method import artifacts, cifar10, models, pairings
 from kdig_utils.method.spec import METHODS, SCHEDULES, RunSpec, TeacherSpec
 
 EXPECTED_ERRORS = (ValueError, KeyError, RuntimeError)  # and OSError: what the package raises on bad input
@@ -559,7 +559,7 @@ def add_student_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k", type=int, nargs="+", default=[5], help="feature blocks removed; default: 5")
     command.add_argument("--seed", type=int, nargs="+", default=[0], help="default: 0")
     command.add_argument("--epochs", type=int, default=RunSpec.epochs, help="default: %(default)s")
-    command.add_argument("--pairing", default="matched", help=f"of {' '.join(overlay.PAIRINGS)}; default: %(default)s")
+    command.add_argument("--pairing", default="matched", help=f"of {' '.join(pairings.PAIRINGS)}; default: %(default)s")
     command.add_argument("--train-fraction", type=float, default=1.0, help="of the images; default: %(default)s")
 
 

@@ -11,6 +11,10 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 STARTING = ThreadPoolExecutor(1, "starting")
@@ -84,6 +88,13 @@ def usable_cpu_numbers() -> list[int]:
 def usable_cpus() -> int:
     """How many CPUs this process may use."""
     return len(usable_cpu_numbers())
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes of a GPU's memory that nobody has taken."""
+    import torch  # a process that only runs ONNX files does without
+
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def keep_freed_memory() -> None:

@@ -5,8 +5,7 @@ and statsmodels'; this module chooses among them, and corrects for how many were
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import combinations, product
 from typing import NamedTuple
@@ -28,17 +27,6 @@ ENUMERATED = 200_000  # permutations up to which all are tried: ten runs against
 TIED = 1e-9  # relative: sums that differ by less are the same, but for rounding
 # What tells runs of the paper apart, which have no spec.
 SETTINGS = ("k", "epochs", "pairing", "train_fraction")
-# Fields of a spec that are no setting, and those that set something only in methods with one of these parts.
-NO_SETTINGS = ("method", "seed", "data_md5", "teacher_sha256")
-READ_BY = {
-    "alpha": ("kd",),
-    "temperature": ("kd",),
-    "answers": ("kd",),
-    "overlay_probability": ("ig",),
-    "n_steps": ("ig",),
-    "gamma": ("at",),
-    "pairing": ("kd", "ig", "at"),
-}
 
 
 class Comparison(NamedTuple):
@@ -100,19 +88,6 @@ def paper_rows() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(pairing="", epochs=training["epochs"], train_fraction=1.0)
 
 
-def setting_of(run: Mapping) -> dict[str, object]:
-    """What a run of the ledger was trained with: the fields of its spec that its method reads, and their values.
-
-    Seed, images and teacher are no part of it: runs of a method with one setting are repetitions.
-    """
-    parts = set(run["method"].split("_"))
-    return {
-        name: value
-        for name, value in asdict(spec_of(run)).items()
-        if name not in NO_SETTINGS and (name not in READ_BY or parts & set(READ_BY[name]))
-    }
-
-
 def mixed(students: pd.DataFrame) -> dict[str, list]:
     """Where runs of students have more than one setting: the names, with all values; a second teacher counts too.
 
@@ -120,7 +95,7 @@ def mixed(students: pd.DataFrame) -> dict[str, list]:
     """
     found: dict[str, list] = {}
     for run in students.to_dict("records"):
-        setting = setting_of(run) if "spec" in run else {name: run[name] for name in SETTINGS}
+        setting = spec_of(run).setting() if "spec" in run else {name: run[name] for name in SETTINGS}
         taught = {"teacher_sha256": run["teacher_sha256"]} if run.get("teacher_sha256") else {}
         for name, value in {**setting, **taught}.items():
             if value not in found.setdefault(name, []):

@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline, integrated_gradients
+from kdig_utils.method.models import most_at_once
 from kdig_utils.method.pairings import another, edges, permuted
 
 Forward = Callable[[Tensor], Tensor]
 SIMILARITIES = ("spearman", "cosine", "top_tenth")
 TILES = 4
-BYTES_A_PIXEL = 20_000  # that the teacher keeps of a point of the path for its backward pass, in float32
-MOST_POINTS = 2048
 
 
 def captum_metrics() -> ModuleType:
@@ -39,21 +38,8 @@ def attributions(model: Forward, images: Tensor, target: Tensor, n_steps: int) -
 
     The same baseline in pixels serves teacher and students: maps from two baselines answer two questions.
     """
-    grey, at_once = baseline("mean_colour", images), 64
-    if images.is_cuda:
-        free, _total = torch.cuda.mem_get_info(images.device)
-        at_once = points_at_once(free, images[0, 0].numel())
+    grey, at_once = baseline("mean_colour", images), most_at_once(model, tuple(images.shape[1:]), images.device)
     return integrated_gradients(model, images, grey, target, n_steps, internal_batch_size=at_once).detach()
-
-
-def points_at_once(free_bytes: int, pixels: int) -> int:
-    """How many points of the path fit into half of a GPU's free memory, from 1 to 2,048; gradients need the rest.
-
-    Args:
-        free_bytes: as `torch.cuda.mem_get_info` counts them.
-        pixels: of one image, H · W.
-    """
-    return max(1, min(MOST_POINTS, free_bytes // (2 * BYTES_A_PIXEL * pixels)))
 
 
 def similarity(maps: Tensor, others: Tensor) -> dict[str, Tensor]:

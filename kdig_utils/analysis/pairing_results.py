@@ -18,7 +18,8 @@ from kdig_utils.experiments import campaigns
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method import pairings
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.overlay import PAIRINGS, EpochDraws, overlay, signal_positions
+from kdig_utils.method.overlay import EpochDraws, overlay
+from kdig_utils.method.pairings import PAIRINGS, signal_positions
 from kdig_utils.method.spec import RunSpec
 
 NOT_RUN = "not run yet"
@@ -92,9 +93,9 @@ def accuracies_of(ledger: pd.DataFrame, specs: dict[str, RunSpec]) -> dict[str, 
     """
     wanted = [dataclasses.replace(spec, seed=seed) for spec in specs.values() for seed in range(campaigns.SEEDS)]
     rows = campaigns.rows_of(ledger, wanted)
-    settings = pd.Series([_setting(spec_of(row)) for _index, row in rows.iterrows()], rows.index, dtype=object)
+    specs = [spec_of(row) for _index, row in rows.iterrows()]
     found = {
-        name: rows[settings == _setting(spec)]
+        name: rows[[(ran.method, ran.setting()) == (spec.method, spec.setting()) for ran in specs]]
         .set_index("seed")["test_accuracy"]
         .astype(float)
         .sort_index()
@@ -214,10 +215,6 @@ def draw_differences(axes: Axes, table: pd.DataFrame, margin: float, colour: str
             axes.text(1.02, place, row.finding, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table.iloc[:, 0], ylim=(len(table) - 0.5, -0.5))
     axes.set(xlabel="difference in test accuracy, points")
-
-
-def _setting(spec: RunSpec) -> RunSpec:
-    return dataclasses.replace(spec, seed=0, teacher_sha256="", data_md5="")
 
 
 def _gain(values: pd.Series, baseline: pd.Series) -> dict[str, float]:

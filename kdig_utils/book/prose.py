@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdig_utils.analysis import claims, verdicts
+from kdig_utils.analysis.comparisons import mixed
 from kdig_utils.analysis.scorecard_text import written
 from kdig_utils.experiments.ledger import NUMBER_COLUMNS
 from kdig_utils.paths import repository_root
@@ -125,16 +126,15 @@ def statistic(ledger: pd.DataFrame, query: str) -> float:
         return float(runs[column].count())
     if runs.empty:
         raise ValueError(f"the ledger has no run with {' '.join(conditions)}")
-    if mixed := _mixed_settings(runs):
-        raise ValueError(f"{query!r} mixes runs with different {mixed[0]}: say which, as {mixed[0]}=…")
+    if several := _mixed_settings(runs):
+        raise ValueError(f"{query!r} mixes runs with different {several[0]}: say which, as {several[0]}=…")
     return float(runs[column].astype(float).agg(kind))
 
 
 def _mixed_settings(runs: pd.DataFrame) -> list[str]:
     """What differs between runs besides the seed: a number over several settings is no result."""
-    columns = runs[["method", "k", "epochs", "train_images", "test_images"]].reset_index(drop=True)
-    specs = pd.DataFrame([json.loads(spec) for spec in runs["spec"]]).drop(columns=[*columns, "seed"], errors="ignore")
-    return [name for table in (columns, specs) for name in table if table[name].nunique() > 1]
+    columns = ("method", "train_images", "test_images", "data_md5")
+    return [*(name for name in columns if runs[name].nunique() > 1), *mixed(runs)]
 
 
 def _holds(runs: pd.DataFrame, condition: str) -> pd.Series:

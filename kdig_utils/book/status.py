@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdig_utils.analysis.comparisons import setting_of
 from kdig_utils.experiments import campaigns
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method import artifacts
@@ -52,7 +51,7 @@ def with_other_settings(table: pd.DataFrame) -> pd.DataFrame:
 
 def _other_settings(run: dict) -> str:
     defaults = {field.name: field.default for field in fields(spec_of(run))}
-    others = {name: value for name, value in setting_of(run).items() if value != defaults[name]}
+    others = {name: value for name, value in spec_of(run).setting().items() if value != defaults[name]}
     words = {"k": "", "epochs": "", "initial_sha256": "after earlier epochs"}
     told = [words.get(name, f"{name.replace('_', ' ')} {value}") for name, value in others.items()]
     return ", ".join(filter(None, told))

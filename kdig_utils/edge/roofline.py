@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
 from kdig_utils.edge.timing import torch_threads
+from kdig_utils.method import models
 
 MATRIX = 1024  # rows and columns of the product that shows the peak
 BYTES = {"fp32": 4, "int8": 1}
@@ -98,22 +99,15 @@ def _product(kind: str, left: np.ndarray, right: np.ndarray, threads: int) -> Ca
 
 def layers(model: nn.Module) -> pd.DataFrame:
     """Each convolution and linear layer, in order, for one image: kind, macs, weights, activations (in and out)."""
-    rows = []
-
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        macs = layer.weight[0].numel() * output[0].numel()
-        moved = inputs[0][0].numel() + output[0].numel()
-        rows.append(
-            {"kind": kind(layer), "macs": macs, "weights": layer.weight.numel() + len(layer.weight), "moved": moved}
-        )
-
-    chosen = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(add) for layer in chosen]
-    with torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    for hook in hooks:
-        hook.remove()
-    return pd.DataFrame(rows).rename(columns={"moved": "activations"})
+    return pd.DataFrame(
+        {
+            "kind": kind(layer),
+            "macs": layer.weight[0].numel() * outputs,
+            "weights": layer.weight.numel() + len(layer.weight),
+            "activations": inputs + outputs,
+        }
+        for _name, layer, inputs, outputs in models.layer_calls(model, nn.Conv2d | nn.Linear)
+    )
 
 
 def kind(layer: nn.Module) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kdig_utils.experiments.ledger import of_one_teacher, spec_of
 from kdig_utils.method import models
-from kdig_utils.method.overlay import PAIRINGS
+from kdig_utils.method.pairings import PAIRINGS
 from kdig_utils.method.spec import MAIN_METHODS, METHODS, RunSpec
 
 SEEDS = 10
@@ -139,7 +139,7 @@ def rows(ledger: pd.DataFrame, name: str) -> pd.DataFrame:
 def rows_of(ledger: pd.DataFrame, wanted: Iterable[RunSpec]) -> pd.DataFrame:
     """The rows with the settings of these specs, of the teacher that most of them have, whatever data they had."""
     run_ids = {spec.run_id for spec in wanted}
-    belongs = [_bare(row) in run_ids for _index, row in ledger.iterrows()]
+    belongs = [spec_of(row).bare_id in run_ids for _index, row in ledger.iterrows()]
     found = ledger[pd.Series(belongs, index=ledger.index, dtype=bool)]
     return of_one_teacher(found).reset_index(drop=True)
 
@@ -158,8 +158,7 @@ def main_runs(ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def _has_main_settings(spec: RunSpec) -> bool:
-    free = {"seed": 0, "epochs": RunSpec.epochs, "n_steps": RunSpec.n_steps, "teacher_sha256": "", "data_md5": ""}
-    return dataclasses.replace(spec, **free) == RunSpec(spec.method)
+    return spec.setting("epochs", "n_steps") == RunSpec(spec.method).setting("epochs", "n_steps")
 
 
 def _completeness(runs: pd.DataFrame) -> tuple[int, int]:
@@ -168,13 +167,7 @@ def _completeness(runs: pd.DataFrame) -> tuple[int, int]:
 
 def bare_run_ids(ledger: pd.DataFrame) -> set[str]:
     """The identities that the ledger's students would have without teacher and data: those of a campaign's specs."""
-    return {_bare(row) for _index, row in ledger.iterrows()} - {""}
-
-
-def _bare(row: pd.Series) -> str:
-    if row["method"] == "teacher":
-        return ""
-    return dataclasses.replace(spec_of(row), teacher_sha256="", data_md5="").run_id
+    return {spec_of(row).bare_id for _index, row in ledger.iterrows()}
 
 
 def progress(ledger: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Iterable
-from dataclasses import fields
 
 import pandas as pd
 
@@ -23,7 +22,7 @@ TRAIN_IMAGES = 50_000
 PREFIX = f"{PROTOCOL}: "
 # Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
 # are RunSpec's defaults: a field added later is compared as well.
-FREE_FIELDS = frozenset(("method", "k", "seed", "pairing", "teacher_sha256", "data_md5", "train_fraction"))
+FREE_FIELDS = ("k", "pairing", "train_fraction")
 
 
 def protocol(name: str) -> str:
@@ -98,6 +97,7 @@ def unlike_the_paper(spec: RunSpec, ignoring: Collection[str] = ()) -> str:
 
 def unlike(spec: RunSpec, wanted: RunSpec, ignoring: Collection[str] = ()) -> str:
     """The fields of a spec, but those that a claim names itself and those in `ignoring`, that are not as wanted."""
-    compared = [field.name for field in fields(spec) if field.name not in {*FREE_FIELDS, *ignoring}]
-    pairs = [(name, getattr(spec, name), getattr(wanted, name)) for name in compared]
-    return "; ".join(f"{name.replace('_', ' ')} {is_}, not {not_}" for name, is_, not_ in pairs if is_ != not_)
+    ours, theirs = (each.setting(*FREE_FIELDS, *ignoring) for each in (spec, wanted))
+    return "; ".join(
+        f"{name.replace('_', ' ')} {value}, not {theirs[name]}" for name, value in ours.items() if value != theirs[name]
+    )

@@ -38,7 +38,7 @@ def device_name() -> str:
 def device_facts() -> dict[str, object]:
     """What runs here: device, its memory and what it copies in a second, processors, compiler, versions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    free = machine.free_memory(device) if device.type == "cuda" else None
     return {
         "device": device_name(),
         "free_gigabytes": free and round(free / 1e9, 1),

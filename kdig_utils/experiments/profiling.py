@@ -5,14 +5,16 @@ that its operations read and write at the rate of a large copy, whichever takes 
 a row find some of them in the caches, which a copy that is larger than the caches does not: a step may beat its floor.
 """
 
+import functools
 import math
+import operator
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -61,26 +63,14 @@ class Rates(NamedTuple):
 def layer_elements(model: nn.Module) -> pd.DataFrame:
     """Values that go into and come out of each layer for one image: columns layer, kind, inputs, outputs.
 
-    Counted by hooks in a forward pass; a row for each convolution, batch norm, ReLU6 and residual sum.
+    A row for each convolution, batch norm, ReLU6 and residual sum.
     """
-    rows: list[dict[str, object]] = []
-
-    def count(name: str, kind: str) -> Callable[..., None]:
-        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            rows.append({"layer": name, "kind": kind, "inputs": inputs[0][0].numel(), "outputs": output[0].numel()})
-
-        return add
-
-    kinds = {name: (layer, KINDS.get(type(layer))) for name, layer in model.named_modules()}
-    counted = {name: (layer, kind) for name, (layer, kind) in kinds.items() if kind and adds(layer)}
-    hooks = [layer.register_forward_hook(count(name, kind)) for name, (layer, kind) in counted.items()]
-    was_training, device = model.training, next(model.parameters()).device
-    with torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, 32, 32, device=device))
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    return pd.DataFrame(rows)
+    calls = models.layer_calls(model, functools.reduce(operator.or_, KINDS))
+    return pd.DataFrame(
+        {"layer": call.name, "kind": KINDS[type(call.layer)], "inputs": call.inputs, "outputs": call.outputs}
+        for call in calls
+        if type(call.layer) in KINDS and adds(call.layer)
+    )
 
 
 def adds(layer: nn.Module) -> bool:

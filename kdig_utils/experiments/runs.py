@@ -12,17 +12,10 @@ from kdig_utils.experiments.side_by_side import Evaluation, Report, Run, Trained
 from kdig_utils.method import models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.overlay import EpochDraws, crop_and_flip, cutout
+from kdig_utils.method.pairings import paired_signals
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
-from kdig_utils.method.training import (
-    check_signals,
-    chosen,
-    paired_signals,
-    schedule,
-    student_loss,
-    student_rates,
-    training_positions,
-)
+from kdig_utils.method.training import check_signals, chosen, schedule, student_loss, student_rates, training_positions
 
 
 def train_student(
@@ -92,7 +85,7 @@ def student_run(
     positions, validation = training_positions(train.labels.cpu(), spec)
     images, teacher_signals, own = chosen(train, positions).to(device), None, ()
     if signals is not None and spec.uses_teacher:
-        teacher_signals = paired_signals(signals, train, positions, spec).to(device)
+        teacher_signals = paired_signals(signals, train, positions, spec.pairing, spec.seed).to(device)
         own = () if teacher_signals.logits.data_ptr() == signals.logits.data_ptr() else teacher_signals.tensors()
     model = models.student(spec.k, spec.seed).to(device, memory_format=torch.channels_last)
     rates = student_rates(spec, math.ceil(len(images) / spec.batch_size), device)

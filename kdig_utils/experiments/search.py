@@ -315,10 +315,11 @@ def trials(ledger: pd.DataFrame, base: RunSpec) -> pd.DataFrame:
         the search.
     """
     names = searched(base.method)
-    free = (*names, "seed", "data_md5", *(() if base.teacher_sha256 else ("teacher_sha256", "n_steps")))
+    free = (*names, *(() if base.teacher_sha256 else ("n_steps",)))
     same = ledger[(ledger["method"] == base.method) & (ledger["k"] == base.k)]
     specs = [spec_of(row) for _index, row in same.iterrows()]
-    varied = [dataclasses.replace(s, **{name: getattr(base, name) for name in free}) == base for s in specs]
+    taught = [base.teacher_sha256 in ("", spec.teacher_sha256) for spec in specs]
+    varied = [spec.setting(*free) == base.setting(*free) and its for spec, its in zip(specs, taught, strict=True)]
     rows = same.assign(
         **{name: pd.Series([getattr(s, name) for s in specs], same.index, dtype=float) for name in names}
     )

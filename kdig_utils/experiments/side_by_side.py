@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from kdig_utils import machine
 from kdig_utils.method import models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.models import exact_float32, share_correct
@@ -352,7 +353,7 @@ def has_room(active: list["Steps"]) -> bool:
     if not active or active[0].stream is None:
         return True
     torch.cuda.empty_cache()  # the pools of finished runs count as taken until then
-    free, _total = torch.cuda.mem_get_info(active[0].run.device)
+    free = machine.free_memory(active[0].run.device)
     return free > MEMORY_MARGIN * max(steps.bytes for steps in active) + MEMORY_RESERVE
 
 
@@ -410,7 +411,7 @@ class Steps:
         self.run, device = run, run.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        free = machine.free_memory(device) if device.type == "cuda" else 0
         run.loss_sum = run.loss_sum.to(device)
         resume(run, report)
         self.draws = draws_of(run, run.epoch).to(device)
@@ -424,7 +425,7 @@ class Steps:
         self.diverged = ""
         run.model.train()
         self.graphs = {} if self.stream is None or run.finished else record(self)
-        self.bytes = free - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        self.bytes = free - machine.free_memory(device) if device.type == "cuda" else 0
 
     def adopt(self, run: Run, report: Report) -> None:
         """Go on with another run that is alike on these buffers and recordings: its state is copied into place."""

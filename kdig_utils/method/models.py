@@ -3,11 +3,15 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from types import UnionType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models import MobileNetV2
 
+from kdig_utils import machine
 from kdig_utils.method.cifar10 import MEAN, STD, ImageSet
 
 # t: expansion, c: channels, n: blocks, s: stride of the first block (arXiv 1801.04381, table 2, fitted to CIFAR-10).
@@ -27,6 +31,8 @@ ATTENTION_DIVIDER = {3: 2, 5: 2, 7: 2, 9: 4, 11: 4, 13: 4, 15: 8, 17: 20}
 
 
 Network = Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]]  # model, images, tap: logits, features
+
+CPU_AT_ONCE, MOST_AT_ONCE = 64, 2048  # images in one forward and backward pass
 
 
 class Normalise(nn.Module):
@@ -123,24 +129,72 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+class LayerCall(NamedTuple):
+    """A layer in a forward pass: its name in the model, itself, and the values of one image that go in and come out."""
+
+    name: str
+    layer: nn.Module
+    inputs: int
+    outputs: int
+
+
+def layer_calls(
+    model: nn.Module, kinds: type | UnionType, input_shape: tuple[int, ...] = (3, 32, 32)
+) -> list[LayerCall]:
+    """Each layer of these kinds in the order in which one input of `input_shape` meets it; the model is left as it was.
+
+    Args:
+        kinds: as for `isinstance`.
+    """
+    calls: list[LayerCall] = []
+
+    def watch(name: str, layer: nn.Module) -> RemovableHandle:
+        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.append(LayerCall(name, layer, inputs[0][0].numel(), output[0].numel()))
+
+        return layer.register_forward_hook(add)
+
+    hooks = [watch(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    was_training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
 def count_macs(model: nn.Module, input_shape: tuple[int, ...] = (3, 32, 32)) -> int:
     """Multiply-accumulates of the convolutions and linear layers for one input of `input_shape`."""
-    total = 0
+    calls = layer_calls(model, nn.Conv2d | nn.Linear, input_shape)
+    return sum(call.layer.weight[0].numel() * call.outputs for call in calls)  # weights that meet in one output value
 
-    def add(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        per_output = layer.weight[0].numel()  # weights that meet in one output value
-        total += per_output * output[0].numel()
 
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    was_training = model.training
-    with torch.inference_mode():
-        model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    return total
+def kept_bytes(model: Callable[[Tensor], Tensor], input_shape: tuple[int, ...], device: torch.device) -> int:
+    """Bytes that a forward pass keeps of each image for the gradient of its pixels."""
+    kept = {1: 0, 2: 0}
+    for count in kept:
+
+        def weigh(value: Tensor, count: int = count) -> Tensor:
+            kept[count] += value.nbytes
+            return value
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(weigh, lambda value: value):
+            model(torch.zeros(count, *input_shape, device=device, requires_grad=True))
+    return kept[2] - kept[1]  # weights are kept once, however many images there are
+
+
+def most_at_once(model: Callable[[Tensor], Tensor], input_shape: tuple[int, ...], device: torch.device) -> int:
+    """Images whose gradients half of a GPU's free memory holds, from 1 to 2,048; 64 on the CPU, for its caches.
+
+    The other half is for what the libraries work in. Ask before anything else is computed: memory that PyTorch keeps
+    for later counts as taken.
+    """
+    if device.type != "cuda":
+        return CPU_AT_ONCE
+    return max(1, min(MOST_AT_ONCE, machine.free_memory(device) // (2 * kept_bytes(model, input_shape, device))))
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -9,14 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdig_utils.method.cifar10 import MEAN
+from kdig_utils.method.pairings import MEAN_GREY, UNMOVED, check_pairing
 
-# What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
-# noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey.
-PAIRINGS = ("matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform", "mixup-grey")
-UNMOVED = ("index-matched", "shuffled")
 PADDING = 4
-MEAN_GREY = sum(MEAN) / len(MEAN)
 
 
 @dataclass(frozen=True)
@@ -144,20 +139,3 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
         scaled = crop_and_flip(scaled, batch.shifts, batch.flips)
     cropped = crop_and_flip(images, batch.shifts, batch.flips)
     return torch.where(batch.overlaid.view(-1, 1, 1, 1), blend(cropped, scaled), cropped)
-
-
-def check_pairing(pairing: str) -> None:
-    """Raise ValueError unless `pairing` is known."""
-    if pairing not in PAIRINGS:
-        raise ValueError(f"unknown pairing {pairing!r}: choose one of {', '.join(PAIRINGS)}")
-
-
-def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
-    """For each image, the position of the image whose teacher signal it gets, (N,).
-
-    `shuffled`: a fixed random permutation, as if the store were saved in shuffled order. All others: its own.
-    """
-    check_pairing(pairing)
-    if pairing != "shuffled":
-        return torch.arange(n_images)
-    return torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))

@@ -1,26 +1,69 @@
-"""What is blended in instead of the teacher's own map: the controls of the alignment laboratory.
+"""Whose signals an image gets: its own, another image's, or a control; and what is blended in instead of the own map.
 
 Each control keeps something of the overlay and takes something away: its place, its image, its form, its teacher.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.cifar10 import MEAN, ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map
 
+if TYPE_CHECKING:
+    from kdig_utils.method.signals import TeacherSignals
+
+# What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
+# noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey.
+PAIRINGS = ("matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform", "mixup-grey")
+UNMOVED = ("index-matched", "shuffled")
+MEAN_GREY = sum(MEAN) / len(MEAN)
 CHUNK = 2048  # images at a time: memory stays small, however many there are
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
+
+
+def check_pairing(pairing: str) -> None:
+    """Raise ValueError unless `pairing` is known."""
+    if pairing not in PAIRINGS:
+        raise ValueError(f"unknown pairing {pairing!r}: choose one of {', '.join(PAIRINGS)}")
+
+
+def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
+    """For each image, the position of the image whose teacher signal it gets, (N,).
+
+    `shuffled`: a fixed random permutation, as if the store were saved in shuffled order. All others: its own.
+    """
+    check_pairing(pairing)
+    if pairing != "shuffled":
+        return torch.arange(n_images)
+    return torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
+
+
+def paired_signals(
+    signals: "TeacherSignals", train: ImageSet, positions: Tensor, pairing: str, seed: int
+) -> "TeacherSignals":
+    """The rows of `signals` for the images at `positions` of `train` under a pairing, which draws from `seed`.
+
+    The released scripts save maps in one shuffled order, logits and attention maps in another: two permutations.
+    """
+    if pairing == "matched" and positions.equal(torch.arange(len(signals.logits))):
+        return signals
+    maps_of = signal_positions(len(signals.logits), pairing, seed=2 * seed)[positions]
+    answers_of = signal_positions(len(signals.logits), pairing, seed=2 * seed + 1)[positions]
+    maps, answers = signals.rows(maps_of), signals.rows(answers_of)
+    blended = control_maps(pairing, maps.maps, train, positions, seed)
+    return replace(answers, maps=blended, error=maps.error)
 
 
 def control_maps(pairing: str, maps: Tensor, images: ImageSet, positions: Tensor, seed: int) -> Tensor:
     """The maps of the images at `positions` under a pairing, (n, 32, 32), float16 in [0, 1].
 
     Args:
-        pairing: one of `overlay.PAIRINGS`; those without a map of their own get `maps` back.
+        pairing: one of `pairings.PAIRINGS`; those without a map of their own get `maps` back.
         maps: the teacher's maps of these images, (n, 32, 32).
         images: all training images, on the device of `maps`.
         positions: where the n images stand among them.

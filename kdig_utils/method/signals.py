@@ -31,7 +31,7 @@ from kdig_utils.method.integrated_gradients import (
     quadrature,
 )
 from kdig_utils.method.losses import attention_map
-from kdig_utils.method.models import Teacher, exact_float32, logits_and_features, weights_sha256
+from kdig_utils.method.models import Teacher, exact_float32, logits_and_features, most_at_once, weights_sha256
 from kdig_utils.method.secants import SecantNetwork, compiles
 from kdig_utils.paths import check_writable, replacing
 
@@ -39,9 +39,6 @@ SIGNALS = ("logits", "maps", "attention", "error")
 # How maps in [0, 1] are stored, and by how much a stored value may differ: half of the largest spacing
 # (a uint8 is read as float16, which rounds once more).
 QUANTISATION_ERROR = {"float16": 2**-12, "uint8": 1 / 510 + 2**-12}
-# Images a batch, and points of the path in one pass: a CPU wants its caches to hold them, a GPU wants many.
-CPU_BATCHES = (64, 32)
-MOST_POINTS = 2048
 SECANT = "secant"
 COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
 CHOOSE_FROM = 4000  # images whose time outweighs the seconds that a GPU takes to try its ways
@@ -225,30 +222,9 @@ def fastest_way(
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Images a batch, and points of the path in one pass; on a GPU such that half of its free memory holds them.
-
-    The other half is for gradients and for what the libraries work in. Ask before anything else is computed: memory
-    that PyTorch keeps for later counts as taken.
-    """
-    if device.type != "cuda":
-        return CPU_BATCHES
-    free, _total = torch.cuda.mem_get_info(device)
-    points = max(1, min(MOST_POINTS, free // (2 * kept_bytes(model, device))))
-    return points, points
-
-
-def kept_bytes(model: nn.Module, device: torch.device) -> int:
-    """Bytes that a forward pass keeps of each image for the gradient of its pixels."""
-    kept = {1: 0, 2: 0}
-    for count in kept:
-
-        def weigh(value: Tensor, count: int = count) -> Tensor:
-            kept[count] += value.nbytes
-            return value
-
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(weigh, lambda value: value):
-            model(torch.zeros(count, 3, 32, 32, device=device, requires_grad=True))
-    return kept[2] - kept[1]  # weights are kept once, however many images there are
+    """Images a batch, and points of the path in one pass: a CPU wants its caches to hold them, a GPU wants many."""
+    points = most_at_once(model, (3, 32, 32), device)
+    return points, points if device.type == "cuda" else points // 2
 
 
 def open_signals(

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
-from kdig_utils.method import losses, models, overlay
+from kdig_utils.method import losses, models, overlay, pairings
 
 SCHEDULES = ("one_cycle", "cosine")  # of a teacher's learning rate
 STUDENT_SCHEDULES = ("constant", "one_cycle")
@@ -14,8 +14,21 @@ METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 MAIN_METHODS = ("student", "kd", "ig", "kd_ig")  # the paper's main comparison, and its sizes of the student
 
 
+# Fields that are no setting, and those that set something only in methods with one of these parts.
+NO_SETTING = ("method", "seed", "data_md5", "teacher_sha256")
+READ_BY = {
+    "alpha": ("kd",),
+    "temperature": ("kd",),
+    "answers": ("kd",),
+    "overlay_probability": ("ig",),
+    "n_steps": ("ig",),
+    "gamma": ("at",),
+    "pairing": ("kd", "ig", "at"),
+}
+
+
 class Spec:
-    """What the specs of teachers and students share: an identity."""
+    """What the specs of teachers and students share: an identity, and an answer to "are two runs alike?"."""
 
     @property
     def run_id(self) -> str:
@@ -27,6 +40,24 @@ class Spec:
         chosen = {name: value for name, value in asdict(self).items() if value != defaults[name]}
         text = json.dumps({"kind": type(self).__name__, **chosen}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def setting(self, *free: str) -> dict[str, object]:
+        """What a run is trained with: the fields that its method reads, but those in `free`, and their values.
+
+        Seed, images and teacher are no part of it: runs of one method with one setting are repetitions.
+        """
+        parts = set(self.method.split("_"))
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in (*NO_SETTING, *free) and (name not in READ_BY or parts & set(READ_BY[name]))
+        }
+
+    @property
+    def bare_id(self) -> str:
+        """The identity that the run would have without teacher and images: that of a campaign's spec."""
+        bare = {"data_md5": "", **({"teacher_sha256": ""} if hasattr(self, "teacher_sha256") else {})}
+        return replace(self, **bare).run_id
 
 
 @dataclass(frozen=True)
@@ -41,7 +72,7 @@ class RunSpec(Spec):
         alpha: weight of the distillation loss, in [0, 1].
         gamma: weight of the attention loss.
         overlay_probability: share of images that get their map, in [0, 1].
-        pairing: what is blended onto an image, one of `overlay.PAIRINGS`: its own map (`matched`), or another image's
+        pairing: what is blended onto an image, one of `pairings.PAIRINGS`: its own map (`matched`), or another image's
             signals (`shuffled`) as in the authors' released scripts, or a control.
         train_fraction: share of the training images, drawn stratified with `sample_seed`.
         validation_images: training images held out to choose on; 0 trains on all.
@@ -89,7 +120,7 @@ class RunSpec(Spec):
         losses.check_temperature(self.temperature)
         losses.check_alpha(self.alpha)
         overlay.check_probability(self.overlay_probability)
-        overlay.check_pairing(self.pairing)
+        pairings.check_pairing(self.pairing)
         losses.check_gamma(self.gamma)
         check_schedule(self.epochs, self.batch_size, self.learning_rate)
         check_validation(self.validation_images)

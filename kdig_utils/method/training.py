@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from kdig_utils.method import losses, models
 from kdig_utils.method.cifar10 import ImageSet, stratified_split
-from kdig_utils.method.overlay import EpochDraws, crop_and_flip, overlay, signal_positions
-from kdig_utils.method.pairings import control_maps
+from kdig_utils.method.overlay import EpochDraws, crop_and_flip, overlay
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
@@ -137,17 +136,3 @@ def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Ten
     seed = spec.seed if spec.sample_seed is None else spec.sample_seed
     drawn, _left = stratified_split(labels[rest], each_class * len(labels.unique()), seed)
     return rest[drawn], validation
-
-
-def paired_signals(signals: TeacherSignals, train: ImageSet, positions: Tensor, spec: RunSpec) -> TeacherSignals:
-    """The rows of `signals` for the images at `positions` of `train` under the spec's pairing.
-
-    The released scripts save maps in one shuffled order, logits and attention maps in another: two permutations.
-    """
-    if spec.pairing == "matched" and positions.equal(torch.arange(len(signals.logits))):
-        return signals
-    maps_of = signal_positions(len(signals.logits), spec.pairing, seed=2 * spec.seed)[positions]
-    answers_of = signal_positions(len(signals.logits), spec.pairing, seed=2 * spec.seed + 1)[positions]
-    maps, answers = signals.rows(maps_of), signals.rows(answers_of)
-    blended = control_maps(spec.pairing, maps.maps, train, positions, spec.seed)
-    return TeacherSignals(answers.logits, blended, answers.attention, maps.error, signals.manifest)

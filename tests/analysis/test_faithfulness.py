@@ -7,7 +7,6 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from kdig_utils.analysis import faithfulness
-from kdig_utils.method import models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline
 
@@ -130,38 +129,6 @@ def test_attributions_of_a_linear_model_leave_nothing_unexplained_and_zeros_leav
     torch.testing.assert_close(error, scale)
     error, scale = faithfulness.infidelity_and_scale(model, images, -found, target)
     torch.testing.assert_close(error, 4 * scale, rtol=1e-4, atol=0)  # (-d - d)² is 4 d²
-
-
-@pytest.mark.parametrize("gigabytes", [0.5, 15, 80, 192])
-@pytest.mark.parametrize("side", [32, 64])
-def test_points_at_once_take_at_most_half_of_the_free_memory(gigabytes: float, side: int) -> None:
-    free = int(gigabytes * 1e9)
-    count = faithfulness.points_at_once(free, side * side)
-    assert 1 <= count <= 2048
-    assert count * faithfulness.BYTES_A_PIXEL * side * side <= free / 2
-    assert count == 2048 or (count + 1) * faithfulness.BYTES_A_PIXEL * side * side > free / 2
-
-
-def test_one_point_is_tried_however_little_is_free() -> None:
-    assert faithfulness.points_at_once(0, 32 * 32) == 1
-
-
-def kept_bytes(network: nn.Module, points: int, side: int) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass of one forward pass."""
-    storages = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: storages.append(kept.untyped_storage()), lambda _: None):
-        network(noise(points, 3, side, side).requires_grad_())
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-@pytest.mark.parametrize("side", [32, 64])
-def test_teacher_and_student_keep_no_more_of_a_point_than_is_reckoned_and_not_much_less(side: int) -> None:
-    # What a second point adds: weights and statistics are kept once.
-    networks = (models.teacher().eval(), models.student(5).eval())
-    kept = [kept_bytes(network, 2, side) - kept_bytes(network, 1, side) for network in networks]
-    reckoned = faithfulness.BYTES_A_PIXEL * side * side
-    assert max(kept) <= reckoned
-    assert max(kept) > 0.8 * reckoned
 
 
 def test_squares_have_their_side_lie_inside_and_reach_every_corner() -> None:

@@ -15,7 +15,8 @@ from kdig_utils.analysis import pairing_results
 from kdig_utils.experiments import campaigns
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.overlay import PAIRINGS, draw_epoch
+from kdig_utils.method.overlay import draw_epoch
+from kdig_utils.method.pairings import PAIRINGS
 from kdig_utils.method.spec import RunSpec
 
 SEEDS = 10

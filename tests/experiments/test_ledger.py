@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import kdig_utils
 from kdig_utils.experiments.ledger import Ledger, provenance
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 
@@ -60,7 +61,7 @@ def test_methods_and_defaults_are_the_papers(paper: dict) -> None:
 
 @pytest.fixture
 def paper() -> dict:
-    return json.loads((Path(ledger.__file__).parent / "paper.json").read_text())
+    return json.loads((Path(kdig_utils.__file__).parent / "paper.json").read_text())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kdig_utils.experiments import runs, side_by_side
 from kdig_utils.experiments.runs import train_student, train_teacher
 from kdig_utils.experiments.side_by_side import Trained
-from kdig_utils.method import losses, models, overlay, training
+from kdig_utils.method import losses, models, overlay, pairings, training
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
@@ -512,12 +512,12 @@ def test_all_images_are_trained_on_by_default(sample_train: ImageSet) -> None:
 
 def test_matched_signals_are_rows_of_the_images_themselves(train: ImageSet, signals: TeacherSignals) -> None:
     positions = torch.tensor([7, 3, 50])
-    found = training.paired_signals(signals, train, positions, small())
+    found = pairings.paired_signals(signals, train, positions, "matched", 0)
     assert all(torch.equal(a, b) for a, b in zip(found.tensors(), signals.rows(positions).tensors(), strict=True))
 
 
 def test_shuffled_signals_come_from_two_permutations(train: ImageSet, signals: TeacherSignals) -> None:
-    found = training.paired_signals(signals, train, torch.arange(IMAGES), small(pairing="shuffled"))
+    found = pairings.paired_signals(signals, train, torch.arange(IMAGES), "shuffled", 0)
     sources = [
         [int(torch.nonzero((whole == row).flatten(1).all(1))) for row in part]
         for part, whole in (

@@ -14,7 +14,7 @@ import kdig_utils
 from kdig_utils.method import cifar10, models
 
 PAPER = json.loads((Path(kdig_utils.__file__).parent / "paper.json").read_text())
-RELEASED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "students"
+RELEASED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "students"
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -218,3 +218,39 @@ def test_released_student_reaches_the_accuracy_in_its_name(file: Path, request: 
     network = models.load_state(models.student(PAPER["student"]["main_k"]), state)
     stated = float(re.search(r"TestAcc([\d.]+)", file.stem)[1])
     assert models.accuracy(network, test) == pytest.approx(stated, abs=0.02)
+
+
+# Memory
+
+
+def test_kept_bytes_are_those_counted_by_hand() -> None:
+    """Each convolution and each ReLU6 keeps its input, four bytes a value; weights do not grow with the images."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1, stride=2), nn.ReLU6())
+    network.requires_grad_(False)
+    by_hand = 4 * ((3 + 4 + 4) * 32 * 32 + 2 * 16 * 16)
+    assert models.kept_bytes(network, (3, 32, 32), torch.device("cpu")) == by_hand
+
+
+def held_bytes(network: nn.Module, images: int, side: int) -> int:
+    """Bytes of the storages that autograd keeps for the backward pass of one forward pass."""
+    storages = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: storages.append(kept.untyped_storage()), lambda _: None):
+        network(torch.rand(images, 3, side, side).requires_grad_())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_teacher_and_student_hold_no_more_of_an_image_than_is_reckoned(side: int) -> None:
+    for network in (models.teacher().eval(), models.student(5).eval()):
+        reckoned = models.kept_bytes(network, (3, side, side), torch.device("cpu"))
+        assert held_bytes(network, 2, side) - held_bytes(network, 1, side) <= reckoned
+
+
+@pytest.mark.parametrize("free", [0, 10**6, 10**9, 80 * 10**9])
+def test_what_a_gpu_gets_at_once_fits_into_half_of_its_free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(models.machine, "free_memory", lambda _device: free)
+    monkeypatch.setattr(models, "kept_bytes", lambda _model, _shape, _device: 7 * 10**6)
+    images = models.most_at_once(models.teacher(), (3, 32, 32), torch.device("cuda"))
+    assert 1 <= images <= 2048
+    assert images == 1 or images * 7 * 10**6 <= free / 2
+    assert images == 2048 or (images + 1) * 7 * 10**6 > free / 2

@@ -10,7 +10,8 @@ from scipy import stats
 from torchvision.transforms import functional as vision
 
 import kdig_utils
-from kdig_utils.method.overlay import EpochDraws, blend, crop_and_flip, draw_epoch, overlay, scale_map, signal_positions
+from kdig_utils.method.overlay import EpochDraws, blend, crop_and_flip, draw_epoch, overlay, scale_map
+from kdig_utils.method.pairings import signal_positions
 
 PAPER = json.loads((Path(kdig_utils.__file__).parent / "paper.json").read_text())["overlay"]
 N = 50_000

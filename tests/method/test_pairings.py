@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from kdig_utils.experiments.runs import student_run
 from kdig_utils.method import models, overlay, pairings, training
 from kdig_utils.method.cifar10 import MEAN, ImageSet
-from kdig_utils.method.overlay import PAIRINGS, UNMOVED, EpochDraws, crop_and_flip, draw_epoch, scale_map
+from kdig_utils.method.overlay import EpochDraws, crop_and_flip, draw_epoch, scale_map
+from kdig_utils.method.pairings import PAIRINGS, UNMOVED, paired_signals
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec
-from kdig_utils.method.training import paired_signals, student_loss
+from kdig_utils.method.training import student_loss
 
 IMAGES = 40
 
@@ -36,7 +37,7 @@ def signals(train: ImageSet) -> TeacherSignals:
 
 
 def maps_under(pairing: str, signals: TeacherSignals, train: ImageSet, seed: int = 0) -> Tensor:
-    return paired_signals(signals, train, torch.arange(IMAGES), RunSpec("ig", pairing=pairing, seed=seed)).maps
+    return paired_signals(signals, train, torch.arange(IMAGES), pairing, seed).maps
 
 
 def test_noise_has_each_maps_own_histogram_and_not_its_form(signals: TeacherSignals, train: ImageSet) -> None:
@@ -118,7 +119,7 @@ def test_what_is_blended_in_moves_with_its_image_or_stays(train: ImageSet, pairi
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_only_shuffling_changes_the_answers(signals: TeacherSignals, train: ImageSet, pairing: str) -> None:
-    found = paired_signals(signals, train, torch.arange(IMAGES), RunSpec("kd_ig", pairing=pairing))
+    found = paired_signals(signals, train, torch.arange(IMAGES), pairing, 0)
     assert torch.equal(found.logits, signals.logits) == (pairing != "shuffled")
     own = pairing in ("matched", "index-matched", "gradient", "uniform")
     assert torch.equal(found.maps, signals.maps) == own
@@ -128,8 +129,8 @@ def test_a_part_of_the_images_gets_the_maps_of_those_images(signals: TeacherSign
     positions = torch.tensor([31, 2, 17])
     for pairing in ("edges", "mixup-grey"):
         spec = RunSpec("ig", pairing=pairing)
-        whole = paired_signals(signals, train, torch.arange(IMAGES), spec).maps
-        assert torch.equal(paired_signals(signals, train, positions, spec).maps, whole[positions])
+        whole = paired_signals(signals, train, torch.arange(IMAGES), spec.pairing, spec.seed).maps
+        assert torch.equal(paired_signals(signals, train, positions, spec.pairing, spec.seed).maps, whole[positions])
 
 
 # Online answers

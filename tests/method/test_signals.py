@@ -81,25 +81,6 @@ def test_rows_equal_rescoring_random_images(teacher: models.Teacher, images: Ima
     print(f"{len(chosen)} random images of {IMAGES}, seed 0")
 
 
-def test_kept_bytes_are_those_counted_by_hand() -> None:
-    """Each convolution and each ReLU6 keeps its input, four bytes a value; weights do not grow with the images."""
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1, stride=2), nn.ReLU6())
-    network.requires_grad_(False)
-    assert signals.kept_bytes(network, torch.device("cpu")) == 4 * ((3 + 4 + 4) * 32 * 32 + 2 * 16 * 16)
-
-
-@pytest.mark.parametrize("free", [10**6, 10**9, 80 * 10**9])
-def test_a_gpus_batch_fits_into_half_of_its_free_memory(
-    teacher: models.Teacher, monkeypatch: pytest.MonkeyPatch, free: int
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 80 * 10**9))
-    monkeypatch.setattr(signals, "kept_bytes", lambda _model, _device: 7 * 10**6)
-    _images, points = signals.batch_sizes(teacher, torch.device("cuda"))
-    assert 1 <= points <= 2048
-    assert points == 1 or points * 7 * 10**6 <= free / 2
-    assert points in (1, 2048) or (points + 1) * 7 * 10**6 > free / 2
-
-
 def test_maps_are_computed_without_tf32(teacher: models.Teacher, images: ImageSet, tmp_path: Path) -> None:
     """Whatever was computed before: the setting is of the process."""
     seen, before = [], torch.backends.cudnn.allow_tf32
