@@ -69,8 +69,9 @@ ON_A_BARE_MACHINE = f"""
 import sys
 for name in {NOT_ON_A_BARE_MACHINE}:
     sys.modules[name] = None  # importing it fails
-from kdig_utils import __main__, campaigns, study
-from kdig_utils.experiments.ledger import RunSpec
+from kdig_utils import __main__
+from kdig_utils.experiments import campaigns, study
+from kdig_utils.method.spec import RunSpec
 campaigns.CAMPAIGNS["ablation"] = lambda: [RunSpec("student", k=17)]
 study.SMOKE_IMAGES = 50
 for words in sys.argv[1:]:
@@ -143,7 +144,7 @@ def test_bad_input_as_a_process_has_no_traceback() -> None:
 
 
 def test_a_defect_is_not_taken_for_bad_input(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_line.publishing, "write_results", lambda ledger: [].index(1))
+    monkeypatch.setattr(command_line.repository, "write_results", lambda ledger: [].index(1))
     with pytest.raises(ValueError, match="not in list"):
         command_line.main(["readme"])
 

@@ -3,7 +3,7 @@
 import re
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 import nbformat
 import pytest
@@ -15,7 +15,7 @@ from kdig_utils.paths import repository_root
 SOLUTION = re.compile(r"^(`{3,})\{admonition\} Solution$(.*?)^\1$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 NAME = re.compile(r"(?<![\w./])([a-z]\w*)\.([A-Za-z]\w*)")
-MODULES = {module.name for module in iter_modules(kdig_utils.__path__)}
+MODULES = {found.name.rpartition(".")[2]: found.name for found in walk_packages(kdig_utils.__path__, "kdig_utils.")}
 FILES = {"csv", "json", "md", "py", "yml"}
 NOTEBOOKS = sorted((repository_root() / "notebooks").glob("*.ipynb"))
 
@@ -31,7 +31,7 @@ def is_there(module: str, name: str) -> bool:
     """Whether the package has it; in the notebooks `study` is no module but the study that is open."""
     if module == "study":
         return hasattr(Study, name) or hasattr(open_study("published"), name)
-    return hasattr(import_module(f"kdig_utils.{module}"), name)
+    return hasattr(import_module(MODULES[module]), name)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

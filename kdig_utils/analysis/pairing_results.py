@@ -93,13 +93,9 @@ def accuracies_of(ledger: pd.DataFrame, specs: dict[str, RunSpec]) -> dict[str, 
     """
     wanted = [dataclasses.replace(spec, seed=seed) for spec in specs.values() for seed in range(campaigns.SEEDS)]
     rows = campaigns.rows_of(ledger, wanted)
-    specs = [spec_of(row) for _index, row in rows.iterrows()]
+    ran = pd.Series([_repeated(spec_of(row)) for _index, row in rows.iterrows()], rows.index, dtype=object)
     found = {
-        name: rows[[(ran.method, ran.setting()) == (spec.method, spec.setting()) for ran in specs]]
-        .set_index("seed")["test_accuracy"]
-        .astype(float)
-        .sort_index()
-        .rename(name)
+        name: rows[ran == _repeated(spec)].set_index("seed")["test_accuracy"].astype(float).sort_index().rename(name)
         for name, spec in specs.items()
     }
     for name, values in found.items():
@@ -178,7 +174,7 @@ def verdict(controls: pd.DataFrame, method: str, margin: float) -> str:
     tested = controls[controls["finding"] != NOT_RUN]
     if tested.empty:
         return f"`{method}`: {NOT_RUN}, so nothing is supported and nothing refuted."
-    parts = [_in_words(finding, its, margin) for finding, its in pairings.groupby("finding")]
+    parts = [_in_words(finding, its, margin) for finding, its in controls.groupby("finding")]
     supported = [reading for reading, support in readings(controls).items() if support == "supported"]
     return (
         f"`{method}` with its own map, moved with the image, is {'; '.join(parts)} ({int(tested['pairs'].min())} seeds "
@@ -215,6 +211,11 @@ def draw_differences(axes: Axes, table: pd.DataFrame, margin: float, colour: str
             axes.text(1.02, place, row.finding, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table.iloc[:, 0], ylim=(len(table) - 0.5, -0.5))
     axes.set(xlabel="difference in test accuracy, points")
+
+
+def _repeated(spec: RunSpec) -> str:
+    """What all repetitions of a run have in common."""
+    return f"{spec.method} {spec.setting()}"
 
 
 def _gain(values: pd.Series, baseline: pd.Series) -> dict[str, float]:

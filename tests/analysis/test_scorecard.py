@@ -484,7 +484,7 @@ def test_a_row_of_one_protocol_is_no_evidence_for_a_claim_of_the_other():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"alpha": 0.5},
+        {"precision": "float32"},
         {"epochs": 21},
         {"pairing": "edges"},
         {"train_images": 500},

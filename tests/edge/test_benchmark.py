@@ -440,7 +440,7 @@ def test_what_a_process_has_started_ends_with_it(monkeypatch):
 @linux
 def test_no_stopped_process_outlives_this_program():
     program = (
-        "import sys, time\nfrom kdig_utils import processes\n"
+        "import sys, time\nfrom kdig_utils.edge import worker\n"
         "process = worker.Process('a', time.monotonic() + 60)\n"
         "try:\n    process.ask('open', runtime='none', path='', k=0, pixels='')\n"
         "except worker.Lost:\n    print(process.process.pid, flush=True)\ntime.sleep(600)"
@@ -574,7 +574,7 @@ def test_every_runtime_names_its_packages():
 
 
 def test_the_machine_is_described():
-    facts = benchmark.machine()
+    facts = benchmark.machine_facts()
     assert facts["cpus"] >= 1
     assert "perf_counter" in facts["clock"]
     assert f"torch {torch.__version__.partition('+')[0]}" in facts["versions"]

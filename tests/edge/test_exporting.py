@@ -155,7 +155,7 @@ def test_a_quantisation_that_fails_leaves_the_other_formats(tmp_path, monkeypatc
 
 def test_without_onnx_the_other_formats_can_still_be_written():
     hidden = "import sys; sys.modules.update(onnx=None, onnxruntime=None); "
-    program = hidden + "from kdig_utils import exporting; print(*exporting.FORMATS)"
+    program = hidden + "from kdig_utils.edge import exporting; print(*exporting.FORMATS)"
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=machine.process_environment()
     )

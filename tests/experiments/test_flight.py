@@ -26,6 +26,7 @@ from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, models
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
+GOAL = 93.9  # per cent, of a teacher
 TWO_WAYS = {"compiled": [(1, 300.0), (4, 900.0)], "recorded": [(1, 200.0), (4, 700.0), (8, 800.0)]}
 
 
@@ -68,7 +69,7 @@ def fly(
     monkeypatch.setattr(Flight, "command", lambda self, *words, **options: commands(self, *words, **options))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A Card 80 GB")
-    flown = flight.fly(made, 9, folder)
+    flown = flight.fly(made, 9, folder, GOAL)
     return commands, flown.file(".log").read_text()
 
 
@@ -170,7 +171,7 @@ def test_the_command_trains_the_teacher_that_the_flight_waits_for(
     monkeypatch.setattr(Study, "run", lambda _self, spec, *_rest: asked.append(spec))
     add_teacher(small, 0, 93.0)
     command_line.main(["teacher", "--seed", "1", "--campaign", "next", "--budget-minutes", "1"])
-    assert asked == [next(flight.candidates(small))]
+    assert asked == [next(flight.candidates(small, GOAL))]
 
 
 def add_teacher(made: Study, seed: int, accuracy: float) -> str:
@@ -247,7 +248,7 @@ def trained(made: Study) -> str:
 
 
 def flying(made: Study, folder: Path) -> Flight:
-    return Flight(made, 60, folder)
+    return Flight(made, 60, folder, GOAL)
 
 
 def test_a_command_that_takes_too_long_is_killed_and_said_so(small: Study, tmp_path: Path) -> None:

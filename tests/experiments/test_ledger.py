@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 import kdig_utils
-from kdig_utils.experiments.ledger import Ledger, provenance
+from kdig_utils.experiments.ledger import COLUMNS, Ledger, code_commit, of_one_teacher, provenance, spec_of
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 
 PROCESSES, ROWS_EACH = 4, 6
@@ -123,7 +124,7 @@ def test_a_spec_cannot_be_changed_after_it_was_checked() -> None:
 
 def test_no_ledger_is_an_empty_table_with_its_columns(ledger: Ledger) -> None:
     assert ledger.read().empty
-    assert tuple(ledger.read().columns) == ledger.COLUMNS
+    assert tuple(ledger.read().columns) == COLUMNS
     assert ledger.find(RunSpec("kd")) is None
 
 
@@ -137,7 +138,7 @@ def test_a_row_gives_its_spec_back(ledger: Ledger) -> None:
         ledger.append(spec, campaign="main", test_accuracy=91.23)
     for spec in specs:
         row = ledger.find(spec)
-        assert ledger.spec_of(row) == spec
+        assert spec_of(row) == spec
         assert row["test_accuracy"] == 91.23
         assert row["method"] == spec.method
 
@@ -238,7 +239,7 @@ def test_read_only_folder_is_named_with_a_remedy(
     with monkeypatch.context() as patch:
         target = {
             "temporary file": (tempfile, "mkstemp"),
-            "lock": (ledger.FileLock, "acquire"),
+            "lock": (FileLock, "acquire"),
             "folder": (Path, "mkdir"),
         }[where]
         patch.setattr(*target, refuse)
@@ -253,19 +254,19 @@ def test_environment_says_what_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     found = provenance(torch.device("cpu"))
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
-    assert set(found) <= set(ledger.COLUMNS)
+    assert set(found) <= set(COLUMNS)
     assert found["device"].startswith("CPU")
     monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
-    assert ledger.code_commit() == ""  # not a clone
+    assert code_commit() == ""  # not a clone
     monkeypatch.setenv("KDIG_COMMIT", "0123abc")
-    assert ledger.code_commit() == "0123abc"
+    assert code_commit() == "0123abc"
 
 
 def test_a_clone_names_its_own_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (commit := ledger.code_commit()):
+    if not (commit := code_commit()):
         pytest.skip("needs the git repository: this is a copy without it")
     monkeypatch.setenv("KDIG_COMMIT", "0123abc")
-    assert ledger.code_commit() == commit
+    assert code_commit() == commit
 
 
 # Of a ledger
@@ -273,10 +274,10 @@ def test_a_clone_names_its_own_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_the_teacher_with_most_of_them_stay_and_those_without_a_teacher() -> None:
     rows = pd.DataFrame({"teacher_sha256": ["b", "", "a", "b", "", "a", "b"], "row": range(7)})
-    assert ledger.of_one_teacher(rows)["row"].tolist() == [0, 1, 3, 4, 6]
-    assert ledger.of_one_teacher(rows[:0]).empty
+    assert of_one_teacher(rows)["row"].tolist() == [0, 1, 3, 4, 6]
+    assert of_one_teacher(rows[:0]).empty
     students = rows[rows["teacher_sha256"] == ""]
-    assert ledger.of_one_teacher(students).equals(students)
+    assert of_one_teacher(students).equals(students)
 
 
 def test_a_ledger_from_before_compiled_was_noted_reads_as_not_compiled(ledger: Ledger) -> None:

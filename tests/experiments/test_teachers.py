@@ -49,7 +49,7 @@ def file(clone: Path) -> Path:
 @pytest.fixture
 def accuracy(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Say what the next network that is measured reaches."""
-    return lambda value: monkeypatch.setattr(teachers.engine, "accuracy", lambda network, images: value)
+    return lambda value: monkeypatch.setattr(teachers.models, "accuracy", lambda network, images: value)
 
 
 def weights_of(network: torch.nn.Module, path: Path) -> Path:

@@ -268,8 +268,9 @@ def test_finished_run_that_is_called_again_only_loads(
 CHILD = """
     import sys, time, torch
     from pathlib import Path
-    from kdig_utils import cifar10, engine, models, training
-    from kdig_utils.experiments.ledger import RunSpec
+    from kdig_utils.experiments import runs, side_by_side
+    from kdig_utils.method import cifar10, models
+    from kdig_utils.method.spec import RunSpec
     torch.set_num_threads({threads})
     side_by_side.CHECK_EVERY, side_by_side.SAVE_EVERY_SECONDS = 1, 0.0
     train = cifar10.load_sample("train").subset(torch.arange({images}))
