@@ -30,24 +30,19 @@ PART = 32  # images at a time where each becomes many
 
 @dataclass(frozen=True)
 class Effort:
-    """On how many images each measure is taken, and how finely."""
+    """On how many images each measure is taken, as many of each class, and how finely."""
 
-    images: int = 100  # explained, the same number of each class: a multiple of ten
+    images: int = 100  # explained
     n_steps: int = 16  # evaluations along the path of IG
     curve_steps: int = 10  # of deletion and insertion
     perturbed: int = 20  # of the explained images, for infidelity and sensitivity
     mosaics: int = 100  # of the pointing game
     mosaic_steps: int = 4  # as `n_steps`, for a mosaic: each costs as much as four
-    corrupted: int = 50  # images under each corruption at each severity: a multiple of ten
-    classified: int = 2000  # for calibration: a multiple of ten
-
-    def __post_init__(self) -> None:
-        for name in ("images", "corrupted", "classified"):
-            if (count := getattr(self, name)) < 10 or count % 10:
-                raise ValueError(f"{name} = {count} is no multiple of ten: give as many images of each class, as 100")
+    corrupted: int = 50  # images under each corruption at each severity
+    classified: int = 2000  # for calibration
 
 
-QUICK = Effort(images=10, n_steps=6, curve_steps=6, perturbed=4, mosaics=6, mosaic_steps=4, corrupted=10, classified=60)
+QUICK = Effort(images=10, n_steps=6, curve_steps=6, perturbed=4, mosaics=6, corrupted=10, classified=60)
 
 
 @dataclass(frozen=True)
@@ -78,8 +73,15 @@ def prepare(teacher: nn.Module, images: ImageSet, effort: Effort) -> Examination
 
 
 def first_images(images: ImageSet, count: int) -> ImageSet:
-    """The first `count` of the images, as many of each class; fewer if there are fewer."""
-    return images.subset(cifar10.first_of_each_class(images.labels, max(1, count // len(cifar10.CLASSES))))
+    """The first `count` of the images, as many of each class; fewer if there are fewer.
+
+    Raises:
+        ValueError: `count` is no multiple of the ten classes.
+    """
+    each, rest = divmod(count, len(cifar10.CLASSES))
+    if each < 1 or rest:
+        raise ValueError(f"{count} images are no multiple of ten: give as many of each class, as 100")
+    return images.subset(cifar10.first_of_each_class(images.labels, each))
 
 
 class Mean(NamedTuple):
