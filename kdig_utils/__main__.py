@@ -298,9 +298,8 @@ def explain(arguments: argparse.Namespace) -> int:
     deadline, explanations = time.monotonic() + 60 * arguments.budget_minutes, needed("analysis.explanations")
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
-    effort = dataclasses.replace(
-        explanations.Effort(), images=arguments.images, mosaics=arguments.images, corrupted=arguments.images // 2
-    )
+    count = arguments.images
+    effort = needed("analysis.examination").Effort(images=count, mosaics=count, corrupted=count // 2)
     path = arguments.table or study.explanations_path
     table = explanations.explain_runs(study, effort, path, deadline, print)
     print(f"{path.name}: {table.loc[table['run_id'] != '', 'run_id'].nunique()} networks explained")

@@ -1,9 +1,11 @@
-"""Does a network know how sure it is, and does it stay right when the picture gets worse? Calibration and corruptions.
+"""Pictures that get worse: 14 of the 15 corruptions of CIFAR-10-C (Hendrycks & Dietterich, arXiv 1903.12261).
 
-The corruptions are those of CIFAR-10-C (Hendrycks & Dietterich, arXiv 1903.12261), 14 of 15, with the parameters of all
-five severities from its authors' script for 32 × 32 images: `ImageNet-C/create_c/make_cifar_c.py` of the repository
-hendrycks/robustness. What scikit-image, OpenCV and ImageMagick do there, NumPy, SciPy and Pillow do here. Frost is not
-here: it is made of photographs of ice.
+The parameters of all five severities are those of its authors' script for 32 × 32 images,
+`ImageNet-C/create_c/make_cifar_c.py` of the repository hendrycks/robustness. What scikit-image, OpenCV and ImageMagick
+do there, NumPy, SciPy and Pillow do here. Frost is not here: it is made of photographs of ice.
+
+Each corruption takes images in [0, 1], (N, 3, side, side), a severity from 1 to 5, and the source of what is drawn by
+lot; values may come out beyond [0, 1].
 """
 
 import dataclasses
@@ -14,10 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from torch import Tensor, nn
 
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.models import predict
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -44,9 +44,15 @@ def defocus_blur(images: np.ndarray, severity: int, _rng: np.random.Generator) -
     radius, sigma = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))[severity - 1]
     rows, columns = np.mgrid[-3:4, -3:4]
     disk = (rows**2 + columns**2 <= radius**2).astype(float)
-    taps = np.exp(-(np.arange(-1, 2) ** 2) / (2 * sigma**2))
-    kernel = ndimage.convolve(disk / disk.sum(), np.outer(taps, taps) / taps.sum() ** 2, mode="constant")
+    taps = gaussian(np.arange(-1, 2), sigma)
+    kernel = ndimage.convolve(disk / disk.sum(), np.outer(taps, taps), mode="constant")
     return ndimage.correlate(images, kernel[None, None], mode="mirror")
+
+
+def gaussian(places: np.ndarray, sigma: float) -> np.ndarray:
+    """Weights by distance from 0, of the same shape, adding up to 1."""
+    taps = np.exp(-(places**2) / (2 * sigma**2))
+    return taps / taps.sum()
 
 
 def glass_blur(images: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
@@ -63,8 +69,7 @@ def _next_to_their_place(images: np.ndarray, rng: np.random.Generator) -> np.nda
     """Each pixel becomes itself or its neighbour above, to the left, or both; the first two rows and columns stay.
 
     The authors' script means to swap the two, from the last pixel to the first. But `a[i], a[j] = a[j], a[i]` exchanges
-    views of a NumPy array, and `a[j]` stays what it was: CIFAR-10-C has copies. As the script reaches a pixel before
-    those above and to the left of it, all copies are of what was there before.
+    views of a NumPy array: CIFAR-10-C has copies, and all are of what was there before.
     """
     count, _channels, side, _side = images.shape
     rows, columns = np.mgrid[2:side, 2:side][:, None] - rng.integers(0, 2, (2, count, side - 2, side - 2))
@@ -81,32 +86,25 @@ def _taken(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndar
 def motion_blur(images: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """The camera moves, for each image in a direction of its own, at most 45 degrees from level."""
     radius, sigma = ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))[severity - 1]
-    return _smeared(images, motion_kernel(radius, sigma), rng.uniform(-45, 45, len(images)))
+    return smeared(images, radius, sigma, rng.uniform(-45, 45, len(images)))
 
 
-def motion_kernel(radius: int, sigma: float) -> np.ndarray:
-    """Half a Gaussian along a line, from its peak, (2 radius + 1,): the weights of ImageMagick's motion blur."""
-    taps = np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
-    return taps / taps.sum()
-
-
-def _smeared(images: np.ndarray, kernel: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+def smeared(images: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.ndarray:
     """ImageMagick's motion blur (`MotionBlurImage`): each pixel is a mean of those ahead of it.
 
     Args:
-        images: (N, channels, side, side).
-        kernel: the weights of the pixel itself and of the next ones.
+        radius, sigma: the weights of the pixel and of 2 `radius` ahead are half a Gaussian, from its peak.
         degrees: the way ahead in each image, (N,), from right to down. It goes through the nearest pixels, without
             interpolation, as in ImageMagick; beyond the edge the pixel at the edge is repeated.
     """
     places, last = np.arange(images.shape[-1]), images.shape[-1] - 1
     ways = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
-    smeared = np.zeros_like(images)
-    for step, weight in enumerate(kernel):
+    total = np.zeros_like(images)
+    for step, weight in enumerate(gaussian(np.arange(2 * radius + 1), sigma)):
         down, right = (np.ceil(step * way - 0.5).astype(int)[:, None] for way in ways)
         rows, columns = np.clip(places + down, 0, last), np.clip(places + right, 0, last)
-        smeared += weight * _taken(images, rows[:, :, None], columns[:, None, :])
-    return smeared
+        total += weight * _taken(images, rows[:, :, None], columns[:, None, :])
+    return total
 
 
 def zoom_blur(images: np.ndarray, severity: int, _rng: np.random.Generator) -> np.ndarray:
@@ -136,7 +134,7 @@ def snow(images: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndar
     )[severity - 1]
     flakes = _zoomed(rng.normal(mean, spread, (len(images), 1, *images.shape[2:])), zoom)
     flakes = _cut_off(np.where(flakes < least, 0, np.clip(flakes, 0, 1)))
-    flakes = _cut_off(_smeared(flakes, motion_kernel(radius, sigma), rng.uniform(-135, -45, len(images))))
+    flakes = _cut_off(smeared(flakes, radius, sigma, rng.uniform(-135, -45, len(images))))
     grey = np.tensordot((0.299, 0.587, 0.114), images, (0, 1))[:, None]
     pale = kept * images + (1 - kept) * np.maximum(images, 1.5 * grey + 0.5)
     return pale + flakes + flakes[..., ::-1, ::-1]
@@ -220,20 +218,16 @@ def _between_pixels(images: np.ndarray, places: np.ndarray, mode: str) -> np.nda
 def pixelate(images: np.ndarray, severity: int, _rng: np.random.Generator) -> np.ndarray:
     """Fewer pixels, and back."""
     side = int(images.shape[-1] * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
-
-    def coarse(image: Image.Image) -> Image.Image:
-        return image.resize((side, side), Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX)
-
-    return _each(images, coarse)
+    small, box = (side, side), Image.Resampling.BOX
+    return _each(images, lambda image: image.resize(small, box).resize(image.size, box))
 
 
 def jpeg_compression(images: np.ndarray, severity: int, _rng: np.random.Generator) -> np.ndarray:
     """Saved as JPEG and read again."""
-    quality = (80, 65, 58, 50, 40)[severity - 1]
 
     def compressed(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
+        image.save(file, "JPEG", quality=(80, 65, 58, 50, 40)[severity - 1])
         return Image.open(file)
 
     return _each(images, compressed)
@@ -256,7 +250,6 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarr
         brightness, contrast, elastic_transform, pixelate, jpeg_compression,
     )
 }  # fmt: skip
-NOT_HERE = ("frost",)
 
 
 def corrupt(images: ImageSet, corruption: str, severity: int, seed: int = 0) -> ImageSet:
@@ -268,24 +261,13 @@ def corrupt(images: ImageSet, corruption: str, severity: int, seed: int = 0) -> 
         seed: of all that is drawn by lot. Each corruption at each severity starts from it anew.
 
     Raises:
-        ValueError: unknown corruption, frost, which is not here, or a severity that there is not.
+        ValueError: unknown corruption, or a severity that there is not.
     """
     if corruption not in CORRUPTIONS:
-        why = "is not implemented here" if corruption in NOT_HERE else "is unknown"
-        raise ValueError(f"corruption {corruption!r} {why}: choose one of {', '.join(CORRUPTIONS)}")
+        raise ValueError(f"there is no corruption {corruption!r} here: choose one of {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity {severity!r} is outside 1 to 5: 1 is the mildest")
     pixels = images.pixels.cpu().numpy() / 255
     changed = CORRUPTIONS[corruption](pixels, severity, np.random.default_rng(seed))
     whole = np.rint(_cut_off(np.clip(changed, 0, 1)) * 255).astype(np.uint8)
     return dataclasses.replace(images, pixels=torch.from_numpy(whole).to(images.pixels.device))
-
-
-def corruptions_of(images: ImageSet, seed: int = 0) -> dict[tuple[str, int], ImageSet]:
-    """The images under every corruption at every severity, by (corruption, severity), from 1 to 5."""
-    return {(name, severity): corrupt(images, name, severity, seed) for name in CORRUPTIONS for severity in SEVERITIES}
-
-
-def correct(network: nn.Module, images: ImageSet) -> Tensor:
-    """Whether each image is classified rightly, (N,), bool, on the CPU."""
-    return (predict(network, images).argmax(1) == images.labels).cpu()

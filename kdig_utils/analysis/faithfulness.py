@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from scipy.stats import rankdata
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdig_utils.method.cifar10 import ImageSet
@@ -24,6 +24,9 @@ from kdig_utils.method.pairings import another, edges, permuted
 Forward = Callable[[Tensor], Tensor]
 SIMILARITIES = ("spearman", "cosine", "top_tenth")
 TILES = 4
+FORWARD = 256  # images in one forward pass
+SQUARES = 10  # that are taken from each image for its infidelity
+NOISY_COPIES = 4  # of each image for the sensitivity of its map
 
 
 def captum_metrics() -> ModuleType:
@@ -42,11 +45,13 @@ def attributions(model: Forward, images: Tensor, target: Tensor, n_steps: int) -
     return integrated_gradients(model, images, grey, target, n_steps, internal_batch_size=at_once).detach()
 
 
-def similarity(maps: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """How alike two sets of maps are, image by image.
+def ig_maps(model: Forward, images: ImageSet, n_steps: int) -> Tensor:
+    """The maps of these attributions for the true class, (N, 32, 32)."""
+    return attribution_map(attributions(model, images.images(), images.labels, n_steps))
 
-    Args:
-        maps, others: (N, H, W), in the same order.
+
+def similarity(maps: Tensor, others: Tensor) -> dict[str, Tensor]:
+    """How alike two sets of maps, each (N, H, W), are, image by image.
 
     Returns:
         `spearman`, the correlation of the ranks, in [-1, 1]; `cosine`, in [0, 1] for maps without negative values;
@@ -59,7 +64,10 @@ def similarity(maps: Tensor, others: Tensor) -> dict[str, Tensor]:
     if maps.shape != others.shape:
         raise ValueError(f"maps of shapes {tuple(maps.shape)} and {tuple(others.shape)}: compare maps of equal shape")
     a, b = maps.flatten(1).double().cpu(), others.flatten(1).double().cpu()
-    return {"spearman": _spearman(a, b), "cosine": F.cosine_similarity(a, b), "top_tenth": _top_overlap(a, b)}
+    count = max(1, round(a.shape[1] / 10))
+    high = [torch.zeros_like(values).scatter_(1, values.topk(count).indices, 1.0) for values in (a, b)]
+    top_tenth = (high[0] * high[1]).sum(1) / count
+    return {"spearman": _spearman(maps, others), "cosine": F.cosine_similarity(a, b), "top_tenth": top_tenth}
 
 
 def partial_spearman(maps: Tensor, others: Tensor, given: Tensor) -> Tensor:
@@ -67,29 +75,18 @@ def partial_spearman(maps: Tensor, others: Tensor, given: Tensor) -> Tensor:
 
     0 where they are alike only because both are like `given`. All three (N, H, W).
     """
-    a, b, c = (values.flatten(1).double().cpu() for values in (maps, others, given))
-    ab, ac, bc = _spearman(a, b), _spearman(a, c), _spearman(b, c)
+    ab, ac, bc = _spearman(maps, others), _spearman(maps, given), _spearman(others, given)
     return (ab - ac * bc) / ((1 - ac**2) * (1 - bc**2)).sqrt()
 
 
-def _spearman(a: Tensor, b: Tensor) -> Tensor:
-    ranks = (torch.from_numpy(rankdata(values.numpy(), axis=1)) for values in (a, b))
+def _spearman(maps: Tensor, others: Tensor) -> Tensor:
+    ranks = (torch.from_numpy(rankdata(values.flatten(1).cpu().numpy(), axis=1)) for values in (maps, others))
     first, second = (values - values.mean(1, keepdim=True) for values in ranks)
     return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
 
 
-def _top_overlap(a: Tensor, b: Tensor, share: float = 0.1) -> Tensor:
-    count = max(1, round(share * a.shape[1]))
-    high = [torch.zeros_like(values).scatter_(1, values.topk(count).indices, 1.0) for values in (a, b)]
-    return (high[0] * high[1]).sum(1) / count
-
-
 def similarity_controls(maps: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Two stand-ins for the teacher's maps: `shuffled`, those of other images, and `random`, their pixels permuted.
-
-    Args:
-        maps: (N, H, W), at least two.
-    """
+    """Two stand-ins for the teacher's maps, (N, H, W): `shuffled`, of other images, and `random`, pixels permuted."""
     return {"shuffled": maps[another(len(maps), seed).to(maps.device)], "random": permuted(maps, seed)}
 
 
@@ -104,17 +101,9 @@ def blind_maps(images: ImageSet) -> dict[str, Tensor]:
 
 
 def perturbation_curve(
-    forward_func: Forward,
-    start: Tensor,
-    end: Tensor,
-    maps: Tensor,
-    target: Tensor,
-    n_steps: int = 16,
-    internal_batch_size: int = 256,
+    forward_func: Forward, start: Tensor, end: Tensor, maps: Tensor, target: Tensor, n_steps: int
 ) -> Tensor:
     """The target's output while pixels change from `start` to `end`, highest of the map first (RISE, arXiv 1806.07421).
-
-    Deletion starts from the image and ends at a baseline; insertion starts from a blurred image and ends at the image.
 
     Args:
         forward_func: (N, C, H, W) to (N, classes); RISE takes probabilities.
@@ -132,18 +121,15 @@ def perturbation_curve(
     pixels = maps[0].numel()
     if not 1 <= n_steps <= pixels:
         raise ValueError(f"n_steps = {n_steps} is outside 1 to {pixels}: at least one pixel changes in a step")
-    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(maps).unsqueeze(1)
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(1).view_as(maps).unsqueeze(1)  # how many pixels change before this one
     columns = []
     for count in np.linspace(0, pixels, n_steps + 1).round():
         changed = torch.where(rank < int(count), end, start)
-        columns.append(_outputs(forward_func, changed, target, internal_batch_size))
-    return torch.stack(columns, dim=1)
-
-
-def _outputs(forward_func: Forward, inputs: Tensor, target: Tensor, batch_size: int) -> Tensor:
-    with torch.no_grad():
-        outputs = torch.cat([forward_func(part) for part in inputs.split(batch_size)])
-    return outputs.gather(1, target.unsqueeze(1)).squeeze(1)
+        with torch.no_grad():
+            outputs = torch.cat([forward_func(part) for part in changed.split(FORWARD)])
+        columns.append(outputs.gather(1, target.unsqueeze(1)))
+    return torch.cat(columns, dim=1)
 
 
 def area(curves: Tensor) -> Tensor:
@@ -152,19 +138,14 @@ def area(curves: Tensor) -> Tensor:
 
 
 def deletion_and_insertion(
-    model: Forward, images: Tensor, target: Tensor, maps: Tensor, n_steps: int = 16
+    model: nn.Module, images: Tensor, target: Tensor, maps: Tensor, n_steps: int
 ) -> dict[str, Tensor]:
-    """Both curves of the target's probability, `deletion` to the mean colour and `insertion` from a blurred image.
+    """Two curves of the target's probability, each (N, n_steps + 1).
 
-    A faithful map makes the first fall early and the second rise early.
-
-    Returns:
-        Each (N, n_steps + 1).
+    `deletion` goes from the image to the mean colour, `insertion` from a blurred image to the image: a faithful map
+    makes the first fall early and the second rise early.
     """
-
-    def probability(inputs: Tensor) -> Tensor:
-        return model(inputs).softmax(1)
-
+    probability = nn.Sequential(model, nn.Softmax(1))
     grey, blurred = baseline("mean_colour", images), baseline("blurred", images)
     return {
         "deletion": perturbation_curve(probability, images, grey, maps, target, n_steps),
@@ -173,13 +154,7 @@ def deletion_and_insertion(
 
 
 def infidelity_and_scale(
-    model: Forward,
-    images: Tensor,
-    attributions: Tensor,
-    target: Tensor,
-    n_perturb_samples: int = 10,
-    side: int = 8,
-    seed: int = 0,
+    model: Forward, images: Tensor, attributions: Tensor, target: Tensor, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Captum's infidelity (Yeh et al. 2019, arXiv 1901.09392), and that of an attribution of zeros, each (N,).
 
@@ -189,52 +164,42 @@ def infidelity_and_scale(
 
     Args:
         attributions: with their signs, (N, 3, H, W), of the logit from the mean colour.
-        n_perturb_samples: squares an image.
-        side: of the square, in pixels.
         seed: of the places of the squares, the same for every model.
     """
+    grey = baseline("mean_colour", images)
 
     def error(values: Tensor) -> Tensor:
-        squares = _SquareRemoval(side, torch.Generator().manual_seed(seed))
-        grey = baseline("mean_colour", images)
+        squares = SquareRemoval(torch.Generator().manual_seed(seed))
         return captum_metrics().infidelity(
-            model, squares, images, values, grey, target=target, n_perturb_samples=n_perturb_samples
+            model, squares, images, values, grey, target=target, n_perturb_samples=SQUARES
         )
 
     return error(attributions), error(torch.zeros_like(attributions))
 
 
 @dataclass
-class _SquareRemoval:
+class SquareRemoval:
     """Captum's `perturb_func` for attributions that contain the factor (input - baseline): 1 where a pixel is taken."""
 
-    side: int
     generator: torch.Generator
+    side: int = 8
 
     def __call__(self, inputs: Tensor, baselines: Tensor) -> tuple[Tensor, Tensor]:
-        height, width = inputs.shape[-2:]
-        corners = torch.rand(len(inputs), 2, generator=self.generator).to(inputs.device)
-        top, left = (corners * torch.tensor([height - self.side + 1, width - self.side + 1]).to(corners)).long().T
-        rows, columns = (torch.arange(size, device=inputs.device) for size in (height, width))
-        in_rows = (rows >= top[:, None]) & (rows < top[:, None] + self.side)
-        in_columns = (columns >= left[:, None]) & (columns < left[:, None] + self.side)
-        taken = (in_rows[:, None, :, None] & in_columns[:, None, None, :]).expand_as(inputs).to(inputs.dtype)
+        """The pixels of one square anywhere in each image, and the images without them, both (N, C, H, W)."""
+        sides = torch.tensor(inputs.shape[-2:])
+        corners = torch.rand(len(inputs), 2, generator=self.generator) * (sides - self.side + 1)
+        places = (torch.arange(int(side)) - first[:, None] for side, first in zip(sides, corners.long().T, strict=True))
+        in_rows, in_columns = ((place >= 0) & (place < self.side) for place in places)
+        taken = (in_rows[:, None, :, None] & in_columns[:, None, None, :]).expand_as(inputs).to(inputs)
         return taken, inputs - taken * (inputs - baselines)
 
 
 def map_sensitivity(
-    model: Forward,
-    images: Tensor,
-    target: Tensor,
-    n_steps: int,
-    n_perturb_samples: int = 4,
-    radius: float = 0.02,
-    seed: int = 0,
+    model: Forward, images: Tensor, target: Tensor, n_steps: int, radius: float = 0.02, seed: int = 0
 ) -> Tensor:
     """Captum's sensitivity_max of the IG map, (N,): the largest relative change under noise (arXiv 1901.09392).
 
     Args:
-        n_perturb_samples: noisy copies of each image.
         radius: of the noise, uniform, in units of pixels from 0 to 1.
         seed: of the noise, the same for every model.
     """
@@ -248,23 +213,19 @@ def map_sensitivity(
         noise = torch.rand(inputs.shape, generator=generator).to(inputs.device)
         return inputs + radius * (2 * noise - 1)
 
-    return captum_metrics().sensitivity_max(maps, images, noisy, radius, n_perturb_samples, target=target)
+    return captum_metrics().sensitivity_max(maps, images, noisy, radius, NOISY_COPIES, target=target)
 
 
 @dataclass(frozen=True)
 class Mosaics:
     """Two by two images of four different classes, and the tile that is asked about.
 
-    Attributes:
-        images: (N, 3, 64, 64) in [0, 1]; the tiles in the order of reading.
-        labels: the classes of the tiles, (N, 4).
-        asked: the tile whose class is explained, (N,), from 0 to 3; drawn at random, so that a map that does not
-            depend on the class falls on it once in four times, whatever else it depends on.
+    It is drawn at random: a map that does not depend on it falls on it once in four times, whatever else it depends on.
     """
 
-    images: Tensor
-    labels: Tensor
-    asked: Tensor
+    images: Tensor  # (N, 3, 64, 64) in [0, 1]; the tiles in the order of reading
+    labels: Tensor  # the classes of the tiles, (N, 4)
+    asked: Tensor  # the tile whose class is explained, (N,), from 0 to 3
 
     @property
     def target(self) -> Tensor:
@@ -278,18 +239,17 @@ def mosaics(images: ImageSet, count: int, seed: int = 0) -> Mosaics:
     Raises:
         ValueError: the images have fewer than four classes.
     """
-    classes = images.labels.unique().cpu()
+    of_images = images.labels.cpu()
+    classes = of_images.unique()
     if len(classes) < TILES:
         raise ValueError(f"{len(classes)} classes make no mosaic of {TILES} different ones: give images of more")
     generator = torch.Generator().manual_seed(seed)
     labels = classes[torch.rand(count, len(classes), generator=generator).argsort(1)[:, :TILES]]
-    members = {int(label): torch.nonzero(images.labels.cpu() == label).flatten() for label in classes}
-    draws = torch.rand(count, TILES, generator=generator)
-    places = [
-        [members[label][int(draw * len(members[label]))] for label, draw in zip(*row, strict=True)]
-        for row in zip(labels.tolist(), draws.tolist(), strict=True)
-    ]
-    tiles = images.images(torch.tensor(places).flatten()).view(count, 2, 2, *images.pixels.shape[1:])
+    draws = torch.rand(count, TILES, generator=generator).double()
+    by_class, members = of_images.argsort(stable=True), of_images.bincount()
+    before = members.cumsum(0) - members  # where a class begins in that order
+    places = by_class[before[labels] + (draws * members[labels]).long()]
+    tiles = images.images(places.flatten()).view(count, 2, 2, *images.pixels.shape[1:])
     whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     asked = torch.randint(TILES, (count,), generator=generator)
     return Mosaics(whole, labels.to(whole.device), asked.to(whole.device))
@@ -300,28 +260,21 @@ def tile_shares(maps: Tensor) -> Tensor:
 
     The measure of the grid pointing game (Böhle et al. 2021, arXiv 2104.00032). NaN where nothing is positive.
     """
-    mass = F.avg_pool2d(maps.clamp_min(0).unsqueeze(1), (maps.shape[1] // 2, maps.shape[2] // 2)).flatten(1)
+    mass = F.adaptive_avg_pool2d(maps.clamp_min(0), 2).flatten(1)
     return mass / mass.sum(1, keepdim=True)
-
-
-def peak_tile(maps: Tensor) -> Tensor:
-    """The tile of a map's highest pixel, (N, H, W) to (N,): the pointing game (Zhang et al. 2016, arXiv 1608.00507)."""
-    height, width = maps.shape[1:]
-    place = maps.flatten(1).argmax(1)
-    return 2 * (place // width >= height // 2) + (place % width >= width // 2)
 
 
 def pointing(maps: Tensor, asked: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Does a map fall on the tile that it was asked about? Chance is 1/4 for every value; maps are (N, H, W).
 
     Returns:
-        `peak`, bool, whether the highest pixel lies on the tile; `share`, of the map's positive part on it; the same
-        with the question of another mosaic, `peak_shuffled` and `share_shuffled`. Each (N,).
+        `peak`, bool, whether the highest pixel lies on the tile (the pointing game, Zhang et al. 2016, arXiv
+        1608.00507); `share`, of the map's positive part on it; the same with the question of another mosaic,
+        `peak_shuffled` and `share_shuffled`. Each (N,).
     """
-    peak, shares = peak_tile(maps), tile_shares(maps)
-    other = asked[another(len(asked), seed).to(asked.device)]
+    peak, shares = F.adaptive_max_pool2d(maps, 2).flatten(1).argmax(1), tile_shares(maps)
     values = {}
-    for name, tile in {"": asked, "_shuffled": other}.items():
-        values[f"peak{name}"] = peak == tile
-        values[f"share{name}"] = shares.gather(1, tile.unsqueeze(1)).squeeze(1)
+    for suffix, tile in {"": asked, "_shuffled": asked[another(len(asked), seed).to(asked.device)]}.items():
+        values[f"peak{suffix}"] = peak == tile
+        values[f"share{suffix}"] = shares.gather(1, tile.unsqueeze(1)).squeeze(1)
     return values

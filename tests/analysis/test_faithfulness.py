@@ -67,13 +67,6 @@ def test_permuted_maps_give_the_permutation_null() -> None:
     torch.testing.assert_close(random.flatten(1).sort(1).values, maps.flatten(1).sort(1).values)
 
 
-def test_shuffled_maps_are_those_of_other_images_and_none_keeps_its_own() -> None:
-    maps = noise(50, 4, 4)
-    shuffled = faithfulness.similarity_controls(maps, seed=3)["shuffled"]
-    assert {tuple(m.flatten().tolist()) for m in shuffled} == {tuple(m.flatten().tolist()) for m in maps}
-    assert not (shuffled == maps).flatten(1).all(1).any()
-
-
 def test_maps_of_other_shapes_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="equal shape"):
         faithfulness.similarity(noise(2, 8, 8), noise(2, 4, 4))
@@ -104,18 +97,14 @@ def test_no_order_deletes_a_linear_model_faster_than_its_own_attributions() -> N
         assert (deletion(noise(8, 6, 6, seed=seed)) >= best - 1e-5).all()
 
 
-def test_curves_begin_and_end_where_they_should_and_batches_change_nothing(sample_test: ImageSet) -> None:
+def test_curves_begin_and_end_where_they_should(sample_test: ImageSet) -> None:
     images, labels = sample_test.images(slice(0, 4)), torch.tensor([0, 1, 2, 3])
     maps = noise(4, 32, 32)
     found = faithfulness.deletion_and_insertion(OneTile(), images, labels, maps, n_steps=5)
     expected = OneTile()(images).softmax(1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(found["deletion"][:, 0], expected)
     torch.testing.assert_close(found["insertion"][:, -1], expected)
-    whole, pieces = (
-        faithfulness.perturbation_curve(OneTile(), images, 0 * images, maps, labels, 7, batch) for batch in (256, 3)
-    )
-    torch.testing.assert_close(whole, pieces)
-    with pytest.raises(ValueError, match="n_steps = 2000 is outside 1 to 1024"):
+    with pytest.raises(ValueError, match="2000"):
         faithfulness.perturbation_curve(OneTile(), images, 0 * images, maps, labels, 2000)
 
 
@@ -132,7 +121,7 @@ def test_attributions_of_a_linear_model_leave_nothing_unexplained_and_zeros_leav
 
 
 def test_squares_have_their_side_lie_inside_and_reach_every_corner() -> None:
-    squares = faithfulness._SquareRemoval(8, torch.Generator().manual_seed(0))
+    squares = faithfulness.SquareRemoval(torch.Generator().manual_seed(0))
     images = noise(4000, 3, 12, 12)
     taken, changed = squares(images, torch.zeros_like(images))
     assert (taken.flatten(1).sum(1) == 3 * 64).all()

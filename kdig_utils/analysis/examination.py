@@ -1,0 +1,251 @@
+"""What every network is asked: about its maps, its confidence, and pictures that get worse.
+
+All networks get the same questions. Each answer is a mean over images with an interval; `explanations` keeps them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+from torch import Tensor, nn
+
+from kdig_utils.analysis import calibration, corruptions, faithfulness
+from kdig_utils.analysis.faithfulness import Mosaics, ig_maps
+from kdig_utils.method import cifar10, models
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.integrated_gradients import attribution_map
+from kdig_utils.method.models import predict
+from kdig_utils.method.pairings import permuted
+
+CONTROLS = ("untrained", "edges", "difference")
+RESAMPLES = 2000
+RESAMPLES_OF_ECE = 200
+PART = 32  # images at a time where each becomes many
+
+
+@dataclass(frozen=True)
+class Effort:
+    """On how many images each measure is taken, as many of each class, and how finely."""
+
+    images: int = 100  # explained
+    n_steps: int = 16  # evaluations along the path of IG
+    curve_steps: int = 10  # of deletion and insertion
+    perturbed: int = 20  # of the explained images, for infidelity and sensitivity
+    mosaics: int = 100  # of the pointing game
+    mosaic_steps: int = 4  # as `n_steps`, for a mosaic: each costs as much as four
+    corrupted: int = 50  # images under each corruption at each severity
+    classified: int = 2000  # for calibration
+
+
+QUICK = Effort(images=10, n_steps=6, curve_steps=6, perturbed=4, mosaics=6, corrupted=10, classified=60)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The questions, made once, from images that no network was trained on."""
+
+    effort: Effort
+    explained: ImageSet  # the images whose maps are compared
+    teacher_maps: Tensor  # the teacher's IG maps of them, (N, 32, 32)
+    mosaics: Mosaics  # of the pointing game
+    corrupted: dict[tuple[str, int], ImageSet]  # by corruption and severity
+    clean: ImageSet  # the same images without corruption
+    classified: ImageSet  # for calibration
+
+
+def prepare(teacher: nn.Module, images: ImageSet, effort: Effort) -> Examination:
+    """The examination of networks beside this teacher, on the device of both."""
+    explained, clean, classified = (
+        first_images(images, count) for count in (effort.images, effort.corrupted, effort.classified)
+    )
+    corrupted = {
+        (name, severity): corruptions.corrupt(clean, name, severity)
+        for name in corruptions.CORRUPTIONS
+        for severity in corruptions.SEVERITIES
+    }
+    maps, game = ig_maps(teacher, explained, effort.n_steps), faithfulness.mosaics(images, effort.mosaics)
+    return Examination(effort, explained, maps, game, corrupted, clean, classified)
+
+
+def first_images(images: ImageSet, count: int) -> ImageSet:
+    """The first `count` of the images, as many of each class; fewer if there are fewer.
+
+    Raises:
+        ValueError: `count` is no multiple of the ten classes.
+    """
+    each, rest = divmod(count, len(cifar10.CLASSES))
+    if each < 1 or rest:
+        raise ValueError(f"{count} images are no multiple of ten: give as many of each class, as 100")
+    return images.subset(cifar10.first_of_each_class(images.labels, each))
+
+
+class Mean(NamedTuple):
+    """A mean over images with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    images: int
+
+
+def mean_over_images(values: Tensor, scale: Tensor | None = None, seed: int = 0) -> Mean:
+    """The mean of one number an image, (N,), divided by that of `scale` if given; NaN, if not defined, is left out.
+
+    Truth values get Wilson's interval, numbers that of 2,000 bootstrap samples of the images (percentiles). It covers
+    the choice of images and nothing else: for another training of the same network there is another seed.
+    """
+    if values.dtype == torch.bool:
+        right, count = int(values.sum()), len(values)
+        low, high = proportion_confint(right, count, method="wilson")
+        return Mean(right / count, float(low), float(high), count)
+    pairs = torch.stack([values, torch.ones_like(values) if scale is None else scale]).detach().cpu().double().numpy()
+    above, below = pairs[:, ~np.isnan(pairs).any(0)]
+    if len(above) < 2:
+        return Mean(np.nan, np.nan, np.nan, len(above))
+    how = {"paired": True, "vectorized": True, "n_resamples": RESAMPLES, "method": "percentile"}
+    found = stats.bootstrap((above, below), _ratio, **how, rng=np.random.default_rng(seed))
+    low, high = found.confidence_interval
+    return Mean(float(_ratio(above, below)), float(low), float(high), len(above))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
+    return above.mean(axis) / below.mean(axis)
+
+
+def examine(network: nn.Module, asked: Examination) -> dict[str, Mean]:
+    """All measures of one network, in evaluation mode, on the device of the examination's images.
+
+    For their names see `map_measures`, `pointing_measures`, `corruption_measures`, `captum_measures` and
+    `calibration_measures`.
+    """
+    values = map_measures(network, asked) | pointing_measures(network, asked) | corruption_measures(network, asked)
+    means = {name: mean_over_images(of_image) for name, of_image in values.items()}
+    return means | captum_measures(network, asked) | calibration_measures(network, asked.classified)
+
+
+def examine_controls(asked: Examination) -> dict[str, dict[str, Mean]]:
+    """How like the teacher's maps are maps that know nothing of it: for each of `CONTROLS` its measures of likeness.
+
+    `untrained` are the maps of a student with random weights; `edges` and `difference` look at the image alone.
+    """
+    untrained = models.student(5).eval().to(asked.teacher_maps.device)
+    maps = {"untrained": ig_maps(untrained, asked.explained, asked.effort.n_steps)}
+    maps |= faithfulness.blind_maps(asked.explained)
+    return {
+        name: {measure: mean_over_images(values) for measure, values in likeness(maps[name], asked).items()}
+        for name in CONTROLS
+    }
+
+
+def map_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
+    """Measures of the network's maps, one value an image.
+
+    Returns:
+        `spearman`, `cosine`, `top_tenth`, to the teacher's map, and with `_shuffled` and `_random` to its controls;
+        `spearman_partial`; `deletion` and `insertion`: areas, with `_random` those of a random order, with `_gain` how
+        much better than it.
+    """
+    maps = ig_maps(network, asked.explained, asked.effort.n_steps)
+    values = likeness(maps, asked)
+    for name, others in faithfulness.similarity_controls(asked.teacher_maps).items():
+        values |= {f"{key}_{name}": value for key, value in faithfulness.similarity(maps, others).items()}
+    pixels, labels = asked.explained.images(), asked.explained.labels
+    for suffix, ranked in {"": maps, "_random": permuted(maps, seed=0)}.items():
+        curves = faithfulness.deletion_and_insertion(network, pixels, labels, ranked, asked.effort.curve_steps)
+        values |= {f"{name}{suffix}": faithfulness.area(curve) for name, curve in curves.items()}
+    values["deletion_gain"] = values["deletion_random"] - values["deletion"]
+    values["insertion_gain"] = values["insertion"] - values["insertion_random"]
+    return values
+
+
+def likeness(maps: Tensor, asked: Examination) -> dict[str, Tensor]:
+    """`spearman`, `cosine`, `top_tenth` to the teacher's maps, and `spearman_partial`: what |image - baseline| leaves.
+
+    That factor stands in every IG map, whatever the network.
+    """
+    factor = faithfulness.blind_maps(asked.explained)["difference"]
+    partial = faithfulness.partial_spearman(maps, asked.teacher_maps, factor)
+    return faithfulness.similarity(maps, asked.teacher_maps) | {"spearman_partial": partial}
+
+
+def captum_measures(network: nn.Module, asked: Examination) -> dict[str, Mean]:
+    """Captum's two, on few images; none where it is not installed: a later call, elsewhere, adds them.
+
+    Returns:
+        `sensitivity`: how far the IG map moves under noise that is hardly seen (`faithfulness.map_sensitivity`);
+        `unexplained`: the share of the logit's changes that the attributions do not foretell
+        (`faithfulness.infidelity_and_scale`).
+    """
+    if find_spec("captum") is None:
+        return {}
+    moved, error, scale = (torch.cat(values) for values in zip(*_captum_values(network, asked), strict=True))
+    return {"sensitivity": mean_over_images(moved), "unexplained": mean_over_images(error, scale)}
+
+
+def _captum_values(network: nn.Module, asked: Examination) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Sensitivity, infidelity and its scale, a few images at a time."""
+    order = torch.randperm(len(asked.explained), generator=torch.Generator().manual_seed(0))[: asked.effort.perturbed]
+    for seed, part in enumerate(order.to(asked.explained.labels.device).split(PART)):
+        pixels, labels, n_steps = asked.explained.images(part), asked.explained.labels[part], asked.effort.n_steps
+        found = faithfulness.attributions(network, pixels, labels, n_steps)
+        error, scale = faithfulness.infidelity_and_scale(network, pixels, found, labels, seed)
+        yield faithfulness.map_sensitivity(network, pixels, labels, n_steps, seed=seed), error, scale
+
+
+def pointing_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
+    """The pointing game on mosaics, one value a mosaic; chance is 1/4.
+
+    Returns:
+        `peak` and `share`, and with `_shuffled` for another mosaic's question, of the paper's map, which drops the
+        sign; with `signed_` in front of the sum over the channels with its sign.
+    """
+    game = asked.mosaics
+    found = faithfulness.attributions(network, game.images, game.target, asked.effort.mosaic_steps)
+    signed = {f"signed_{name}": value for name, value in faithfulness.pointing(found.sum(1), game.asked).items()}
+    return faithfulness.pointing(attribution_map(found), game.asked) | signed
+
+
+def corruption_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
+    """Whether images under corruption are classified rightly, one value an image.
+
+    Returns:
+        `severity_0` (no corruption) to `severity_5`, each the mean over all corruptions; the name of each corruption,
+        the mean over its severities.
+    """
+    right = {key: _right(network, images).double() for key, images in asked.corrupted.items()}
+
+    def mean_of(wanted: str | int) -> Tensor:
+        return torch.stack([value for key, value in right.items() if wanted in key]).mean(0)
+
+    by_severity = {f"severity_{level}": mean_of(level) for level in corruptions.SEVERITIES}
+    by_name = {name: mean_of(name) for name in corruptions.CORRUPTIONS}
+    return {"severity_0": _right(network, asked.clean), **by_severity, **by_name}
+
+
+def _right(network: nn.Module, images: ImageSet) -> Tensor:
+    return (predict(network, images).argmax(1) == images.labels).cpu()
+
+
+def calibration_measures(network: nn.Module, images: ImageSet) -> dict[str, Mean]:
+    """`accuracy`; `ece`, the expected calibration error; `ece_calibrated`, what it were if the network were calibrated.
+
+    The interval of `ece` is the basic bootstrap's, which takes back the upward bias of so many bins; that of
+    `ece_calibrated` holds 95 % of the draws.
+    """
+    probabilities, labels = predict(network, images).softmax(1).cpu(), images.labels.cpu()
+    ece, count = calibration.expected_calibration_error(probabilities, labels), len(labels)
+    draws = torch.randint(count, (RESAMPLES_OF_ECE, count), generator=torch.Generator().manual_seed(0))
+    resampled = [calibration.expected_calibration_error(probabilities[draw], labels[draw]) for draw in draws]
+    low, high = 2 * ece - np.quantile(resampled, (0.975, 0.025))
+    null = calibration.error_if_calibrated(probabilities)
+    null_low, null_high = np.quantile(null, (0.025, 0.975))
+    return {
+        "accuracy": mean_over_images(probabilities.argmax(1) == labels),
+        "ece": Mean(ece, max(0.0, float(low)), float(high), count),
+        "ece_calibrated": Mean(float(null.mean()), float(null_low), float(null_high), count),
+    }
