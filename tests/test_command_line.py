@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from kdig_utils import __main__ as command_line
+from kdig_utils import commands
+from kdig_utils.book import repository
+from kdig_utils.commands import training
 from kdig_utils.experiments import study
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method import artifacts, cifar10, models
@@ -17,10 +20,7 @@ from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (
-    "data", "teacher", "adopt", "signals", "train", "campaign", "search", "unpack", "reproduce", "status", "publish",
-    "readme", "links", "latency", "explain",
-)  # fmt: skip
+COMMANDS = [function.__name__.replace("_", "-") for function in commands.COMMANDS]
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_bad_input_as_a_process_has_no_traceback() -> None:
 
 
 def test_a_defect_is_not_taken_for_bad_input(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_line.repository, "write_results", lambda ledger: [].index(1))
+    monkeypatch.setattr(repository, "write_results", lambda ledger: [].index(1))
     with pytest.raises(ValueError, match="not in list"):
         command_line.main(["readme"])
 
@@ -155,7 +155,7 @@ def test_stopping_by_hand_says_how_to_go_on(
     def stop(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "student_study", stop)
+    monkeypatch.setattr(training, "student_study", stop)
     assert command_line.main(["train", "--method", "kd"]) == 130
     assert capsys.readouterr().err == "stopped; run the same command again to go on\n"
 
@@ -238,7 +238,7 @@ def test_a_teacher_whose_time_is_over_is_packed_to_go_on_elsewhere(
 def test_train_shows_a_run_that_another_campaign_trained(
     clone: Path, small_data: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command_line, "student_study", lambda _n_steps: study.open_study("full"))
+    monkeypatch.setattr(training, "student_study", lambda _profile, _n_steps: study.open_study("full"))
     monkeypatch.setattr(study.Study, "_teacher_sha256", "")
     for name in ("first", "second"):
         capsys.readouterr()
