@@ -27,17 +27,7 @@ LOCAL_BADGE = "/book/figures/colab-badge.svg"
 SETTINGS = ["method", "epochs", "k", "other_settings", "test_images", "campaign"]
 SCORECARD = "notebooks/16_scorecard"
 CHAPTER_LINK = re.compile(r"([\w./-]+)\.ipynb")
-HEADINGS = (
-    "method",
-    "accuracy",
-    "lowest to highest",
-    "seeds",
-    "epochs",
-    "k",
-    "other settings",
-    "test images",
-    "campaign",
-)
+HEADINGS = ("method", "accuracy", "lowest to highest", "seeds", *(name.replace("_", " ") for name in SETTINGS[1:]))
 
 
 def summary(ledger: pd.DataFrame) -> list[tuple[str, ...]]:

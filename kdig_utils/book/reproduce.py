@@ -4,16 +4,16 @@ The run folder, `reproduce/PROFILE` in the workspace, holds the executed copies.
 stands a fingerprint of what it was made from, so that `--resume` passes over what is up to date.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -24,6 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from kdig_utils import paths
 from kdig_utils.book.repository import notebooks
 from kdig_utils.experiments.study import PROFILES, print_line
+from kdig_utils.machine import process_environment
 from kdig_utils.paths import replacing
 
 PARAMETERS = {"profile": "published"}
@@ -63,24 +64,25 @@ def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> l
     Raises:
         ValueError: unknown profile or chapter number, or a notebook with other parameters; nothing was run.
     """
-    check_profile(profile)
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
     chosen = chosen_notebooks(only)
     for notebook in chosen:
         check_parameters(notebook)
-    folder = paths.workspace().resolve() / "reproduce" / profile
+    folder = run_folder(profile)
     print_line(f"{len(chosen)} notebooks, profile {profile}; executed copies go to {folder}")
     outcomes = []
     for number, notebook in enumerate(chosen, start=1):
-        print_line(f"[{number}/{len(chosen)}] {notebook.name} ...")
+        place = f"[{number}/{len(chosen)}] {notebook.name}"
+        print_line(f"{place} ...")
         outcomes.append(_execute_unless_up_to_date(notebook, profile, folder, resume))
-        print_line(f"[{number}/{len(chosen)}] {notebook.name} {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s")
+        print_line(f"{place} {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s")
     return outcomes
 
 
-def check_profile(profile: str) -> None:
-    """Raise ValueError, naming the profiles there are, unless `profile` is one of them."""
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
+def run_folder(profile: str) -> Path:
+    """Where the executed copies are."""
+    return paths.workspace().resolve() / "reproduce" / profile
 
 
 def chosen_notebooks(only: Sequence[str] = ()) -> list[Path]:
@@ -118,21 +120,20 @@ def check_parameters(notebook: Path) -> None:
 
 def execute(notebook: Path, profile: str, folder: Path) -> Outcome:
     """Execute a copy of `notebook` in `profile` into `folder`, working in the folder of the notebook itself."""
-    started = time.monotonic()
+    started, error = time.monotonic(), ""
     folder.mkdir(parents=True, exist_ok=True)
-    error = ""
     try:
-        with _kernel_environment(folder):
-            papermill.execute_notebook(
-                str(notebook),
-                str(folder / notebook.name),
-                parameters={"profile": profile},
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                cwd=str(notebook.parent),
-                execution_timeout=CELL_TIMEOUT_SECONDS[profile],
-            )
+        papermill.execute_notebook(
+            str(notebook),
+            str(folder / notebook.name),
+            parameters={"profile": profile},
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            cwd=str(notebook.parent),
+            execution_timeout=CELL_TIMEOUT_SECONDS[profile],
+            kernel_manager_class=_this_interpreter(),
+        )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
     except (CellTimeoutError, DeadKernelError) as failure:
@@ -141,19 +142,32 @@ def execute(notebook: Path, profile: str, folder: Path) -> Outcome:
     return Outcome(notebook.name, time.monotonic() - started, "failed" if error else "ok", first_line)
 
 
+def _this_interpreter() -> type:
+    """What starts the kernel: this interpreter with this package, whatever kernels the machine has installed."""
+    from jupyter_client.kernelspec import KernelSpec  # comes with papermill
+    from jupyter_client.manager import AsyncKernelManager
+
+    quiet = "--log-level=CRITICAL"  # what fails in a cell is in the executed copy
+    argv = [sys.executable, "-m", "ipykernel_launcher", quiet, "-f", "{connection_file}"]
+    env = {name: os.environ.get(name, value) for name, value in MALLOC_SETTINGS.items()}
+    env["PYTHONPATH"] = process_environment()["PYTHONPATH"]
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=argv, env=env, display_name="Python 3", language="python")
+
+    return ThisInterpreter
+
+
 def fingerprint(notebook: Path, profile: str) -> str:
     """SHA-256 of what an executed copy is made from: the notebook's cells, the package, the artifacts, the versions.
 
     In `published` also the ledger and its curves. In the other profiles the chapters write those themselves.
     """
-    root = paths.repository_root()
     package = Path(__file__).parents[1]
-    inputs = [
-        *(path for path in package.rglob("*") if path.suffix in (".py", ".json", ".yml")),
-        *_files(paths.artifacts_folder()),
-    ]
+    inputs = [path for path in package.rglob("*") if path.suffix in (".py", ".json", ".yml")]
+    inputs += _files(paths.artifacts_folder())
     if profile == "published":
-        inputs += _files(root / "results")
+        inputs += _files(paths.repository_root() / "results")
     digest = hashlib.sha256(f"{profile} {platform.python_version()} {version('torch')}".encode())
     cells = nbformat.read(notebook, as_version=4).cells
     digest.update(json.dumps([(cell.cell_type, cell.source) for cell in cells]).encode())
@@ -183,7 +197,7 @@ def store(outcomes: Sequence[Outcome]) -> list[str]:
     """
     if failed := [outcome.notebook for outcome in outcomes if outcome.status == "failed"]:
         raise ValueError(f"{failed[0]} failed: mend it, and store the notebooks then")
-    folder, changed = paths.workspace().resolve() / "reproduce" / "published", []
+    folder, changed = run_folder("published"), []
     for outcome in outcomes:
         committed = paths.repository_root() / "notebooks" / outcome.notebook
         text = nbformat.writes(_without_traces(nbformat.read(folder / outcome.notebook, 4))) + "\n"
@@ -213,12 +227,12 @@ def _without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def _joined_streams(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """Neighbouring pieces of one stream as one output: where it was cut depends on the moment."""
-    joined: list[nbformat.NotebookNode] = []
-    for output in outputs:
-        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
+    joined = []
+    for name, group in groupby(outputs, key=lambda output: output.get("name")):
+        pieces = list(group)
+        if name:
+            pieces[0].text = "".join(piece.text for piece in pieces)
+        joined += pieces[:1] if name else pieces
     return joined
 
 
@@ -237,32 +251,3 @@ def _execute_unless_up_to_date(notebook: Path, profile: str, folder: Path, resum
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-
-
-@contextlib.contextmanager
-def _kernel_environment(folder: Path) -> Iterator[None]:
-    """Let the kernel `python3` be this interpreter with this package, whatever kernels the machine has installed."""
-    kernel = folder / ".jupyter" / "kernels" / "python3" / "kernel.json"
-    quiet = "--log-level=CRITICAL"  # what fails in a cell is in the executed copy
-    argv = [sys.executable, "-m", "ipykernel_launcher", quiet, "-f", "{connection_file}"]
-    with replacing(kernel) as part:
-        part.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-    settings = {
-        **{name: os.environ.get(name, value) for name, value in MALLOC_SETTINGS.items()},
-        "JUPYTER_PATH": _prepended(folder / ".jupyter", "JUPYTER_PATH"),
-        "PYTHONPATH": _prepended(Path(__file__).parents[2], "PYTHONPATH"),
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _prepended(folder: Path, variable: str) -> str:
-    return os.pathsep.join(filter(None, (str(folder), os.environ.get(variable))))

@@ -54,7 +54,6 @@ def test_every_notebook_runs_in_smoke(notebook: Path, workspace: Path) -> None:
     assert (outcome.status, outcome.error) == ("ok", "")
 
 
-@pytest.mark.slow
 def test_a_failed_chapter_stops_no_other_one(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in (book / "notebooks").iterdir()}
     assert command_line.main(["reproduce", "--profile", "smoke"]) == 1
@@ -74,7 +73,6 @@ def test_a_failed_chapter_stops_no_other_one(book: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("up to date, 0 s") == 2, "only the failed one runs again"
 
 
-@pytest.mark.slow
 def test_the_kernel_is_this_interpreter_whatever_is_installed(book: Path, tmp_path: Path) -> None:
     """A kernel python3 of another interpreter stands first in the user's own folder."""
     other = tmp_path / "jupyter" / "kernels" / "python3"
@@ -175,7 +173,6 @@ def test_summary_is_a_table() -> None:
     assert lines[3] == "1 of 2 notebooks are well, 4 s in all"
 
 
-@pytest.mark.slow
 def test_stored_notebooks_hold_outputs_and_no_trace_of_how_they_were_made(book: Path) -> None:
     assert command_line.main(["store"]) == 2  # chapter 03 fails: nothing may be replaced
     start = book / "notebooks" / "00_start.ipynb"
