@@ -99,19 +99,6 @@ def test_a_machine_without_the_larger_packages_runs_campaigns(tmp_path: Path) ->
     assert "error: --images 3 is no multiple of 20" in ended.stderr  # it starts without Captum
 
 
-def test_help_says_how_the_code_is_named_where_it_is_no_clone(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        command_line.main(["campaign", "--help"])
-    assert "KDIG_COMMIT" in capsys.readouterr().out
-
-
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        command_line.main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(f"\n    {command}" in shown for command in COMMANDS)
-
-
 @pytest.mark.parametrize(
     ("words", "value", "remedy"),
     [
@@ -133,14 +120,6 @@ def test_bad_input_is_one_line_with_value_and_remedy(
     line = error_of(capsys, *words)
     assert value in line
     assert remedy in line
-
-
-def test_bad_input_as_a_process_has_no_traceback() -> None:
-    words = [sys.executable, "-m", "kdig_utils", "train", "--method", "kdd"]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert not ended.stdout
 
 
 def test_a_defect_is_not_taken_for_bad_input(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

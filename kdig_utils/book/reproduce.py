@@ -11,10 +11,10 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import papermill
@@ -27,7 +27,7 @@ from kdig_utils.experiments.study import PROFILES, print_line
 from kdig_utils.machine import process_environment
 from kdig_utils.paths import replacing
 
-PARAMETERS = {"profile": "published"}
+PARAMETERS = 'profile = "published"'  # of each chapter, in its cell tagged `parameters`
 # A cell of `full` may train for days; one of the others that takes longer than this hangs.
 CELL_TIMEOUT_SECONDS = {"published": 900, "smoke": 900, "full": None}
 # glibc gives freed memory back at once and asks for it again: without these, training on a CPU takes twice as long.
@@ -38,12 +38,10 @@ MALLOC_SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a chapter ended.
 
     Attributes:
-        notebook: its file name.
         seconds: wall time; 0 if it was up to date.
         status: `ok`, `up to date` or `failed`.
         error: the first line of the error; empty if there was none.
@@ -106,15 +104,14 @@ def check_parameters(notebook: Path) -> None:
     papermill only warns of an unknown name, and the chapter would then run in another profile than the one asked for.
     """
     try:
-        found = {name: entry["default"] for name, entry in papermill.inspect_notebook(str(notebook)).items()}
+        cells = nbformat.read(notebook, as_version=4).cells
     except ValueError as error:
         raise ValueError(f"{notebook} is no notebook ({type(error).__name__}): restore it from git") from error
-    expected = {name: repr(value) for name, value in PARAMETERS.items()}
-    if {name: value.strip().replace('"', "'") for name, value in found.items()} != expected:
-        shown = ", ".join(f"{name} = {value}" for name, value in found.items()) or "none"
-        wanted = ", ".join(f"{name} = {value}" for name, value in expected.items())
+    found = [cell.source.strip() for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if found != [PARAMETERS]:
+        shown = "; ".join(found).replace("\n", "; ") or "none"
         raise ValueError(
-            f"the parameters of {notebook.name} are {shown}: its cell tagged `parameters` must set {wanted}"
+            f"the parameters of {notebook.name} are {shown}: its cell tagged `parameters` must set {PARAMETERS}"
         )
 
 
@@ -182,15 +179,15 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     width = max(len("notebook"), *(len(outcome.notebook) for outcome in outcomes))
     lines = [f"{'notebook':{width}}  seconds  status      first line of the error"]
     lines += [f"{o.notebook:{width}}  {o.seconds:7.1f}  {o.status:10}  {o.error}".rstrip() for o in outcomes]
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    well = sum(outcome.status != "failed" for outcome in outcomes)
     total = sum(outcome.seconds for outcome in outcomes)
-    return "\n".join([*lines, f"{len(outcomes) - failed} of {len(outcomes)} notebooks are well, {total:.0f} s in all"])
+    return "\n".join([*lines, f"{well} of {len(outcomes)} notebooks are well, {total:.0f} s in all"])
 
 
 def store(outcomes: Sequence[Outcome]) -> list[str]:
     """Put the executed copies of `published` in place of the committed notebooks; return the names of those changed.
 
-    What papermill adds, the injected cell and its timestamps, is left out: a notebook changes only where it says so.
+    Only outputs are taken, not the cell, timestamps and metadata that papermill adds.
 
     Raises:
         ValueError: a chapter failed; no notebook was changed.
@@ -200,7 +197,9 @@ def store(outcomes: Sequence[Outcome]) -> list[str]:
     folder, changed = run_folder("published"), []
     for outcome in outcomes:
         committed = paths.repository_root() / "notebooks" / outcome.notebook
-        text = nbformat.writes(_without_traces(nbformat.read(folder / outcome.notebook, 4))) + "\n"
+        stored, copy = (nbformat.read(path, as_version=4) for path in (committed, folder / outcome.notebook))
+        _take_outputs(stored, copy)
+        text = nbformat.writes(stored) + "\n"
         if committed.read_text() != text:
             with replacing(committed) as part:
                 part.write_text(text)
@@ -208,21 +207,15 @@ def store(outcomes: Sequence[Outcome]) -> list[str]:
     return changed
 
 
-def _without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    for cell in cells:
-        kept = {key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb") and value}
-        cell.metadata = nbformat.from_dict(kept)
-    for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), start=1):
+def _take_outputs(notebook: nbformat.NotebookNode, copy: nbformat.NotebookNode) -> None:
+    code, ran = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (notebook, copy))
+    ran = [cell for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for count, (cell, executed) in enumerate(zip(code, ran, strict=True), start=1):
         cell.execution_count = count
-        cell.outputs = _joined_streams(cell.outputs)
+        cell.outputs = _joined_streams(executed.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    language = {"name": "python", "pygments_lexer": "ipython3"}
-    notebook.cells, notebook.metadata = cells, nbformat.from_dict({"kernelspec": kernel, "language_info": language})
-    return notebook
 
 
 def _joined_streams(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:

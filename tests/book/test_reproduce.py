@@ -164,15 +164,6 @@ def test_a_full_run_is_not_out_of_date_because_it_added_to_the_ledger(book: Path
     assert reproduce.fingerprint(notebook, "full") == before
 
 
-def test_summary_is_a_table() -> None:
-    outcomes = [reproduce.Outcome("00_a.ipynb", 3.25, "ok"), reproduce.Outcome("01_b.ipynb", 1, "failed", "E: why")]
-    lines = reproduce.summary(outcomes).splitlines()
-    assert lines[0].split()[:3] == ["notebook", "seconds", "status"]
-    assert lines[1].split() == ["00_a.ipynb", "3.2", "ok"]
-    assert lines[2].split() == ["01_b.ipynb", "1.0", "failed", "E:", "why"]
-    assert lines[3] == "1 of 2 notebooks are well, 4 s in all"
-
-
 def test_stored_notebooks_hold_outputs_and_no_trace_of_how_they_were_made(book: Path) -> None:
     assert command_line.main(["store"]) == 2  # chapter 03 fails: nothing may be replaced
     start = book / "notebooks" / "00_start.ipynb"
