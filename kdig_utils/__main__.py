@@ -36,12 +36,12 @@ def command_line() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         name, description = command.__name__.replace("_", "-"), inspect.getdoc(command) or ""
-        examples = [f"  {PROGRAM} {line}" for line in EXAMPLES.splitlines() if line.split()[0] == name]
+        examples = [line for line in EXAMPLES.splitlines() if line.split()[0] == name] or [name]
         subparser = subparsers.add_parser(
             name,
             help=description.splitlines()[0],
             description=description,
-            epilog="\n".join(["examples:", *examples]),
+            epilog="\n".join(["examples:", *(f"  {PROGRAM} {line}" for line in examples)]),
             formatter_class=HelpFormatter,
         )
         subparser.set_defaults(command=command)

@@ -57,14 +57,12 @@ def stale_addresses() -> Iterator[tuple[Path, str]]:
         yield from ((path, slug) for slug in sorted(found))
 
 
-def write_address() -> list[Path]:
-    """Write the public address into every file that names another one as the book's own; return the changed files."""
-    changed = list(stale_addresses())
-    for path, slug in changed:
-        old, new = slug.split("/")[1], _slug().split("/")[1]
-        text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\1{_slug()}", path.read_text())
-        _write(path, re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\1{new}", text))
-    return [path for path, _ in changed]
+def write_address(path: Path, slug: str) -> None:
+    """Write the public address into a file that names the repository `slug`, OWNER/NAME, as the book's own."""
+    old, new = slug.split("/")[1], _slug().split("/")[1]
+    text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\1{_slug()}", path.read_text())
+    with replacing(path) as part:
+        part.write_text(re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\1{new}", text))
 
 
 def results_table(ledger: pd.DataFrame) -> str:
@@ -146,19 +144,5 @@ def readme_with(table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
-def write_results(ledger: pd.DataFrame) -> bool:
-    """Write the ledger's table of results into the README; return whether it was another one."""
-    path, text = repository_root() / "README.md", readme_with(results_table(ledger))
-    if path.read_text() == text:
-        return False
-    _write(path, text)
-    return True
-
-
 def _slug() -> str:
     return address().removeprefix("https://github.com/")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text)

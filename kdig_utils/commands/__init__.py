@@ -15,6 +15,7 @@ COMMANDS: tuple[Command, ...] = (
     reproduce, store, status, publish, readme, links,
 )  # fmt: skip
 
+# Of commands that are not just called by their name.
 EXAMPLES = """\
 data    # with KDIG_DATA=FOLDER in the environment: checks the files there
 teacher --epochs 50 --validation-images 5000 --cutout 16    # a candidate, judged by validation
@@ -22,7 +23,6 @@ teacher --budget-minutes 9 --pack out    # the recipe, on all images, a part at 
 teacher --epochs 4 --schedule one_cycle --learning-rate 0.04 --initial teacher.safetensors
 adopt theirs.safetensors --recipe "Adam, 30 epochs, no augmentation" --epochs 30 --learning-rate 0.001
 adopt longer.safetensors --initial artifacts/teacher.safetensors --epochs 11 --recipe "SGD, by other code"
-signals --n-steps 8
 signals --budget-minutes 2    # goes on where it stopped
 train --method student kd ig kd_ig --seed 0 1 2
 train --method kd --k 9 --epochs 5 --campaign short
@@ -36,15 +36,10 @@ first-calls results/latency/first_calls/my_card.csv
 search --method kd --trials 30 --budget-minutes 240 --pack out
 search --method kd_ig --storage postgresql://me@host/search --budget-minutes 9    # one of several workers
 unpack out/ablation.tar.*
-explain --profile published
 explain --images 1000 --budget-minutes 9 --table explanations.csv
 latency --json my_device.json
 latency --patience 300    # time for every export
 reproduce --profile smoke --only 03,06
 reproduce --profile full --resume
-store
-status
 publish 2f1ac711c7eb 6e99d614e029    # status lists the runs
-readme --check
-links --check
 """

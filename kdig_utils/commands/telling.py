@@ -132,27 +132,26 @@ def readme(*, check: Check = False) -> None:
     """Fill the table of results in the README from the ledger."""
     from kdig_utils.book import repository
 
-    ledger = Ledger(paths.ledger_path()).read()
-    if not check:
-        print("README.md " + ("got the ledger's table" if repository.write_results(ledger) else "was up to date"))
-    elif (paths.repository_root() / "README.md").read_text() != repository.readme_with(
-        repository.results_table(ledger)
-    ):
+    path = paths.repository_root() / "README.md"
+    text = repository.readme_with(repository.results_table(Ledger(paths.ledger_path()).read()))
+    if path.read_text() == text:
+        print("README.md says what the ledger says")
+    elif check:
         raise ValueError("the table in README.md is not the ledger's: run `python -m kdig_utils readme`")
     else:
-        print("README.md says what the ledger says")
+        with paths.replacing(path) as part:
+            part.write_text(text)
+        print("README.md got the ledger's table")
 
 
 def links(*, check: Check = False) -> None:
     """Write the public address of pyproject.toml into every file that links to it."""
     from kdig_utils.book import repository
 
-    root = paths.repository_root()
-    if not check:
-        changed = [str(path.relative_to(root)) for path in repository.write_address()]
-        print(f"{repository.address()}: changed {', '.join(changed) or 'nothing'}")
-    elif stale := list(repository.stale_addresses()):
-        path, slug = stale[0]
-        raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
-    else:
-        print(f"every file names {repository.address()}")
+    root, stale = paths.repository_root(), list(repository.stale_addresses())
+    for path, slug in stale:
+        if check:
+            raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
+        repository.write_address(path, slug)
+    changed = ", ".join(str(path.relative_to(root)) for path, _slug in stale)
+    print(f"{repository.address()}: changed {changed or 'nothing'}")
