@@ -64,7 +64,7 @@ def test_each_command_has_help_with_an_example(command: str, capsys: pytest.Capt
 
 
 # What the GPU machines of ../shared/gpu/README.md lack of the package's requirements.
-NOT_ON_A_BARE_MACHINE = ("alembic", "captum", "optuna", "sqlalchemy", "pooch", "IPython", "papermill", "nbformat")
+NOT_ON_A_BARE_MACHINE = ("alembic", "captum", "optuna", "sqlalchemy", "pooch", "IPython", "nbclient", "nbformat")
 ON_A_BARE_MACHINE = f"""
 import sys
 for name in {NOT_ON_A_BARE_MACHINE}:

@@ -1,4 +1,4 @@
-"""Run the chapters headlessly with papermill, one after the other, into a run folder; the notebooks stay as they are.
+"""Run the chapters headlessly, one after the other, into a run folder; the notebooks stay as they are.
 
 The run folder, `reproduce/PROFILE` in the workspace, holds the executed copies. Beside each copy that ran to its end
 stands a fingerprint of what it was made from, so that `--resume` passes over what is up to date.
@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
-import papermill
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from papermill.exceptions import PapermillExecutionError
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from kdig_utils import paths
 from kdig_utils.book.repository import notebooks
@@ -66,7 +65,7 @@ def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> l
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
     chosen = chosen_notebooks(only)
     for notebook in chosen:
-        check_parameters(notebook)
+        read_chapter(notebook)
     folder = run_folder(profile)
     print_line(f"{len(chosen)} notebooks, profile {profile}; executed copies go to {folder}")
     outcomes = []
@@ -98,50 +97,54 @@ def chosen_notebooks(only: Sequence[str] = ()) -> list[Path]:
     return [path for number, path in by_number.items() if not wanted or number in wanted]
 
 
-def check_parameters(notebook: Path) -> None:
-    """Raise ValueError unless the notebook has exactly the parameters of the book, with the committed values.
+def read_chapter(notebook: Path) -> tuple[nbformat.NotebookNode, nbformat.NotebookNode]:
+    """A notebook, and its cell with the parameters.
 
-    papermill only warns of an unknown name, and the chapter would then run in another profile than the one asked for.
+    Raises:
+        ValueError: no notebook, or other parameters than the book's with their committed values.
     """
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
+        book = nbformat.read(notebook, as_version=4)
     except ValueError as error:
         raise ValueError(f"{notebook} is no notebook ({type(error).__name__}): restore it from git") from error
-    found = [cell.source.strip() for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if found != [PARAMETERS]:
-        shown = "; ".join(found).replace("\n", "; ") or "none"
-        raise ValueError(
-            f"the parameters of {notebook.name} are {shown}: its cell tagged `parameters` must set {PARAMETERS}"
-        )
+    tagged = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
+    if [cell.source.strip() for cell in tagged] != [PARAMETERS]:
+        shown = "; ".join(cell.source for cell in tagged).replace("\n", "; ") or "none"
+        told = f"the parameters of {notebook.name} are {shown}"
+        raise ValueError(f"{told}: its cell tagged `parameters` must set {PARAMETERS}")
+    return book, tagged[0]
 
 
 def execute(notebook: Path, profile: str, folder: Path) -> Outcome:
     """Execute a copy of `notebook` in `profile` into `folder`, working in the folder of the notebook itself."""
-    started, error = time.monotonic(), ""
+    started, error, copy = time.monotonic(), "", folder / notebook.name
     folder.mkdir(parents=True, exist_ok=True)
+    book, parameters = read_chapter(notebook)
+    parameters.source = f'profile = "{profile}"'
+    client = NotebookClient(
+        book,
+        timeout=CELL_TIMEOUT_SECONDS[profile],
+        kernel_name="python3",
+        kernel_manager_class=_this_interpreter(),
+        resources={"metadata": {"path": str(notebook.parent)}},
+    )
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(folder / notebook.name),
-            parameters={"profile": profile},
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            cwd=str(notebook.parent),
-            execution_timeout=CELL_TIMEOUT_SECONDS[profile],
-            kernel_manager_class=_this_interpreter(),
-        )
-    except PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+        with client.setup_kernel():  # not `execute`, which takes Ctrl-C for a dead kernel
+            for place, cell in enumerate(book.cells):
+                client.execute_cell(cell, place)
+                nbformat.write(book, copy)
+    except CellExecutionError as failure:
+        error = f"cell {client.code_cells_executed}: {failure.ename}: {failure.evalue}"
     except (CellTimeoutError, DeadKernelError) as failure:
         error = f"{type(failure).__name__}: {failure}"
+    nbformat.write(book, copy)
     first_line = error.strip().split("\n")[0]
     return Outcome(notebook.name, time.monotonic() - started, "failed" if error else "ok", first_line)
 
 
 def _this_interpreter() -> type:
     """What starts the kernel: this interpreter with this package, whatever kernels the machine has installed."""
-    from jupyter_client.kernelspec import KernelSpec  # comes with papermill
+    from jupyter_client.kernelspec import KernelSpec  # comes with nbclient
     from jupyter_client.manager import AsyncKernelManager
 
     quiet = "--log-level=CRITICAL"  # what fails in a cell is in the executed copy
@@ -187,7 +190,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 def store(outcomes: Sequence[Outcome]) -> list[str]:
     """Put the executed copies of `published` in place of the committed notebooks; return the names of those changed.
 
-    Only outputs are taken, not the cell, timestamps and metadata that papermill adds.
+    Only their outputs are taken.
 
     Raises:
         ValueError: a chapter failed; no notebook was changed.
@@ -209,7 +212,6 @@ def store(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _take_outputs(notebook: nbformat.NotebookNode, copy: nbformat.NotebookNode) -> None:
     code, ran = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (notebook, copy))
-    ran = [cell for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
     for count, (cell, executed) in enumerate(zip(code, ran, strict=True), start=1):
         cell.execution_count = count
         cell.outputs = _joined_streams(executed.outputs)

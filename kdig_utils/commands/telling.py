@@ -67,7 +67,7 @@ def reproduce(
     only: Annotated[str | None, "these chapters, as 03,06"] = None,
     resume: Annotated[bool, "pass over chapters whose executed copy is up to date"] = False,
 ) -> int:
-    """Run the notebooks in a profile with papermill."""
+    """Run the notebooks in a profile, headlessly."""
     from kdig_utils.book import reproduce as chapters
 
     outcomes = chapters.reproduce(profile, only.split(",") if only else [], resume)

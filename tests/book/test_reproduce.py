@@ -49,7 +49,6 @@ def printed(notebook: Path) -> str:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_notebook_runs_in_smoke(notebook: Path, workspace: Path) -> None:
     """They share the session's workspace: teacher and students are trained by the first that asks for them."""
-    reproduce.check_parameters(notebook)
     outcome = reproduce.execute(notebook, "smoke", workspace / "reproduce" / "smoke")
     assert (outcome.status, outcome.error) == ("ok", "")
 
