@@ -27,7 +27,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Descriptions as they are written, and each default that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if isinstance(action.default, bool | None) else super()._get_help_string(action)
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -60,9 +60,9 @@ def stale_addresses() -> Iterator[tuple[Path, str]]:
 def write_address(path: Path, slug: str) -> None:
     """Write the public address into a file that names the repository `slug`, OWNER/NAME, as the book's own."""
     old, new = slug.split("/")[1], _slug().split("/")[1]
-    text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\1{_slug()}", path.read_text())
+    text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{_slug()}", path.read_text())
     with replacing(path) as part:
-        part.write_text(re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\1{new}", text))
+        part.write_text(re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\g<1>{new}", text))
 
 
 def results_table(ledger: pd.DataFrame) -> str:
