@@ -1,7 +1,7 @@
 """kdig_utils: the helper package of the executable book on explanation-guided knowledge distillation.
 
-Five wings, and imports go one way: `method` ← `experiments`, `edge`; `experiments` ← `analysis` ← `book` ← the command
-line `python -m kdig_utils`. Below all of them lie `paths` and `machine`.
+Five wings, and imports go one way: `method` ← `experiments`, `edge`; `experiments` ← `analysis` ← `book` ← `commands`,
+those of the command line `python -m kdig_utils`. Below all of them lie `paths` and `machine`.
 
 - `method`: what the paper describes, from the images to the loss of a batch
 - `experiments`: how runs are made and kept: the ledger, many students side by side, campaigns, a GPU lent for minutes

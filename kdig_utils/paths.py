@@ -8,6 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+ELSEWHERE = "set KDIG_WORKSPACE (for ledger and artifacts KDIG_ROOT) to a folder that can be written"
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EROFS: f"the folder is read-only: {ELSEWHERE}",
+    errno.EACCES: f"the folder may not be written: {ELSEWHERE}",
+    errno.ENOENT: f"the folder is not there and cannot be made: name another one, or {ELSEWHERE}",
+}
+
 
 def repository_root() -> Path:
     """The book's folder: `KDIG_ROOT` if set, else the nearest folder upwards that holds `notebooks` and `kdig_utils`.
@@ -56,19 +65,17 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder is read-only or the disk is full; the message names the folder and the remedy.
     """
-    part = None
     with explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            os.close(handle)
-            part = Path(name)
             yield part
             part.chmod(0o644)
             os.replace(part, path)
         finally:
-            if part is not None:
-                part.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -81,7 +88,10 @@ def explaining(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explained(error, path) from error
+        if error.errno not in REMEDIES:
+            raise
+        told = f"cannot write {path.name} in {path.parent}; {REMEDIES[error.errno]} and run it again"
+        raise OSError(error.errno, told) from error
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
@@ -100,17 +110,3 @@ def check_writable(folder: Path, needed: int = 0) -> None:
             f"{folder} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed; free some space, or set "
             "KDIG_WORKSPACE to a larger disk",
         )
-
-
-def _explained(error: OSError, path: Path) -> OSError:
-    elsewhere = "set KDIG_WORKSPACE (for ledger and artifacts KDIG_ROOT) to a folder that can be written"
-    remedies = {
-        errno.ENOSPC: "the disk is full: free some space",
-        errno.EDQUOT: "the disk quota is used up: free some space",
-        errno.EROFS: f"the folder is read-only: {elsewhere}",
-        errno.EACCES: f"the folder may not be written: {elsewhere}",
-        errno.ENOENT: f"the folder is not there and cannot be made: name another one, or {elsewhere}",
-    }
-    if error.errno not in remedies:
-        return error
-    return OSError(error.errno, f"cannot write {path.name} in {path.parent}; {remedies[error.errno]} and run it again")

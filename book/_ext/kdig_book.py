@@ -27,17 +27,7 @@ LOCAL_BADGE = "/book/figures/colab-badge.svg"
 SETTINGS = ["method", "epochs", "k", "other_settings", "test_images", "campaign"]
 SCORECARD = "notebooks/16_scorecard"
 CHAPTER_LINK = re.compile(r"([\w./-]+)\.ipynb")
-HEADINGS = (
-    "method",
-    "accuracy",
-    "lowest to highest",
-    "seeds",
-    "epochs",
-    "k",
-    "other settings",
-    "test images",
-    "campaign",
-)
+HEADINGS = ("method", "accuracy", "lowest to highest", "seeds", *(name.replace("_", " ") for name in SETTINGS[1:]))
 
 
 def summary(ledger: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -129,13 +119,6 @@ def follow_links_in_outputs(app: Sphinx, doctree: nodes.document) -> None:
             link.replace_self(link_to_page(app.env.docname, found[1], content))
 
 
-def check_typed_numbers(app: Sphinx, docname: str, _source: list[str]) -> None:
-    """Warn of each accuracy on the page that is typed and checked by nobody."""
-    path = Path(app.env.doc2path(docname))
-    for message in prose.unexplained(path, Path(app.srcdir)):
-        logger.warning(message, location=docname)
-
-
 def use_local_badges(app: Sphinx, doctree: nodes.document) -> None:
     """Show the book's own Colab badge where a notebook names the one on Google's host."""
     for image in doctree.findall(nodes.image):
@@ -180,11 +163,10 @@ def serve_networks(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register directive, roles and the check of sources, and what is done to images before Sphinx collects them."""
+    """Register directive and roles, and what is done to images before Sphinx collects them."""
     app.add_directive("ledger-status", LedgerStatus)
     for role in ("ledger", "paper", "claim"):
         app.add_role(role, QuotedNumber())
-    app.connect("source-read", check_typed_numbers)
     app.connect("doctree-read", follow_links_in_outputs, priority=100)
     app.connect("doctree-read", use_local_badges, priority=100)
     app.connect("doctree-read", describe_figures, priority=100)

@@ -3,9 +3,7 @@
 import io
 from collections.abc import Iterable
 
-import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image, Markdown, display
@@ -17,30 +15,20 @@ from kdig_utils.experiments import evidence
 from kdig_utils.method.spec import METHODS
 
 # Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
-METHOD_COLOURS = {
-    "teacher": "#555555",
-    **dict(
-        zip(
-            METHODS,
-            ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255"),
-            strict=True,
-        )
-    ),
-}
+COLOURS = ("#555555", "#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255")
+METHOD_COLOURS = dict(zip(("teacher", *METHODS), COLOURS, strict=True))
 DPI = 110
 
 
 def style() -> None:
     """Set the book's style for all figures that follow."""
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
-    matplotlib.rcParams.update(
-        {
-            "figure.constrained_layout.use": True,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "figure.titleweight": "bold",
-        }
-    )
+    settings = {
+        "figure.constrained_layout.use": True,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "figure.titleweight": "bold",
+    }
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9, rc=settings)
 
 
 def show(figure: Figure, alt: str, caption: str, kind: str | Iterable[str]) -> None:
@@ -73,13 +61,15 @@ def png(figure: Figure) -> bytes:
 
 def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
     """Draw one image, (3, H, W) in [0, 1], without axes."""
-    axes.imshow(image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy())
-    axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
-    axes.set_axis_off()
+    _show(axes, image.permute(1, 2, 0).clamp(0, 1), title)
 
 
 def show_map(axes: Axes, values: Tensor, title: str = "", cmap: str = "inferno") -> None:
     """Draw one map, (H, W), from its lowest to its highest value, without axes."""
-    axes.imshow(np.asarray(values.detach().cpu().float()), cmap=cmap)
+    _show(axes, values.float(), title, cmap)
+
+
+def _show(axes: Axes, values: Tensor, title: str, cmap: str | None = None) -> None:
+    axes.imshow(values.detach().cpu().numpy(), cmap=cmap)
     axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
     axes.set_axis_off()

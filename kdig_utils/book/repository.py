@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kdig_utils.analysis import claims, plan, scorecard, verdicts
 from kdig_utils.experiments import campaigns, evidence, teachers
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
@@ -42,13 +43,6 @@ def colab_badge(notebook: str) -> str:
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
-def linking_files() -> list[Path]:
-    """The files that name the public address, or may: README, citation, settings, prose pages, notebooks."""
-    root = repository_root()
-    named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
-    return [path for path in (*named, *sorted(root.glob("book/*.md")), *notebooks()) if path.is_file()]
-
-
 def notebooks() -> list[Path]:
     """The chapters that compute, in reading order."""
     return sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -56,22 +50,19 @@ def notebooks() -> list[Path]:
 
 def stale_addresses() -> Iterator[tuple[Path, str]]:
     """Each file that names another repository as the book's own, with that `OWNER/NAME`."""
-    for path in linking_files():
-        found = set(OWN_ADDRESS.findall(path.read_text())) - {_slug()}
+    root = repository_root()
+    named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
+    for path in (*named, *sorted(root.glob("book/*.md")), *notebooks()):
+        found = set(OWN_ADDRESS.findall(path.read_text())) - {_slug()} if path.is_file() else set()
         yield from ((path, slug) for slug in sorted(found))
 
 
-def write_address() -> list[Path]:
-    """Write the public address into every file that names another one as the book's own; return the changed files."""
-    changed = []
-    for path, slug in stale_addresses():
-        old, new = slug.split("/")[1], _slug().split("/")[1]
-        text = re.sub(rf"github\.com/{re.escape(slug)}\b", f"github.com/{_slug()}", path.read_text())
-        text = text.replace(f"google.com/github/{slug}/", f"google.com/github/{_slug()}/")
-        text = re.sub(rf"(?<=\bcd ){re.escape(old)}\b|(?<=\bcd -q ){re.escape(old)}\b", new, text)
-        _write(path, text)
-        changed.append(path)
-    return changed
+def write_address(path: Path, slug: str) -> None:
+    """Write the public address into a file that names the repository `slug`, OWNER/NAME, as the book's own."""
+    old, new = slug.split("/")[1], _slug().split("/")[1]
+    text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{_slug()}", path.read_text())
+    with replacing(path) as part:
+        part.write_text(re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\g<1>{new}", text))
 
 
 def results_table(ledger: pd.DataFrame) -> str:
@@ -81,8 +72,6 @@ def results_table(ledger: pd.DataFrame) -> str:
 
 def claims_table(ledger: pd.DataFrame) -> str:
     """How many claims of each kind of evidence have which verdict; what a clock must settle is in chapter 16."""
-    from kdig_utils.analysis import scorecard, verdicts  # as in `_in_the_paper`
-
     card = scorecard.scorecard(ledger)
     counts = scorecard.by_kind(card[card["evidence"] != evidence.TIMED])
     lines = [f"| evidence that settles the claim | {' | '.join(verdicts.VERDICTS)} |", "|---" * 7 + "|"]
@@ -102,11 +91,13 @@ def methods_table(ledger: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for method in ("teacher", *METHODS):
+        signals = ", ".join(TEACHER_SIGNALS[part] for part in TEACHER_SIGNALS if part in method.split("_"))
+        runs = claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")
         for cells in _cells_of(shown.get(method, ledger.head(0))):
-            lines.append(f"| `{method}` | {_signals_of(method)} | {cells} | {_in_the_paper(method):.2f} % |")
+            lines.append(f"| `{method}` | {signals} | {cells} | {np.mean(runs):.2f} % |")
     for _index, row in teachers.waiting(ledger).iterrows():
         spec = spec_of(row)
-        trained = spec.recipe or f"{spec.epochs} epochs by this book's code"
+        trained = getattr(spec, "recipe", "") or f"{spec.epochs} epochs by this book's code"
         words = f"{row['test_accuracy']:.2f} % (run `{row['run_id']}`). How it was trained: {trained}."
         lines += ["", f"A better teacher has no students yet: {words}"]
     return "\n".join(lines)
@@ -126,26 +117,14 @@ def _cells_of(runs: pd.DataFrame) -> Iterator[str]:
 
 def _budget(spec: RunSpec | TeacherSpec) -> str:
     """Epochs, and of a teacher where it started and by which recipe, in words."""
-    continued = ["after an earlier short training"] if getattr(spec, "initial_sha256", "") else []
-    recipe = [spec.recipe] if getattr(spec, "recipe", "") else []
-    return ", ".join([f"{spec.epochs}", *continued, *recipe])
-
-
-def _signals_of(method: str) -> str:
-    return ", ".join(signal for part, signal in TEACHER_SIGNALS.items() if part in method.split("_"))
-
-
-def _in_the_paper(method: str) -> float:
-    """Its test accuracy, in per cent, there: the mean of ten runs; of the one teacher."""
-    from kdig_utils.analysis import claims  # needs PyYAML and statsmodels; a machine that only trains may lack them
-
-    return float(np.mean(claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")))
+    if isinstance(spec, RunSpec):
+        return str(spec.epochs)
+    continued = "after an earlier short training" if spec.initial_sha256 else ""
+    return ", ".join(filter(None, [str(spec.epochs), continued, spec.recipe]))
 
 
 def queue_table(ledger: pd.DataFrame) -> str:
     """How many runs of each stage of the queue the ledger holds, and how many claims it settles; in its order."""
-    from kdig_utils.analysis import plan  # as in `_in_the_paper`
-
     stages = plan.stages(plan.plan(ledger))
     lines = ["| stage of the queue, in its order | runs done | settles claims |", "|---|---|---|"]
     lines += [f"| {row.stage} | {row.done} of {row.runs} | {row.claims or ''} |" for row in stages.itertuples()]
@@ -165,19 +144,5 @@ def readme_with(table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
-def write_results(ledger: pd.DataFrame) -> bool:
-    """Write the ledger's table of results into the README; return whether it was another one."""
-    path, text = repository_root() / "README.md", readme_with(results_table(ledger))
-    if path.read_text() == text:
-        return False
-    _write(path, text)
-    return True
-
-
 def _slug() -> str:
     return address().removeprefix("https://github.com/")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdig_utils import __main__ as command_line
-from kdig_utils import paths
+from kdig_utils import commands, paths
 from kdig_utils.analysis import plan, verdicts
 from kdig_utils.book import repository
 from kdig_utils.experiments import campaigns, evidence
@@ -123,6 +122,6 @@ def test_the_papers_numbers_stand_beside_ours(ledger: Ledger) -> None:
 def test_how_to_run_lists_every_command_and_every_campaign() -> None:
     text = (paths.repository_root() / "book" / "how_to_run.md").read_text()
     listed = re.findall(r"^\| `python -m kdig_utils ([\w-]+)` \|", text, re.MULTILINE)
-    assert sorted(listed) == sorted(function.__name__.replace("_", "-") for function in command_line.EXAMPLES)
+    assert sorted(listed) == sorted(function.__name__.replace("_", "-") for function in commands.COMMANDS)
     trained = re.findall(r"^python -m kdig_utils campaign ([\w-]+) ", text, re.MULTILINE)
     assert sorted(trained) == sorted((*campaigns.CAMPAIGNS, "answers", "next", "next"))

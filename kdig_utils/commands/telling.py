@@ -1,0 +1,156 @@
+"""Commands that measure what is there, show it and publish it."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+
+from kdig_utils import paths
+from kdig_utils.book.status import artifact_lines, campaign_lines, checkpoint_line, ledger_lines, signals_line
+from kdig_utils.commands.training import UNTIL_THE_END, Span, campaign_specs, student_study
+from kdig_utils.experiments import campaigns, publishing, teachers
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.study import PROFILES, open_study
+
+Check = Annotated[bool, "change nothing; fail if something would change"]
+
+
+def first_calls(
+    file: Annotated[Path, "a CSV file for the times"], *, seconds: Annotated[Span, "about"] = Span("40")
+) -> None:
+    """Time first calls as the released scripts do, in fresh processes: teacher first, student first, on into warmth."""
+    from kdig_utils.edge import timing
+
+    paths.check_writable(file.parent)
+    count = timing.record_first_calls(file, seconds)
+    print(f"{file.name}: {count} processes for each order of the networks")
+
+
+def latency(
+    *,
+    student: Annotated[str, "a network of artifacts/"] = "kd_ig_k5",
+    json: Annotated[Path | None, "write the rows to this file"] = None,
+    patience: Annotated[float, "seconds for everything"] = 100.0,
+) -> None:
+    """Time teacher and student in every runtime at hand; needs no data set."""
+    from kdig_utils.edge import benchmark
+
+    benchmark.run(student, patience, json)
+
+
+def explain(
+    *,
+    images: Annotated[int, "explained, a multiple of 20"] = 100,
+    budget_minutes: Annotated[Span, "no network starts later"] = UNTIL_THE_END,
+    table: Annotated[Path | None, "CSV file; default: explanations.csv beside the ledger"] = None,
+    profile: Annotated[str, "full, smoke, or published, which uses the repository's images"] = "full",
+) -> None:
+    """Measure the explanations of every run whose weights are here; goes on where it stopped."""
+    from kdig_utils.analysis import examination, explanations
+
+    if images % 20:
+        raise ValueError(f"--images {images} is no multiple of 20: give one, as 100; half are corrupted")
+    deadline = time.monotonic() + 60 * budget_minutes
+    study = open_study(profile) if profile == "published" else student_study(profile)
+    path = table or study.explanations_path
+    effort = examination.Effort(images=images, mosaics=images, corrupted=images // 2)
+    found = explanations.explain_runs(study, effort, path, deadline, print)
+    print(f"{path.name}: {found.loc[found['run_id'] != '', 'run_id'].nunique()} networks explained")
+
+
+def reproduce(
+    *,
+    profile: Annotated[str, f"of {' '.join(PROFILES)}"] = "published",
+    only: Annotated[str | None, "these chapters, as 03,06"] = None,
+    resume: Annotated[bool, "pass over chapters whose executed copy is up to date"] = False,
+) -> int:
+    """Run the notebooks in a profile, headlessly."""
+    from kdig_utils.book import reproduce as chapters
+
+    outcomes = chapters.reproduce(profile, only.split(",") if only else [], resume)
+    print("\n" + chapters.summary(outcomes))
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def store() -> None:
+    """Run the notebooks in profile published and put the executed copies in place of the committed ones."""
+    from kdig_utils.book import reproduce as chapters
+
+    changed = chapters.store(chapters.reproduce("published", resume=True))
+    print(f"changed: {', '.join(changed) or 'none'}")
+
+
+def status() -> int:
+    """Say what is there and what is missing."""
+    from kdig_utils.analysis import plan
+
+    damaged, ledger, folder = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read(), paths.workspace()
+    sections = {
+        "ledger": ledger_lines(ledger),
+        "queue": plan.progress_lines(ledger),
+        "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
+        "runs in progress": [checkpoint_line(path) for path in sorted(folder.glob("*/checkpoints/*.pt"))],
+        "teacher signals": [signals_line(path.parent) for path in sorted(folder.glob("*/signals/*/done.npy"))],
+        "artifacts": artifact_lines(damaged),
+    }
+    for title, lines in sections.items():
+        print(f"{title}\n  " + "\n  ".join(lines or ["none"]))
+    return int(bool(damaged))
+
+
+def answers_line(ledger: pd.DataFrame) -> str:
+    """How far the campaign `answers` is; its settings are known when the search is done."""
+    try:
+        wanted = campaign_specs("answers")
+    except (ValueError, ModuleNotFoundError) as error:
+        return f"answers: {error}"
+    done = len(campaigns.rows_of(ledger, wanted))
+    return f"answers: {done} of {len(wanted)} runs done, {len(wanted) - done} left"
+
+
+def publish(run_id: Annotated[Sequence[str], "as in the ledger; status lists them"]) -> None:
+    """Put the weights of finished runs into artifacts/.
+
+    The published students have one teacher: students of another one are published all together, with their teacher.
+    """
+    study = open_study("full")
+    table = study.ledger.read().set_index("run_id", drop=False)
+    if unknown := [name for name in run_id if name not in table.index]:
+        raise ValueError(f"the ledger has no run {unknown[0]!r}: `python -m kdig_utils status` lists the runs")
+    teachers.check_students(table.loc[run_id], table)
+    for name in run_id:
+        entry = publishing.publish_run(study, table.loc[name])
+        print(f"{entry['file']}: run {name}, {entry['precision']}, {entry['test_accuracy']:.2f} % on the test images")
+    if teachers.promote(table):
+        print("next_teacher has students: it is teacher now")
+
+
+def readme(*, check: Check = False) -> None:
+    """Fill the table of results in the README from the ledger."""
+    from kdig_utils.book import repository
+
+    path = paths.repository_root() / "README.md"
+    text = repository.readme_with(repository.results_table(Ledger(paths.ledger_path()).read()))
+    if path.read_text() == text:
+        print("README.md says what the ledger says")
+    elif check:
+        raise ValueError("the table in README.md is not the ledger's: run `python -m kdig_utils readme`")
+    else:
+        with paths.replacing(path) as part:
+            part.write_text(text)
+        print("README.md got the ledger's table")
+
+
+def links(*, check: Check = False) -> None:
+    """Write the public address of pyproject.toml into every file that links to it."""
+    from kdig_utils.book import repository
+
+    root, stale = paths.repository_root(), list(repository.stale_addresses())
+    for path, slug in stale:
+        if check:
+            raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
+        repository.write_address(path, slug)
+    changed = ", ".join(str(path.relative_to(root)) for path, _slug in stale)
+    print(f"{repository.address()}: changed {changed or 'nothing'}")
