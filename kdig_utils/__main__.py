@@ -21,8 +21,9 @@ from kdig_utils.book import repository
 from kdig_utils.book.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
 from kdig_utils.experiments import campaigns, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.reports import print_now_and_then
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, TrainingDiverged, Way
-from kdig_utils.experiments.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
+from kdig_utils.experiments.study import PROFILES, TEACHER_RECIPE, Study, open_study
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts, cifar10, models, pairings
 from kdig_utils.method.spec import METHODS, SCHEDULES, RunSpec, TeacherSpec

@@ -1,6 +1,5 @@
 """Packs, in which finished runs travel: rows, curves and weights in a tar archive, in pieces that a host lets out."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +16,10 @@ from kdig_utils.paths import explaining, replacing
 
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
 PACK_MOST_BYTES = 60_000_000  # and in all files together
+MEMBERS = re.compile(
+    r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
+    r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
+)
 
 
 class Pack(NamedTuple):
@@ -42,30 +45,16 @@ def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: 
     members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
     left_out, size = [], len(members["runs.csv"])
     for path in files:
-        with contextlib.suppress(FileNotFoundError):  # a run that ended meanwhile has no checkpoint any more
+        try:
             content = path.read_bytes()
-            if size + len(content) > PACK_MOST_BYTES:
-                left_out.append(path)
-            else:
-                members[f"{path.parent.name}/{path.name}"] = content
-                size += len(content)
+        except FileNotFoundError:  # a run that ended meanwhile has no checkpoint any more
+            continue
+        if size + len(content) > PACK_MOST_BYTES:
+            left_out.append(path)
+        else:
+            members[f"{path.parent.name}/{path.name}"] = content
+            size += len(content)
     return Pack(_write_pieces(_archive(members), folder, name), left_out)
-
-
-def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
-    """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(content), PACK_BYTES)
-    pieces = [folder / f"{name}.tar.{number:02d}" for number in range(len(starts))]
-    parts = [piece.with_name(f".{piece.name}.part") for piece in pieces]
-    with explaining(pieces[0]):
-        for part, start in zip(parts, starts, strict=True):
-            part.write_bytes(content[start : start + PACK_BYTES])
-        for part, piece in zip(parts, pieces, strict=True):
-            os.replace(part, piece)
-    for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
-        path.unlink()  # of a larger pack that stood here before
-    return pieces
 
 
 def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
@@ -84,16 +73,33 @@ def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> 
         ValueError: a piece is missing or damaged; nothing was written then.
     """
     members = _members(b"".join(path.read_bytes() for path in sorted(pieces)))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "runs.csv").write_bytes(members.pop("runs.csv"))
-        table = Ledger(Path(folder) / "runs.csv").read()
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "runs.csv").write_bytes(members.pop("runs.csv"))
+        table = Ledger(Path(scratch) / "runs.csv").read()
     for name, data in members.items():
         folder, file = name.split("/")
-        path = folders[folder] / Path(file).name
+        path = folders[folder] / file
         if folder == "checkpoints" or not path.exists():
             with replacing(path) as part:
                 part.write_bytes(data)
     return ledger.merge(table)
+
+
+def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
+    """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = {}
+    for number, start in enumerate(range(0, len(content), PACK_BYTES)):
+        pieces[folder / f"{name}.tar.{number:02d}"] = content[start : start + PACK_BYTES]
+    parts = {piece: piece.with_name(f".{piece.name}.part") for piece in pieces}
+    with explaining(folder / f"{name}.tar.00"):
+        for piece, data in pieces.items():
+            parts[piece].write_bytes(data)
+        for piece, part in parts.items():
+            os.replace(part, piece)
+    for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
+        path.unlink()  # of a larger pack that stood here before
+    return list(pieces)
 
 
 def _archive(members: dict[str, bytes]) -> bytes:
@@ -110,15 +116,12 @@ def _archive(members: dict[str, bytes]) -> bytes:
 def _members(content: bytes) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            members = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+            found = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
+            members = {name: file.read() for name, file in found.items() if file is not None}
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
     hashes = json.loads(members.pop("sha256.json", b"{}"))
-    known = re.compile(
-        r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
-        r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
-    )
-    if "runs.csv" not in members or not all(map(known.fullmatch, members)):
+    if "runs.csv" not in members or not all(map(MEMBERS.fullmatch, members)):
         raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
     if damaged := [name for name in hashes if hashlib.sha256(members.get(name, b"")).hexdigest() != hashes[name]]:
         raise ValueError(f"the pack is not whole ({damaged[0]} is damaged): bring its pieces over again")

@@ -34,7 +34,9 @@ def publish_run(study: Study, row: pd.Series) -> dict:
     name = teachers.name_of(row, study.ledger.read()) if spec.method == "teacher" else f"{spec.method}_k{spec.k}"
     teaches = spec.method == "teacher" and (name == teachers.NEXT or teachers.NEXT not in artifacts.manifest())
     half = is_the_same_in_half(model) if teaches else keeps_accuracy_in_half(model, spec, study.test)
-    artifacts.publish(name, model, half, **facts(row))
+    facts = {name: str(row[name]) for name in ("run_id", "method", "weights_sha256")}
+    counts = {name: int(row[name]) for name in ("k", "seed", "epochs")}
+    artifacts.publish(name, model, half, **facts, **counts, test_accuracy=float(row["test_accuracy"]))
     return artifacts.manifest()[name]
 
 
@@ -49,19 +51,6 @@ def is_the_same_in_half(model: nn.Module) -> bool:
     """Whether float16 holds every weight to the last bit."""
     floats = (value for value in model.state_dict().values() if value.is_floating_point())
     return all(torch.equal(value, value.half().float()) for value in floats)
-
-
-def facts(row: pd.Series) -> dict[str, object]:
-    """What the manifest says about a run, from its ledger row."""
-    return {
-        "run_id": str(row["run_id"]),
-        "method": str(row["method"]),
-        "k": int(row["k"]),
-        "seed": int(row["seed"]),
-        "epochs": int(row["epochs"]),
-        "test_accuracy": float(row["test_accuracy"]),
-        "weights_sha256": str(row["weights_sha256"]),
-    }
 
 
 def damaged_artifacts() -> dict[str, str]:

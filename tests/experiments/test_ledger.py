@@ -278,10 +278,3 @@ def test_rows_of_the_teacher_with_most_of_them_stay_and_those_without_a_teacher(
     assert of_one_teacher(rows[:0]).empty
     students = rows[rows["teacher_sha256"] == ""]
     assert of_one_teacher(students).equals(students)
-
-
-def test_a_ledger_from_before_compiled_was_noted_reads_as_not_compiled(ledger: Ledger) -> None:
-    ledger.append(RunSpec("kd"), campaign="main")
-    pd.read_csv(ledger.path, dtype=str).drop(columns="compiled").to_csv(ledger.path, index=False)
-    ledger.append(RunSpec("ig"), campaign="main", compiled="yes")
-    assert ledger.read()["compiled"].tolist() == ["", "yes"]

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdig_utils.experiments import side_by_side
-from kdig_utils.experiments.runs import student_run, teacher_run
-from kdig_utils.experiments.side_by_side import Pace, Run, Steps, Trained, Waiting, Way, fit, train_together
+from kdig_utils.experiments import checkpoints, side_by_side
+from kdig_utils.experiments import steps as steps_module
+from kdig_utils.experiments.runs import Run, Trained, student_run, teacher_run
+from kdig_utils.experiments.side_by_side import Pace, Waiting, Way, fit, train_together
+from kdig_utils.experiments.steps import RecordingFailed, Steps, TrainingDiverged
 from kdig_utils.method import models, training
 from kdig_utils.method.cifar10 import ImageSet, first_of_each_class
 from kdig_utils.method.signals import TeacherSignals
@@ -105,7 +107,7 @@ def test_a_run_that_diverges_is_dropped_and_named_when_the_others_are_done(
     specs, lines = [small(), wild, small(seed=2)], []
     runs = train_together((student_run(spec, few, held_out) for spec in specs), Way(at_once), report=lines.append)
     ended = [next(runs), next(runs)]
-    with pytest.raises(side_by_side.TrainingDiverged, match=rf"^run {wild.run_id}: [^;]*lower the learning rate[^;]*$"):
+    with pytest.raises(TrainingDiverged, match=rf"^run {wild.run_id}: [^;]*lower the learning rate[^;]*$"):
         next(runs)
     assert {run.spec.seed for run in ended} == {0, 2}
     assert all(same(run.trained, fit(student_run(run.spec, few, held_out))) for run in ended)
@@ -121,7 +123,7 @@ def test_a_run_that_diverged_keeps_its_last_good_checkpoint(
         if "epoch 1/2" in line:
             run.loss_sum.fill_(math.nan)
 
-    with pytest.raises(side_by_side.TrainingDiverged, match="the loss is nan in epoch 2"):
+    with pytest.raises(TrainingDiverged, match="the loss is nan in epoch 2"):
         list(train_together([run], report=spoil))
     assert same(
         fit(student_run(small(), train, held_out, None, tmp_path / "c.pt")), fit(student_run(small(), train, held_out))
@@ -134,16 +136,16 @@ def test_a_run_that_diverged_keeps_its_last_good_checkpoint(
 def test_a_runs_seconds_hold_its_measuring(
     train: ImageSet, held_out: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = side_by_side.measure
+    measure = steps_module.measure
 
     def slow(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        time.sleep(0.5)
+        time.sleep(0.1)
         return measure(run)
 
-    monkeypatch.setattr(side_by_side, "measure", slow)
+    monkeypatch.setattr(steps_module, "measure", slow)
     runs = list(train_together((student_run(small(seed=s, epochs=1), train, held_out) for s in (0, 1)), way=Way(2)))
     assert [run.seconds for run in runs] == pytest.approx([run.curve[-1]["seconds"] for run in runs])
-    assert sum(run.seconds for run in runs) > 1.0
+    assert sum(run.seconds for run in runs) > 0.2
 
 
 # The budget
@@ -217,7 +219,7 @@ def test_a_run_put_aside_goes_on_when_the_others_are_done(train: ImageSet, held_
     run, queue = student_run(small(epochs=3), train, held_out), Waiting(iter([]))
     steps = Steps(run, print)
     side_by_side.train_round([steps], math.inf, print)
-    queue.put_back(run)
+    queue.aside.append(run)
     assert queue.next([], Pace(math.inf)) is run
     assert queue.next([], Pace(math.inf)) is None
     assert same(fit(run), fit(student_run(small(epochs=3), train, held_out)))
@@ -231,9 +233,9 @@ def test_the_first_round_tells_no_speed(train: ImageSet, held_out: ImageSet) -> 
         time.sleep(seconds)
         steps[0].run.epoch += 1
 
-    for seconds in (3.0, 0.01):
+    for seconds in (0.5, 0.01):
         pace.round_of(steps, lambda _active, seconds=seconds: train_for(seconds))
-    assert 0.01 <= pace.seconds < 2.0
+    assert 0.01 <= pace.seconds < 0.4
 
 
 # The memory
@@ -364,12 +366,12 @@ def test_warming_up_leaves_no_trace(train: ImageSet, held_out: ImageSet) -> None
     whole = fit(student_run(small(), train, held_out))
     run = student_run(small(), train, held_out)
     steps = Steps(run, print)
-    model, optimizer = side_by_side.copied(run.model.state_dict()), []
+    model, optimizer = checkpoints.copied(run.model.state_dict()), []
     steps.load_epoch()
     for _step in range(3):
         steps.step(16)
     assert not torch.equal(run.model.state_dict()["features.0.1.running_mean"], model["features.0.1.running_mean"])
-    side_by_side.restore(run, model, optimizer)
+    checkpoints.restore(run, model, optimizer)
     run.loss_sum.zero_()
     assert same(fit(run), whole)
 
@@ -412,7 +414,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def recording_steps(steps: Steps, run: Run, report: object, recorded: bool = True) -> None:
         INIT(steps, run, report)
         steps.stream = FakeStream() if recorded else None
-        steps.graphs = {} if run.finished or not recorded else side_by_side.record(steps)
+        steps.graphs = {} if run.finished or not recorded else steps_module.record(steps)
 
     monkeypatch.setattr(Steps, "__init__", recording_steps)
     monkeypatch.setattr(Steps, "step", noted)
@@ -495,13 +497,13 @@ def test_a_recording_used_again_gives_the_run_that_a_new_one_gives(
 
 
 def count_recordings(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    made, record = [], side_by_side.record
+    made, record = [], steps_module.record
 
     def noted(steps: Steps) -> dict:
         made.append(steps.run)
         return record(steps)
 
-    monkeypatch.setattr(side_by_side, "record", noted)
+    monkeypatch.setattr(steps_module, "record", noted)
     return made
 
 
@@ -549,7 +551,7 @@ def test_a_recording_that_fails_loses_nothing_and_names_the_other_way(
     request.getfixturevalue("monkeypatch").setattr(torch.cuda, "CUDAGraph", graph)
     runs = [student_run(spec, train, held_out, None, tmp_path / f"{spec.seed}.pt") for spec in specs]
     before = models.weights_sha256(runs[1].model)
-    with pytest.raises(side_by_side.RecordingFailed, match=r"--way called: .*not permitted when stream is capturing$"):
+    with pytest.raises(RecordingFailed, match=r"--way called: .*not permitted when stream is capturing$"):
         list(train_together(iter(runs), Way(2)))
     assert models.weights_sha256(runs[1].model) == before
     assert (tmp_path / "0.pt").is_file()
@@ -637,17 +639,6 @@ def test_learning_rate_rises_to_the_highest_and_falls_to_nearly_nothing(name: st
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[-1] < 1e-3 * max(rates)
     assert (momenta is None) == (name == "cosine")
-
-
-def test_one_cycle_is_pytorchs_own() -> None:
-    rates, momenta = training.schedule(TeacherSpec(epochs=3), steps_an_epoch=7)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=21)
-    for rate, momentum in zip(rates, momenta, strict=True):
-        assert (rate, momentum) == (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"])
-        optimizer.step()
-        with contextlib.suppress(ValueError):  # one step more than there are
-            scheduler.step()
 
 
 def test_teacher_by_cosine_learns_and_resumes(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
