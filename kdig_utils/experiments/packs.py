@@ -1,9 +1,9 @@
 """Packs, in which finished runs travel: rows, curves and weights in a tar archive, in pieces that a host lets out."""
 
+import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import tempfile
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdig_utils.experiments.ledger import Ledger
-from kdig_utils.paths import explaining, replacing
+from kdig_utils.paths import replacing
 
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
 PACK_MOST_BYTES = 60_000_000  # and in all files together
@@ -23,12 +23,7 @@ MEMBERS = re.compile(
 
 
 class Pack(NamedTuple):
-    """What `pack` wrote.
-
-    Attributes:
-        pieces: the files of the archive, in order.
-        left_out: files for which there was no room.
-    """
+    """What `pack` wrote: the pieces of the archive, in order, and the files for which there was no room."""
 
     pieces: list[Path]
     left_out: list[Path]
@@ -43,17 +38,14 @@ def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: 
     """
     table = ledger.read()
     members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
-    left_out, size = [], len(members["runs.csv"])
+    left_out = []
     for path in files:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # a run that ended meanwhile has no checkpoint any more
             content = path.read_bytes()
-        except FileNotFoundError:  # a run that ended meanwhile has no checkpoint any more
-            continue
-        if size + len(content) > PACK_MOST_BYTES:
-            left_out.append(path)
-        else:
-            members[f"{path.parent.name}/{path.name}"] = content
-            size += len(content)
+            if len(content) + sum(map(len, members.values())) > PACK_MOST_BYTES:
+                left_out.append(path)
+            else:
+                members[f"{path.parent.name}/{path.name}"] = content
     return Pack(_write_pieces(_archive(members), folder, name), left_out)
 
 
@@ -87,19 +79,15 @@ def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> 
 
 def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
     """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pieces = {}
-    for number, start in enumerate(range(0, len(content), PACK_BYTES)):
-        pieces[folder / f"{name}.tar.{number:02d}"] = content[start : start + PACK_BYTES]
-    parts = {piece: piece.with_name(f".{piece.name}.part") for piece in pieces}
-    with explaining(folder / f"{name}.tar.00"):
-        for piece, data in pieces.items():
-            parts[piece].write_bytes(data)
-        for piece, part in parts.items():
-            os.replace(part, piece)
+    starts = range(0, len(content), PACK_BYTES)
+    pieces = [folder / f"{name}.tar.{number:02d}" for number in range(len(starts))]
+    with contextlib.ExitStack() as all_written:
+        for piece, start in zip(pieces, starts, strict=True):
+            part = all_written.enter_context(replacing(piece))
+            part.write_bytes(content[start : start + PACK_BYTES])
     for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
         path.unlink()  # of a larger pack that stood here before
-    return list(pieces)
+    return pieces
 
 
 def _archive(members: dict[str, bytes]) -> bytes:

@@ -36,44 +36,28 @@ class Trained(NamedTuple):
 
 @dataclass
 class Run:
-    """A run under way: what is trained, by which loss, and everything that moves.
-
-    Attributes:
-        batch_loss: the loss of a batch of draws, without Python decisions on tensor values.
-        n_images: images in an epoch.
-        test: the images that it is measured on, as those of `validation`, on its device.
-        checkpoint: where the run is saved and resumed from; None keeps it in memory alone.
-        rates: learning rate of each step, (steps,), on the device; None leaves the optimiser's own. The optimiser's
-            rate must then be a tensor.
-        momenta: momentum of each step; None leaves the optimiser's own. Such a run is not recorded as a graph.
-        alike: runs that are equal in this can use one recording after another; None can use no other's.
-        own: tensors that `batch_loss` reads and that belong to this run alone.
-        epoch: finished epochs.
-        position: images of the current epoch that are done.
-        loss_sum: sum of the losses of those images, on the device.
-        seconds: time spent training and measuring; runs side by side share it.
-        curve: one entry a finished epoch.
-        generator: state of the random numbers of dropout.
-    """
+    """A run under way: what is trained, by which loss, and everything that moves; all tensors on its device."""
 
     spec: RunSpec | TeacherSpec
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batch_loss: Callable[[EpochDraws], Tensor]
-    n_images: int
-    test: ImageSet
+    batch_loss: Callable[[EpochDraws], Tensor]  # of a batch of draws, without Python decisions on tensor values
+    n_images: int  # in an epoch
+    test: ImageSet  # what it is measured on, as on `validation`
     validation: ImageSet | None = None
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  # where it is saved and resumed from; None keeps it in memory alone
+    # Learning rate of each step, (steps,), and its momentum; None leaves the optimiser's own. With rates, the
+    # optimiser's rate must be a tensor; a run with momenta is not recorded as a graph.
     rates: Tensor | None = None
     momenta: list[float] | None = None
-    alike: Hashable = None
-    own: tuple[Tensor, ...] = ()
-    epoch: int = 0
-    position: int = 0
+    alike: Hashable = None  # runs that are equal in this can use one recording after another; None can use no other's
+    own: tuple[Tensor, ...] = ()  # what `batch_loss` reads and belongs to this run alone
+    epoch: int = 0  # finished ones
+    position: int = 0  # images of the current epoch that are done, and the sum of their losses
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
-    seconds: float = 0.0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    generator: Tensor | None = None
+    seconds: float = 0.0  # spent training and measuring; runs side by side share the time
+    curve: list[dict[str, float]] = field(default_factory=list)  # one entry a finished epoch
+    generator: Tensor | None = None  # state of the random numbers of dropout
 
     @property
     def device(self) -> torch.device:
@@ -123,24 +107,19 @@ def student_run(
     check_signals(spec, signals, train)
     if spec.answers == "online" and teacher is None:
         raise ValueError("answers = 'online' asks the teacher about each crop: pass the teacher")
-    positions, held_out = training_positions(train.labels.cpu(), spec)
-    images, taught, own = chosen(train, positions).to(device), None, False
-    if signals is not None and spec.uses_teacher:
-        taught = paired_signals(signals, train, positions, spec.pairing, spec.seed).to(device)
-        own = taught.logits.data_ptr() != signals.logits.data_ptr()
+    positions, images, tested, validation = image_sets(spec, train, test, device)
+    told, own = told_by(signals, train, positions, spec, device)
     model = models.student(spec.k, spec.seed).to(device).to(memory_format=torch.channels_last)
     rates = student_rates(spec, math.ceil(len(images) / spec.batch_size), device)
     rate = spec.learning_rate if rates is None else rates[0].clone()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=images.pixels.is_cuda)
-
-    def batch_loss(batch: EpochDraws) -> Tensor:
-        return student_loss(model, images, taught, batch, spec, teacher, network)
-
     # A recorded step reads its images where they are, so only runs on the very same ones are alike.
-    alike = replace(spec, seed=0, sample_seed=None, epochs=1), images.pixels.data_ptr(), own, network
-    tensors = taught.tensors() if taught is not None and own else ()
-    measured = measured_on(train, test, held_out, device)
-    return Run(spec, model, optimizer, batch_loss, len(images), *measured, checkpoint, rates, None, alike, tensors)
+    alike = replace(spec, seed=0, sample_seed=None, epochs=1), images.pixels.data_ptr(), bool(own), network
+
+    def loss(batch: EpochDraws) -> Tensor:
+        return student_loss(model, images, told, batch, spec, teacher, network)
+
+    return Run(spec, model, optimizer, loss, len(images), tested, validation, checkpoint, rates, alike=alike, own=own)
 
 
 def teacher_run(
@@ -164,8 +143,7 @@ def teacher_run(
         raise ValueError(
             f"the spec starts from weights {spec.initial_sha256[:12] or 'none'}, got {found[:12] or 'none'}: pass those"
         )
-    positions, held_out = training_positions(train.labels.cpu(), spec)
-    images = chosen(train, positions).to(device)
+    _positions, images, tested, validation = image_sets(spec, train, test, device)
     model = models.teacher(spec.seed)
     if initial is not None:
         model.load_state_dict(initial.state_dict())
@@ -176,20 +154,31 @@ def teacher_run(
         model.parameters(), lr=rates[0].clone(), momentum=0.9, weight_decay=spec.weight_decay, nesterov=True, fused=True
     )
 
-    def batch_loss(batch: EpochDraws) -> Tensor:
+    def loss(batch: EpochDraws) -> Tensor:
         crops = crop_and_flip(images.images(batch.order), batch.shifts, batch.flips)
         logits = model(cutout(crops, spec.cutout) if spec.cutout else crops)
         return F.cross_entropy(logits, images.labels[batch.order], label_smoothing=spec.label_smoothing)
 
-    measured = measured_on(train, test, held_out, device)
-    return Run(spec, model, optimizer, batch_loss, len(images), *measured, checkpoint, rates, momenta)
+    return Run(spec, model, optimizer, loss, len(images), tested, validation, checkpoint, rates, momenta)
 
 
-def measured_on(
-    train: ImageSet, test: ImageSet, held_out: Tensor, device: torch.device | str
-) -> tuple[ImageSet, ImageSet | None]:
-    """Test and validation images of a run, on its device."""
-    return test.to(device), chosen(train, held_out).to(device) if len(held_out) else None
+def image_sets(
+    spec: RunSpec | TeacherSpec, train: ImageSet, test: ImageSet, device: torch.device | str
+) -> tuple[Tensor, ImageSet, ImageSet, ImageSet | None]:
+    """The positions in `train` that a run trains on, these images, its test and its validation images, on `device`."""
+    positions, held_out = training_positions(train.labels.cpu(), spec)
+    validation = chosen(train, held_out).to(device) if len(held_out) else None
+    return positions, chosen(train, positions).to(device), test.to(device), validation
+
+
+def told_by(
+    signals: TeacherSignals | None, train: ImageSet, positions: Tensor, spec: RunSpec, device: torch.device | str
+) -> tuple[TeacherSignals | None, tuple[Tensor, ...]]:
+    """What the images at `positions` are told by the teacher; and its tensors, if they are not shared between runs."""
+    if signals is None or not spec.uses_teacher:
+        return None, ()
+    told = paired_signals(signals, train, positions, spec.pairing, spec.seed).to(device)
+    return told, () if told.logits.data_ptr() == signals.logits.data_ptr() else told.tensors()
 
 
 def compiled_network(report: Report) -> models.Network:

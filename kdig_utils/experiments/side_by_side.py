@@ -29,19 +29,12 @@ MEMORY_RESERVE = 1_500_000_000  # and this many bytes, which the evaluation of a
 
 
 class Way(NamedTuple):
-    """How runs are trained; it changes how long they take, and what they are no more than rounding does.
+    """How runs are trained; it changes how long they take, and what they are no more than rounding does."""
 
-    Attributes:
-        at_once: runs side by side; they take turns, on a GPU each on a stream of its own.
-        recorded: whether a GPU replays recordings of the steps; else Python calls each step.
-        compiled: whether the network of a full batch is compiled (`torch.compile`).
-        benchmark: whether cuDNN times its kernels and takes the fastest.
-    """
-
-    at_once: int = 1
-    recorded: bool = True
-    compiled: bool = False
-    benchmark: bool = True
+    at_once: int = 1  # runs side by side; they take turns, on a GPU each on a stream of its own
+    recorded: bool = True  # a GPU replays recordings of the steps; else Python calls each step
+    compiled: bool = False  # the network of a full batch is compiled (`torch.compile`)
+    benchmark: bool = True  # cuDNN times its kernels and takes the fastest
 
 
 # By the name that the command line knows, the likely fastest on a GPU first; a CPU never records.

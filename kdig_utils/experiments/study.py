@@ -42,27 +42,16 @@ SUFFIXES = {"curves": "csv", "weights": "safetensors", "checkpoints": "pt"}  # o
 
 @dataclass(frozen=True)
 class Study:
-    """One profile's images, networks, signals and ledger.
+    """One profile's images, networks, signals and ledger."""
 
-    Attributes:
-        profile: one of `PROFILES`.
-        folder: where checkpoints, weights and signals are kept.
-        ledger: the table of finished runs.
-        curves: the folder of the learning curves, one CSV file a run.
-        teacher_spec: how the teacher is trained; None takes the published teacher.
-        specs: the students of the main campaign; empty where nothing is trained.
-        n_steps: evaluations along the path for the IG maps.
-        published_teacher: its name in artifacts/: `teacher` is that of the published students.
-    """
-
-    profile: str
-    folder: Path
+    profile: str  # one of `PROFILES`
+    folder: Path  # of checkpoints, weights and signals
     ledger: Ledger
-    curves: Path
-    teacher_spec: TeacherSpec | None = None
-    specs: tuple[RunSpec, ...] = ()
-    n_steps: int = 50
-    published_teacher: str = "teacher"
+    curves: Path  # the folder of the learning curves, one CSV file a run
+    teacher_spec: TeacherSpec | None = None  # how the teacher is trained; None takes the published one
+    specs: tuple[RunSpec, ...] = ()  # the students of the main campaign; empty where nothing is trained
+    n_steps: int = 50  # evaluations along the path for the IG maps
+    published_teacher: str = "teacher"  # its name in artifacts/: `teacher` is that of the published students
 
     def with_best_teacher(self) -> "Study":
         """The same beside the best published teacher, which may have no students yet."""

@@ -13,7 +13,7 @@ from kdig_utils.experiments import side_by_side, study
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import PROFILES, Study, open_study
-from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method import cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import MAIN_METHODS, RunSpec, TeacherSpec
 
@@ -227,13 +227,3 @@ def test_opening_a_study_does_nothing_yet(
     monkeypatch.setattr(cifar10, "fetch", lambda *_arguments: pytest.fail("downloaded"))
     assert open_study(profile).profile == profile
     assert not (tmp_path / "none").exists()
-
-
-def test_workspace_is_where_the_variable_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path))
-    assert open_study("smoke").folder == tmp_path / "smoke"
-
-
-def test_model_for_a_method() -> None:
-    assert models.count_parameters(artifacts.model_for("teacher", 0)) == 2_236_682
-    assert models.count_parameters(artifacts.model_for("kd_ig", 5)) == 543_498
