@@ -7,6 +7,7 @@ once.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -47,16 +48,20 @@ def answers(alpha: float, temperature: float) -> list[RunSpec]:
     return by_seed(grid(SEEDS, **setting, pairing=["matched", "shuffled"]), grid(SEEDS, **setting, answers=["online"]))
 
 
+# Eight methods at the paper's settings, each map with its own image.
+ablation = partial(grid, SEEDS, method=METHODS)
+# Eight sizes of the student.
+compression = partial(grid, COMPRESSION_SEEDS, k=models.REMOVABLE_BLOCKS, method=MAIN_METHODS)
+# Stratified draws of 80 % of the training images.
+monte_carlo = partial(grid, RESAMPLES, method=RESAMPLED_METHODS, train_fraction=[0.8])
+
 CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
-    # Eight methods at the paper's settings, each map with its own image; then shuffled.
-    "ablation": lambda: grid(SEEDS, method=METHODS),
-    "pairing": lambda: shuffled(specs("ablation")),
-    # Eight sizes of the student.
-    "compression": lambda: grid(COMPRESSION_SEEDS, k=models.REMOVABLE_BLOCKS, method=MAIN_METHODS),
-    "compression-pairing": lambda: shuffled(specs("compression")),
-    # Stratified draws of 80 % of the training images.
-    "monte-carlo": lambda: grid(RESAMPLES, method=RESAMPLED_METHODS, train_fraction=[0.8]),
-    "monte-carlo-pairing": lambda: shuffled(specs("monte-carlo")),
+    "ablation": ablation,
+    "pairing": lambda: shuffled(ablation()),
+    "compression": compression,
+    "compression-pairing": lambda: shuffled(compression()),
+    "monte-carlo": monte_carlo,
+    "monte-carlo-pairing": lambda: shuffled(monte_carlo()),
     # The controls of the alignment laboratory: what is blended in, and what the teacher is asked about.
     "alignment": lambda: by_seed(
         grid(SEEDS, method=["ig", "kd_ig"], pairing=CONTROLS), grid(SEEDS, method=["kd"], answers=["online"])

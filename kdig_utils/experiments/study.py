@@ -284,13 +284,15 @@ class Study:
         Raises:
             KeyError: nothing was published, or is to be run, with this method and k.
         """
-        wanted = [spec for spec in self.specs if (spec.method, spec.k) == (method, k)][:1]
-        if self.specs and not wanted:
+        its = {(spec.method, spec.k): spec for spec in reversed(self.specs)}
+        if not self.specs:
+            network = artifacts.load(f"{method}_k{k}")
+        elif spec := its.get((method, k)):
+            self.run_all([spec])
+            network = self.weights(self.completed(spec))
+        else:
             there = ", ".join(spec.method for spec in self.specs)
             raise KeyError(f"this study runs no {method!r} with k = {k}: it has {there}")
-        if wanted:
-            self.run_all(wanted)
-        network = self.weights(self.completed(wanted[0])) if wanted else artifacts.load(f"{method}_k{k}")
         assert isinstance(network, Student)
         return network
 
