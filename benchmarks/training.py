@@ -35,7 +35,9 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, To
 from kdig_utils import machine
 from kdig_utils.experiments import profiling, runs
 from kdig_utils.experiments.probes import random_signals, wait
-from kdig_utils.experiments.side_by_side import Run, Steps, has_room
+from kdig_utils.experiments.runs import Run
+from kdig_utils.experiments.side_by_side import has_room
+from kdig_utils.experiments.steps import MEASURE_EVERY, STEPS_A_GRAPH, Steps, check_weights, measure
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import losses, models
 from kdig_utils.method.cifar10 import ImageSet, load_sample
@@ -194,8 +196,8 @@ def called(run: Run) -> Steps:
     return steps
 
 
-def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
-    """The engine's steps, the students in turns; `STEPS_A_GRAPH` steps a turn where they are recorded."""
+def our_way(name: str, students: list[Steps], **attributes: object) -> Way:
+    """The package's steps, the students in turns; `STEPS_A_GRAPH` steps a turn where they are recorded."""
     device = students[0].run.device
     graphs = students[0].stream is not None
 
@@ -204,7 +206,7 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
         for student in students:
             with torch.cuda.stream(student.stream):
                 student.place.zero_()  # a chunk begins at the first image again: no way comes to an epoch's end
-        for _turn in range(steps // side_by_side.STEPS_A_GRAPH if graphs else steps):
+        for _turn in range(steps // STEPS_A_GRAPH if graphs else steps):
             for student in students:
                 take_turn(student, graphs)
         wait(device)
@@ -213,20 +215,20 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
         with torch.cuda.stream(students[0].stream):
             students[0].load_epoch()
         wait(device)
-        students[0].run.epoch = side_by_side.MEASURE_EVERY - 1  # after such an epoch a run is measured
+        students[0].run.epoch = MEASURE_EVERY - 1  # after such an epoch a run is measured
         started = time.perf_counter()
-        side_by_side.measure(students[0].run)
+        measure(students[0].run)
         wait(device)
         seconds = time.perf_counter() - started
         students[0].run.epoch = 0
-        side_by_side.check_weights(students[0].run)
+        check_weights(students[0].run)
         students[0].run.model.train()
         return seconds
 
-    value_bytes = 2 if side_by_side.uses_bfloat16(students[0].run) else 4
+    value_bytes = 2 if students[0].run.uses_bfloat16 else 4
     taken = sum(student.bytes for student in students) / 1e6 if graphs else None
-    multiple = side_by_side.STEPS_A_GRAPH if graphs else 1
-    every = {"measured_every": side_by_side.MEASURE_EVERY}
+    multiple = STEPS_A_GRAPH if graphs else 1
+    every = {"measured_every": MEASURE_EVERY}
     return Way(
         name, len(students), train, between, 0, value_bytes, multiple=multiple, megabytes=taken, **every, **attributes
     )
@@ -234,7 +236,7 @@ def engines_way(name: str, students: list[Steps], **attributes: object) -> Way:
 
 def take_turn(student: Steps, graphs: bool) -> None:
     if graphs:
-        student.advance(side_by_side.STEPS_A_GRAPH, student.run.spec.batch_size)
+        student.advance(STEPS_A_GRAPH, student.run.spec.batch_size)
     else:
         student.step(student.run.spec.batch_size)
 
@@ -256,11 +258,11 @@ def all_ways(spec: RunSpec, device: torch.device, compiled: bool) -> list[Way]:
     network = runs.compiled_network(print)
     ways = [
         authors_way(spec, sample, signals, device),
-        engines_way("batches from tensors", [called(contiguous(new(float32)))]),
-        engines_way(f"{native}channels last", [called(new(spec))]),
+        our_way("batches from tensors", [called(contiguous(new(float32)))]),
+        our_way(f"{native}channels last", [called(new(spec))]),
     ]
     if compiled:
-        ways.append(engines_way("compiled", [called(new(spec, network=network))], traffic=profiling.FUSED))
+        ways.append(our_way("compiled", [called(new(spec, network=network))], traffic=profiling.FUSED))
     if device.type == "cuda":
         ways += side_by_side("recorded", lambda: Steps(new(spec), print), (1, *SIDE_BY_SIDE["cuda"]))
         if compiled:
@@ -283,7 +285,7 @@ def side_by_side(name: str, new: Callable[[], Steps], counts: tuple[int, ...], *
     students: list[Steps] = []
     while len(students) < max(counts) and has_room(students):
         students.append(new())
-    return [engines_way(name, students[:count], **attributes) for count in counts if count <= len(students)]
+    return [our_way(name, students[:count], **attributes) for count in counts if count <= len(students)]
 
 
 def time_ways(ways: list[Way], device: torch.device, seconds: float, rounds: int) -> None:

@@ -215,7 +215,7 @@ def test_train_shows_a_run_that_another_campaign_trained(
     clone: Path, small_data: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "student_study", lambda _profile, _n_steps: study.open_study("full"))
-    monkeypatch.setattr(study.Study, "_teacher_sha256", "")
+    monkeypatch.setattr(study.Study, "teacher_sha256", "")
     for name in ("first", "second"):
         capsys.readouterr()
         words = ["train", "--method", "student", "--k", "17", "--epochs", "1", "--campaign", name]

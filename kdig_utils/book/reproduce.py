@@ -23,7 +23,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from kdig_utils import paths
 from kdig_utils.book.repository import notebooks
-from kdig_utils.experiments.study import PROFILES, print_line
+from kdig_utils.experiments.reports import print_line
+from kdig_utils.experiments.study import PROFILES
 from kdig_utils.paths import replacing
 
 PARAMETERS = {"profile": "published"}

@@ -16,8 +16,10 @@ from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
 from kdig_utils.experiments import campaigns, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
-from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Report, TrainingDiverged, Way
-from kdig_utils.experiments.study import TEACHER_RECIPE, Study, open_study, print_now_and_then
+from kdig_utils.experiments.reports import Report, print_now_and_then
+from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Way
+from kdig_utils.experiments.steps import TrainingDiverged
+from kdig_utils.experiments.study import TEACHER_RECIPE, Study, open_study
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts, cifar10, models, pairings
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.experiments.ledger import student_spec
 from kdig_utils.method.spec import RunSpec
 
 NAME = "brief"
@@ -37,14 +37,18 @@ ALTERNATIVES = (Setting(2e-3, 64), Setting(8e-3, 64), Setting(8e-3, 128))
 SETTINGS = (DEFAULT, *ALTERNATIVES)
 
 
-def spec(method: str, seed: int, setting: Setting = DEFAULT, **changed: object) -> RunSpec:
-    """A run of the protocol; `changed` fields are those that a claim names, as `pairing`."""
-    return RunSpec(method, seed=seed, epochs=EPOCHS, schedule=SCHEDULE, **setting._asdict(), **changed)
+def spec(
+    method: str, seed: int, setting: Setting = DEFAULT, pairing: str = "matched", answers: str = "stored"
+) -> RunSpec:
+    """A run of the protocol."""
+    its = {"epochs": EPOCHS, "schedule": SCHEDULE, **setting._asdict()}
+    return RunSpec(method, seed=seed, pairing=pairing, answers=answers, **its)
 
 
 def candidates() -> list[RunSpec]:
     """The four runs between which the choice is made, the default first."""
-    return [spec("student", CHOICE_SEED, setting, validation_images=CHOICE_IMAGES) for setting in SETTINGS]
+    runs = (spec("student", CHOICE_SEED, setting) for setting in SETTINGS)
+    return [dataclasses.replace(run, validation_images=CHOICE_IMAGES) for run in runs]
 
 
 def specs(setting: Setting = DEFAULT) -> list[RunSpec]:
@@ -82,7 +86,7 @@ def chosen(ledger: pd.DataFrame, scaled: Callable[[RunSpec], RunSpec] = lambda s
     ended = pd.to_datetime(students["finished"], format="ISO8601", utc=True, errors="coerce")
     best, chosen_so_far = -1.0, DEFAULT
     for _index, row in students.loc[ended.sort_values(kind="stable").index].iterrows():
-        run = spec_of(row)
+        run = student_spec(row)
         if not run.validation_images and (setting := in_use.get(_measure(run))):
             return setting
         setting = to_try.get(dataclasses.replace(run, data_md5=""))

@@ -1,18 +1,20 @@
-"""Campaigns: the lists of runs behind the paper's tables, and the packs in which finished runs travel.
+"""Campaigns: the lists of runs behind the paper's tables, and their rows in a ledger.
 
-A campaign is a list of specs. Its rows are found in the ledger by their specs, whichever campaign trained them first:
-the seeds that two campaigns share are trained once.
+Rows are found by their specs, whichever campaign trained them first: the seeds that two campaigns share are trained
+once.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import pandas as pd
 
 from kdig_utils.experiments.ledger import of_one_teacher, spec_of
 from kdig_utils.method import models
 from kdig_utils.method.pairings import PAIRINGS
-from kdig_utils.method.spec import MAIN_METHODS, METHODS, RunSpec
+from kdig_utils.method.spec import MAIN_METHODS, METHODS, RunSpec, TeacherSpec
 
 SEEDS = 10
 COMPRESSION_SEEDS = 5
@@ -21,102 +23,55 @@ RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
 COMPONENT_SEEDS = 3
 COMPONENT_DRAWS = 12
 PRECISION_SEEDS = 3
+CONTROLS = tuple(pairing for pairing in PAIRINGS if pairing not in ("matched", "shuffled"))  # which the ablation has
 
 
-def ablation() -> list[RunSpec]:
-    """Eight methods, ten seeds, k = 5: the paper's settings, each map with its own image."""
-    return [RunSpec(method, seed=seed) for seed in range(SEEDS) for method in METHODS]
+def grid(seeds: int, **values: Sequence) -> list[RunSpec]:
+    """Every seed with every combination of these values of a spec's fields; the last named changes fastest."""
+    combinations = itertools.product(range(seeds), *values.values())
+    return [RunSpec(seed=seed, **dict(zip(values, chosen, strict=True))) for seed, *chosen in combinations]
 
 
-def pairing() -> list[RunSpec]:
-    """The same with shuffled signals, as the released scripts have them.
-
-    `student` uses no signals: its runs are those of the ablation.
-    """
-    return _shuffled(ablation())
-
-
-def _shuffled(specs: list[RunSpec]) -> list[RunSpec]:
+def shuffled(specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """These runs with shuffled signals, as the released scripts have them; `student` uses none and is left out."""
     return [dataclasses.replace(spec, pairing="shuffled") for spec in specs if spec.uses_teacher]
 
 
-def compression() -> list[RunSpec]:
-    """Eight sizes of the student, four methods, five seeds, each map with its own image."""
-    return [
-        RunSpec(method, k=k, seed=seed)
-        for seed in range(COMPRESSION_SEEDS)
-        for k in models.REMOVABLE_BLOCKS
-        for method in MAIN_METHODS
-    ]
-
-
-def compression_pairing() -> list[RunSpec]:
-    """The sizes with shuffled signals, as the released scripts have them."""
-    return _shuffled(compression())
-
-
-def monte_carlo() -> list[RunSpec]:
-    """Four methods on sixty stratified draws of 80 % of the training images."""
-    return [RunSpec(method, seed=seed, train_fraction=0.8) for seed in range(RESAMPLES) for method in RESAMPLED_METHODS]
-
-
-def monte_carlo_pairing() -> list[RunSpec]:
-    """The sixty draws with shuffled signals, as the released scripts have them."""
-    return _shuffled(monte_carlo())
-
-
-def alignment() -> list[RunSpec]:
-    """The controls of the alignment laboratory, k = 5: what is blended in, and what the teacher is asked about.
-
-    `matched`, `shuffled` and no overlay at all are in the ablation and in pairing.
-    """
-    blended = [
-        RunSpec(method, seed=seed, pairing=control)
-        for seed in range(SEEDS)
-        for method in ("ig", "kd_ig")
-        for control in PAIRINGS
-        if control not in ("matched", "shuffled")
-    ]
-    asked = [RunSpec("kd", seed=seed, answers="online") for seed in range(SEEDS)]
-    return sorted(blended + asked, key=lambda spec: spec.seed)
-
-
-def components() -> list[RunSpec]:
-    """Each of twelve draws of images trained with each of three seeds: which of the two moves the accuracy."""
-    return [
-        RunSpec("kd_ig", seed=seed, sample_seed=draw, train_fraction=0.8)
-        for seed in range(COMPONENT_SEEDS)
-        for draw in range(COMPONENT_DRAWS)
-    ]
+def by_seed(*lists: list[RunSpec]) -> list[RunSpec]:
+    """Several lists as one, seeds outermost."""
+    return sorted(itertools.chain(*lists), key=lambda spec: spec.seed)
 
 
 def answers(alpha: float, temperature: float) -> list[RunSpec]:
     """Stored, shuffled and online answers where distillation is heard: at the setting that validation prefers."""
-    ways = ({"pairing": "matched"}, {"pairing": "shuffled"}, {"answers": "online"})
-    return [
-        RunSpec("kd", seed=seed, alpha=alpha, temperature=temperature, **way) for seed in range(SEEDS) for way in ways
-    ]
+    setting: dict[str, Sequence] = {"method": ["kd"], "alpha": [alpha], "temperature": [temperature]}
+    return by_seed(grid(SEEDS, **setting, pairing=["matched", "shuffled"]), grid(SEEDS, **setting, answers=["online"]))
 
 
-def precision() -> list[RunSpec]:
-    """The control of the engine: the first seeds of two methods of the ablation again, in float32."""
-    return [
-        RunSpec(method, seed=seed, precision="float32")
-        for seed in range(PRECISION_SEEDS)
-        for method in ("student", "kd_ig")
-    ]
-
+# Eight methods at the paper's settings, each map with its own image.
+ablation = partial(grid, SEEDS, method=METHODS)
+# Eight sizes of the student.
+compression = partial(grid, COMPRESSION_SEEDS, k=models.REMOVABLE_BLOCKS, method=MAIN_METHODS)
+# Stratified draws of 80 % of the training images.
+monte_carlo = partial(grid, RESAMPLES, method=RESAMPLED_METHODS, train_fraction=[0.8])
 
 CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
     "ablation": ablation,
-    "pairing": pairing,
+    "pairing": lambda: shuffled(ablation()),
     "compression": compression,
-    "compression-pairing": compression_pairing,
+    "compression-pairing": lambda: shuffled(compression()),
     "monte-carlo": monte_carlo,
-    "monte-carlo-pairing": monte_carlo_pairing,
-    "alignment": alignment,
-    "components": components,
-    "precision": precision,
+    "monte-carlo-pairing": lambda: shuffled(monte_carlo()),
+    # The controls of the alignment laboratory: what is blended in, and what the teacher is asked about.
+    "alignment": lambda: by_seed(
+        grid(SEEDS, method=["ig", "kd_ig"], pairing=CONTROLS), grid(SEEDS, method=["kd"], answers=["online"])
+    ),
+    # Each draw of images with each seed: which of the two moves the accuracy.
+    "components": lambda: grid(
+        COMPONENT_SEEDS, method=["kd_ig"], sample_seed=range(COMPONENT_DRAWS), train_fraction=[0.8]
+    ),
+    # The control of the arithmetic: the first seeds of two methods of the ablation again, in float32.
+    "precision": lambda: grid(PRECISION_SEEDS, method=["student", "kd_ig"], precision=["float32"]),
 }
 
 
@@ -139,9 +94,7 @@ def rows(ledger: pd.DataFrame, name: str) -> pd.DataFrame:
 def rows_of(ledger: pd.DataFrame, wanted: Iterable[RunSpec]) -> pd.DataFrame:
     """The rows with the settings of these specs, of the teacher that most of them have, whatever data they had."""
     run_ids = {spec.run_id for spec in wanted}
-    belongs = [spec_of(row).bare_id in run_ids for _index, row in ledger.iterrows()]
-    found = ledger[pd.Series(belongs, index=ledger.index, dtype=bool)]
-    return of_one_teacher(found).reset_index(drop=True)
+    return of_one_teacher(_those(ledger, lambda spec: spec.bare_id in run_ids)).reset_index(drop=True)
 
 
 def main_runs(ledger: pd.DataFrame) -> pd.DataFrame:
@@ -150,14 +103,17 @@ def main_runs(ledger: pd.DataFrame) -> pd.DataFrame:
     Whichever campaign trained them. Of several numbers of epochs the one at which most of `MAIN_METHODS` were run, and
     of those the largest; of several teachers the one with the most students.
     """
-    students = ledger[ledger["method"] != "teacher"]
-    belongs = [_has_main_settings(spec_of(row)) for _index, row in students.iterrows()]
-    alike = students[pd.Series(belongs, index=students.index, dtype=bool)]
+    alike = _those(ledger[ledger["method"] != "teacher"], _has_main_settings)
     budgets = (of_one_teacher(runs) for _epochs, runs in alike.groupby("epochs"))
     return max(budgets, key=_completeness, default=alike).reset_index(drop=True)
 
 
-def _has_main_settings(spec: RunSpec) -> bool:
+def _those(table: pd.DataFrame, holds: Callable[[RunSpec | TeacherSpec], bool]) -> pd.DataFrame:
+    chosen = [holds(spec_of(row)) for _index, row in table.iterrows()]
+    return table[pd.Series(chosen, index=table.index, dtype=bool)]
+
+
+def _has_main_settings(spec: RunSpec | TeacherSpec) -> bool:
     return spec.setting("epochs", "n_steps") == RunSpec(spec.method).setting("epochs", "n_steps")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 import pandas as pd
 
 from kdig_utils.experiments import brief
-from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.experiments.ledger import student_spec
 from kdig_utils.method.spec import RunSpec
 
 COUNTED = "counted"  # computed from an architecture, a formula or a simulation: no network was trained for it
@@ -74,7 +74,7 @@ def _of_run(run: pd.Series) -> str:
         continued, other = bool(spec.get("initial_sha256")), bool(spec.get("recipe"))
         words = f"{budget} of the teacher{' after earlier ones' * continued}{', by a recipe of its own' * other}"
         return TRAINED if run["epochs"] >= TEACHER_EPOCHS and not continued and not other else protocol(words)
-    spec = spec_of(run)
+    spec = student_spec(run)
     own = brief.NAME if brief.setting_of(spec) else ""
     fewer = run["train_images"] < round(TRAIN_IMAGES * run["train_fraction"])
     named = [
@@ -87,7 +87,7 @@ def _of_run(run: pd.Series) -> str:
 
 def other_settings(run: pd.Series, ignoring: Collection[str] = ()) -> str:
     """The fields of a student's spec, but those in `ignoring`, that are not the paper's, in words; empty if none."""
-    return "" if run["method"] == "teacher" else unlike_the_paper(spec_of(run), ignoring)
+    return "" if run["method"] == "teacher" else unlike_the_paper(student_spec(run), ignoring)
 
 
 def unlike_the_paper(spec: RunSpec, ignoring: Collection[str] = ()) -> str:

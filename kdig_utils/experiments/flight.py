@@ -28,7 +28,7 @@ from kdig_utils import paths
 from kdig_utils.experiments import packs, probes, teachers
 from kdig_utils.experiments.packs import Pack
 from kdig_utils.experiments.queue import CAMPAIGN
-from kdig_utils.experiments.side_by_side import first_line
+from kdig_utils.experiments.reports import first_line
 from kdig_utils.experiments.study import TEACHER_RECIPE, Study, print_line
 from kdig_utils.machine import start
 from kdig_utils.method import artifacts

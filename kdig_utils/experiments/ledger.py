@@ -1,5 +1,6 @@
-"""A run is a spec: what determines it, its identity, and its row in the ledger."""
+"""The ledger: each finished run once, with the spec that it was made from."""
 
+import contextlib
 import json
 import os
 import platform
@@ -11,7 +12,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from filelock import FileLock
+from torch import nn
 
+from kdig_utils.method import models
 from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
 from kdig_utils.paths import explaining, replacing, repository_root
 
@@ -21,8 +24,6 @@ COLUMNS = (
     "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
     "compiled",
 )  # fmt: skip
-LATER_COLUMNS = ("compiled",)  # ledgers from before have none: empty, which is what they would say
-
 NUMBER_COLUMNS = (
     "k", "seed", "epochs", "train_fraction", "test_accuracy", "validation_accuracy", "train_loss", "parameters", "macs",
     "seconds", "train_images", "test_images",
@@ -57,7 +58,6 @@ class Ledger:
             )
         except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
             raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
-        table = table.assign(**{name: "" for name in LATER_COLUMNS if name not in table.columns})
         if missing := [name for name in COLUMNS if name not in table.columns]:
             raise ValueError(
                 f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
@@ -69,15 +69,14 @@ class Ledger:
         rows = self.read().query("run_id == @spec.run_id")
         return None if rows.empty else rows.iloc[0]
 
-    def append(self, spec: Spec, **measured: object) -> None:
-        """Add the row of a finished run; a run that is already there is left as it is."""
+    def append(self, spec: RunSpec | TeacherSpec, **measured: object) -> None:
+        """Add the row of a finished run; a run that is already there is left as it is.
+
+        Raises:
+            ValueError: there is no column for something that was measured.
+        """
         row = {
-            **{
-                name: getattr(spec, name)
-                for name in ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")
-            },
-            "data_md5": spec.data_md5,
-            "teacher_sha256": getattr(spec, "teacher_sha256", ""),
+            **{name: getattr(spec, name) for name in COLUMNS if hasattr(spec, name)},
             "spec": json.dumps(asdict(spec), sort_keys=True),
             **measured,
         }
@@ -110,11 +109,28 @@ def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
+def student_spec(row: pd.Series) -> RunSpec:
+    """The spec of a student's row."""
+    spec = spec_of(row)
+    assert isinstance(spec, RunSpec)
+    return spec
+
+
 def of_one_teacher(rows: pd.DataFrame) -> pd.DataFrame:
     """The ledger rows of the teacher that has most of them, and those without one: students of two do not mix."""
     teachers = rows.loc[rows["teacher_sha256"].fillna("") != "", "teacher_sha256"]
     other = set(teachers) - set(teachers.mode()[:1])
     return rows[~rows["teacher_sha256"].isin(other)]
+
+
+def outcome(network: nn.Module) -> dict[str, object]:
+    """What a row says of the network that a run ended with, now."""
+    return {
+        "parameters": models.count_parameters(network),
+        "macs": models.count_macs(network),
+        "weights_sha256": models.weights_sha256(network),
+        "finished": pd.Timestamp.now("UTC").strftime("%Y-%m-%dT%H:%MZ"),
+    }
 
 
 def provenance(device: torch.device) -> dict[str, str]:
@@ -131,10 +147,12 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def code_commit() -> str:
     """The commit of the code, with `+` if the package has uncommitted changes; outside a clone `KDIG_COMMIT`."""
-    options = {"cwd": repository_root(), "capture_output": True, "text": True}
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=False, **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "kdig_utils"], check=False, **options).stdout.strip()
-    except FileNotFoundError:
-        commit, changed = "", ""
-    return commit + ("+" if changed else "") if commit else os.environ.get("KDIG_COMMIT", "")
+    root = repository_root()
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    with contextlib.suppress(FileNotFoundError):  # no git
+        if commit := git("rev-parse", "--short=12", "HEAD"):
+            return commit + ("+" if git("status", "--porcelain", "kdig_utils") else "")
+    return os.environ.get("KDIG_COMMIT", "")

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import tempfile
@@ -13,19 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdig_utils.experiments.ledger import Ledger
-from kdig_utils.paths import explaining, replacing
+from kdig_utils.paths import replacing
 
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
 PACK_MOST_BYTES = 60_000_000  # and in all files together
+MEMBERS = re.compile(
+    r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
+    r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
+)
 
 
 class Pack(NamedTuple):
-    """What `pack` wrote.
-
-    Attributes:
-        pieces: the files of the archive, in order.
-        left_out: files for which there was no room.
-    """
+    """What `pack` wrote: the pieces of the archive, in order, and the files for which there was no room."""
 
     pieces: list[Path]
     left_out: list[Path]
@@ -40,32 +38,15 @@ def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: 
     """
     table = ledger.read()
     members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
-    left_out, size = [], len(members["runs.csv"])
+    left_out = []
     for path in files:
         with contextlib.suppress(FileNotFoundError):  # a run that ended meanwhile has no checkpoint any more
             content = path.read_bytes()
-            if size + len(content) > PACK_MOST_BYTES:
+            if len(content) + sum(map(len, members.values())) > PACK_MOST_BYTES:
                 left_out.append(path)
             else:
                 members[f"{path.parent.name}/{path.name}"] = content
-                size += len(content)
     return Pack(_write_pieces(_archive(members), folder, name), left_out)
-
-
-def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
-    """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(content), PACK_BYTES)
-    pieces = [folder / f"{name}.tar.{number:02d}" for number in range(len(starts))]
-    parts = [piece.with_name(f".{piece.name}.part") for piece in pieces]
-    with explaining(pieces[0]):
-        for part, start in zip(parts, starts, strict=True):
-            part.write_bytes(content[start : start + PACK_BYTES])
-        for part, piece in zip(parts, pieces, strict=True):
-            os.replace(part, piece)
-    for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
-        path.unlink()  # of a larger pack that stood here before
-    return pieces
 
 
 def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
@@ -84,16 +65,29 @@ def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> 
         ValueError: a piece is missing or damaged; nothing was written then.
     """
     members = _members(b"".join(path.read_bytes() for path in sorted(pieces)))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "runs.csv").write_bytes(members.pop("runs.csv"))
-        table = Ledger(Path(folder) / "runs.csv").read()
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "runs.csv").write_bytes(members.pop("runs.csv"))
+        table = Ledger(Path(scratch) / "runs.csv").read()
     for name, data in members.items():
         folder, file = name.split("/")
-        path = folders[folder] / Path(file).name
+        path = folders[folder] / file
         if folder == "checkpoints" or not path.exists():
             with replacing(path) as part:
                 part.write_bytes(data)
     return ledger.merge(table)
+
+
+def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
+    """Write all pieces beside the old ones, then put them in their places: a kill leaves an old pack or a new one."""
+    starts = range(0, len(content), PACK_BYTES)
+    pieces = [folder / f"{name}.tar.{number:02d}" for number in range(len(starts))]
+    with contextlib.ExitStack() as all_written:
+        for piece, start in zip(pieces, starts, strict=True):
+            part = all_written.enter_context(replacing(piece))
+            part.write_bytes(content[start : start + PACK_BYTES])
+    for path in {*folder.glob(f"{name}.tar.*"), *folder.glob(f".{name}.tar.*.part")} - set(pieces):
+        path.unlink()  # of a larger pack that stood here before
+    return pieces
 
 
 def _archive(members: dict[str, bytes]) -> bytes:
@@ -110,15 +104,12 @@ def _archive(members: dict[str, bytes]) -> bytes:
 def _members(content: bytes) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            members = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+            found = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
+            members = {name: file.read() for name, file in found.items() if file is not None}
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
     hashes = json.loads(members.pop("sha256.json", b"{}"))
-    known = re.compile(
-        r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
-        r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
-    )
-    if "runs.csv" not in members or not all(map(known.fullmatch, members)):
+    if "runs.csv" not in members or not all(map(MEMBERS.fullmatch, members)):
         raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
     if damaged := [name for name in hashes if hashlib.sha256(members.get(name, b"")).hexdigest() != hashes[name]]:
         raise ValueError(f"the pack is not whole ({damaged[0]} is damaged): bring its pieces over again")

@@ -1,7 +1,6 @@
 """Weights of chosen runs go into artifacts/: checked, in float16 where that costs nothing."""
 
 import pandas as pd
-import torch
 from torch import nn
 
 from kdig_utils.experiments import teachers
@@ -9,7 +8,6 @@ from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, models
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.spec import RunSpec, TeacherSpec
 
 HALF_TOLERANCE = 0.01  # points of test accuracy that float16 may cost
 
@@ -33,35 +31,18 @@ def publish_run(study: Study, row: pd.Series) -> dict:
         )
     name = teachers.name_of(row, study.ledger.read()) if spec.method == "teacher" else f"{spec.method}_k{spec.k}"
     teaches = spec.method == "teacher" and (name == teachers.NEXT or teachers.NEXT not in artifacts.manifest())
-    half = is_the_same_in_half(model) if teaches else keeps_accuracy_in_half(model, spec, study.test)
-    artifacts.publish(name, model, half, **facts(row))
+    rounded = artifacts.rounded(model, spec.method, spec.k)
+    half = models.weights_sha256(rounded) == found or (not teaches and alike(rounded, model, study.test))
+    texts = {column: str(row[column]) for column in ("run_id", "method", "weights_sha256")}
+    counts = {column: int(row[column]) for column in ("k", "seed", "epochs")}
+    artifacts.publish(name, model, half, **texts, **counts, test_accuracy=float(row["test_accuracy"]))
     return artifacts.manifest()[name]
 
 
-def keeps_accuracy_in_half(model: nn.Module, spec: RunSpec | TeacherSpec, test: ImageSet) -> bool:
-    """Whether the network's accuracy stays the same, within 0.01 points, with weights in float16."""
-    rounded = artifacts.rounded(model, spec.method, spec.k)
+def alike(rounded: nn.Module, model: nn.Module, test: ImageSet) -> bool:
+    """Whether two networks have the same accuracy, within 0.01 points."""
     # Floats from counts: a difference of one image in 10,000, 0.01 points, is still the same accuracy.
     return abs(models.accuracy(rounded, test) - models.accuracy(model, test)) < HALF_TOLERANCE * 1.001
-
-
-def is_the_same_in_half(model: nn.Module) -> bool:
-    """Whether float16 holds every weight to the last bit."""
-    floats = (value for value in model.state_dict().values() if value.is_floating_point())
-    return all(torch.equal(value, value.half().float()) for value in floats)
-
-
-def facts(row: pd.Series) -> dict[str, object]:
-    """What the manifest says about a run, from its ledger row."""
-    return {
-        "run_id": str(row["run_id"]),
-        "method": str(row["method"]),
-        "k": int(row["k"]),
-        "seed": int(row["seed"]),
-        "epochs": int(row["epochs"]),
-        "test_accuracy": float(row["test_accuracy"]),
-        "weights_sha256": str(row["weights_sha256"]),
-    }
 
 
 def damaged_artifacts() -> dict[str, str]:

@@ -62,27 +62,29 @@ def groups(setting: brief.Setting = brief.DEFAULT) -> list[Group]:
 
 
 def _stages(setting: brief.Setting) -> Iterator[tuple[str, str, list[RunSpec]]]:
-    def short(method: str, seed: int, **changed: object) -> RunSpec:
-        return brief.spec(method, seed, setting, **changed)
+    def short(method: str, seed: int, pairing: str = "matched") -> RunSpec:
+        return brief.spec(method, seed, setting, pairing)
 
     yield "choice of the brief setting", "", brief.candidates()
     for seed in range(brief.SEEDS):
         yield "brief: answers and reasons", f", seed {seed}", main_comparison(seed, short)
     for seed in range(campaigns.SEEDS):
         yield "answers and reasons", f", seed {seed}", main_comparison(seed)
-    for seed, specs in _by_seed(campaigns.alignment()):
+    for seed, specs in _by_seed(campaigns.specs("alignment")):
         if seed < brief.SEEDS:
             yield "brief: controls of the map", f", seed {seed}", [_shortened(spec, setting) for spec in specs]
-    for seed, specs in _by_seed([*campaigns.ablation(), *campaigns.pairing()]):
+    for seed, specs in _by_seed([*campaigns.specs("ablation"), *campaigns.specs("pairing")]):
         yield "all eight methods", f", seed {seed}", specs
     for k in reversed(models.REMOVABLE_BLOCKS):
-        sizes = [spec for spec in (*campaigns.compression(), *campaigns.compression_pairing()) if spec.k == k]
+        sizes = [
+            spec for spec in (*campaigns.specs("compression"), *campaigns.specs("compression-pairing")) if spec.k == k
+        ]
         for seed, specs in _by_seed(sizes):
             yield "sizes", f", k = {k}, seed {seed}", specs
     for name in ("alignment", "precision", "components"):
         for seed, specs in _by_seed(campaigns.specs(name)):
             yield name, f", seed {seed}", specs
-    for seed, specs in _by_seed([*campaigns.monte_carlo(), *campaigns.monte_carlo_pairing()]):
+    for seed, specs in _by_seed([*campaigns.specs("monte-carlo"), *campaigns.specs("monte-carlo-pairing")]):
         yield "resamples", f", draw {seed}", specs
 
 

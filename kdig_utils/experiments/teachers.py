@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.ledger import Ledger, outcome
 from kdig_utils.method import artifacts, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import TeacherSpec
-from kdig_utils.paths import check_writable
 
 NEXT = "next_teacher"
-WEIGHTS_BYTES = 10_000_000
 
 
 def best() -> str:
@@ -25,47 +23,41 @@ def best() -> str:
 
 def with_students(ledger: pd.DataFrame) -> pd.DataFrame:
     """The rows of teachers that students of the ledger learnt from; of all teachers if none has students."""
-    teachers = ledger[ledger["method"] == "teacher"]
+    teachers = _teachers_in(ledger)
     taught = teachers["weights_sha256"].isin(_named(ledger))
     return teachers[taught] if taught.any() else teachers
 
 
 def of(students: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
     """The row of the teacher of these students, or none; where no student has one, of the best teacher there is."""
-    teachers = ledger[ledger["method"] == "teacher"]
-    if names := _named(students):
-        return teachers[teachers["weights_sha256"].isin(names)]
-    return _best_of(teachers)
+    teachers, names = _teachers_in(ledger), _named(students)
+    return teachers[teachers["weights_sha256"].isin(names)] if names else _best_of(teachers)
 
 
 def waiting(ledger: pd.DataFrame) -> pd.DataFrame:
     """The row of the best teacher, if it has no students while a worse one has; else no row."""
-    teachers, taught = ledger[ledger["method"] == "teacher"], with_students(ledger)
-    chosen = _best_of(teachers)
-    return chosen[~chosen.index.isin(taught.index)]
+    chosen = _best_of(_teachers_in(ledger))
+    return chosen[~chosen.index.isin(with_students(ledger).index)]
 
 
 def adopt(
     file: Path, spec: TeacherSpec, ledger: Ledger, weights: Path, test: ImageSet, **known: object
 ) -> tuple[pd.Series, bool]:
-    """Enter a teacher that other code trained: its row, with the accuracy measured here, and its weights.
+    """Enter a teacher that other code trained: its weights, and its row, with the accuracy measured here.
 
-    The weights are rounded to float16 first, so that a file of half the size holds the very network of the row. A
-    network that is in the ledger already is left as it is.
+    The weights are rounded to float16 first, so that a file of half the size holds the very network of the row.
 
     Args:
         file: safetensors, of our architecture, under torchvision's names.
-        spec: with a recipe.
         weights: the folder of the study's weights.
         known: what the ledger shall say of the training, as seconds and device.
 
     Returns:
-        The row, and whether it is new.
+        The row, and whether it is new: a network that is in the ledger already is left as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a damaged file, another architecture, no recipe, or a spec that another network has; nothing was
-            written.
+        ValueError: a damaged file, another architecture, no recipe, or a spec that another network has.
     """
     check_recipe(spec.recipe)
     network = artifacts.rounded(artifacts.read_weights(models.teacher(), file), "teacher", 0)
@@ -74,19 +66,9 @@ def adopt(
         return same.iloc[0], False
     if (other := ledger.find(spec)) is not None:
         raise ValueError(f"run {other['run_id']} has this recipe and other weights: say in the recipe what differs")
-    check_writable(weights, WEIGHTS_BYTES)
     accuracy = models.accuracy(network, test)
     artifacts.save_weights(network, weights / f"{spec.run_id}.safetensors")
-    ledger.append(
-        spec,
-        test_accuracy=round(accuracy, 6),
-        parameters=models.count_parameters(network),
-        macs=models.count_macs(network),
-        test_images=len(test),
-        weights_sha256=sha256,
-        finished=pd.Timestamp.now("UTC").strftime("%Y-%m-%dT%H:%MZ"),
-        **known,
-    )
+    ledger.append(spec, test_accuracy=round(accuracy, 6), test_images=len(test), **outcome(network), **known)
     return ledger.find(spec), True
 
 
@@ -98,14 +80,12 @@ def check_recipe(recipe: str) -> None:
 
 def is_better_than_the_published(row: pd.Series) -> bool:
     """Whether this teacher's test accuracy is above that of every published one; the only measure that all have."""
-    entries = [entry for entry in artifacts.manifest().values() if entry["method"] == "teacher"]
-    return all(float(row["test_accuracy"]) > entry["test_accuracy"] for entry in entries)
+    return all(float(row["test_accuracy"]) > entry["test_accuracy"] for entry in _published_teachers())
 
 
 def name_of(row: pd.Series, ledger: pd.DataFrame) -> str:
     """What a teacher is published as: `next_teacher` while the published students have another one."""
-    others = _teachers_of(_published(), ledger) - {row["weights_sha256"]}
-    return NEXT if others else "teacher"
+    return NEXT if _teachers_of(_published(), ledger) - {row["weights_sha256"]} else "teacher"
 
 
 def check_students(rows: pd.DataFrame, ledger: pd.DataFrame) -> None:
@@ -118,8 +98,7 @@ def check_students(rows: pd.DataFrame, ledger: pd.DataFrame) -> None:
         raise ValueError(
             f"the published students would have the teachers {words}: publish all methods of one teacher together"
         )
-    entries = (entry for entry in artifacts.manifest().values() if entry["method"] == "teacher")
-    there = {entry.get("weights_sha256") for entry in entries} | set(rows["weights_sha256"])
+    there = {entry.get("weights_sha256") for entry in _published_teachers()} | set(rows["weights_sha256"])
     if missing := found - there:
         raise ValueError(f"teacher {min(missing)[:12]} of these students is not published: publish its run with them")
 
@@ -139,6 +118,10 @@ def is_rounded_copy(name: str) -> bool:
     return named is not None and models.weights_sha256(artifacts.load(name)) != named
 
 
+def _teachers_in(ledger: pd.DataFrame) -> pd.DataFrame:
+    return ledger[ledger["method"] == "teacher"]
+
+
 def _best_of(teachers: pd.DataFrame) -> pd.DataFrame:
     return teachers.sort_values("test_accuracy", ascending=False, kind="stable").head(1)
 
@@ -150,6 +133,10 @@ def _named(rows: pd.DataFrame) -> set[str]:
 def _published() -> dict[str, str]:
     """The runs of the published students, by name."""
     return {name: entry["run_id"] for name, entry in artifacts.manifest().items() if entry["method"] != "teacher"}
+
+
+def _published_teachers() -> list[dict]:
+    return [entry for entry in artifacts.manifest().values() if entry["method"] == "teacher"]
 
 
 def _teachers_of(names: dict[str, str], ledger: pd.DataFrame) -> set[str]:

@@ -30,7 +30,7 @@ REMOVABLE_BLOCKS = (3, 5, 7, 9, 11, 13, 15, 17)
 ATTENTION_DIVIDER = {3: 2, 5: 2, 7: 2, 9: 4, 11: 4, 13: 4, 15: 8, 17: 20}
 
 
-Network = Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]]  # model, images, tap: logits, features
+Network = Callable[["Teacher | Student", Tensor, int], tuple[Tensor, Tensor]]  # model, images, tap: logits, features
 
 CPU_AT_ONCE, MOST_AT_ONCE = 64, 2048  # images in one forward and backward pass
 

@@ -100,6 +100,7 @@ def test_parts_of_a_method(method: str) -> None:
         ({"gamma": float("nan")}, "gamma nan"),
         ({"n_steps": 0}, "n_steps = 0"),
         ({"validation_images": -1}, "validation_images = -1"),
+        ({"precision": "int8"}, "unknown precision 'int8': choose one of native, float32"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -112,6 +113,13 @@ def test_value_outside_its_range_is_named(changed: dict, named: str) -> None:
 def test_teachers_ranges_too(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name.replace('_', '.')}.* -1"):
         TeacherSpec(**{name: -1})
+
+
+@pytest.mark.parametrize("change", [{"schedule": "linear"}, {"cutout": -1}, {"cutout": 33}, {"precision": "half"}])
+def test_wrong_teacher_settings_name_value_and_remedy(change: dict) -> None:
+    (value,) = change.values()
+    with pytest.raises(ValueError, match=rf"{value}.*(choose|give)"):
+        TeacherSpec(**change)
 
 
 def test_a_spec_cannot_be_changed_after_it_was_checked() -> None:
@@ -278,10 +286,3 @@ def test_rows_of_the_teacher_with_most_of_them_stay_and_those_without_a_teacher(
     assert of_one_teacher(rows[:0]).empty
     students = rows[rows["teacher_sha256"] == ""]
     assert of_one_teacher(students).equals(students)
-
-
-def test_a_ledger_from_before_compiled_was_noted_reads_as_not_compiled(ledger: Ledger) -> None:
-    ledger.append(RunSpec("kd"), campaign="main")
-    pd.read_csv(ledger.path, dtype=str).drop(columns="compiled").to_csv(ledger.path, index=False)
-    ledger.append(RunSpec("ig"), campaign="main", compiled="yes")
-    assert ledger.read()["compiled"].tolist() == ["", "yes"]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdig_utils.experiments import side_by_side
-from kdig_utils.experiments.runs import student_run, teacher_run
-from kdig_utils.experiments.side_by_side import Pace, Run, Steps, Trained, Waiting, Way, fit, train_together
+from kdig_utils.experiments import checkpoints, side_by_side
+from kdig_utils.experiments import steps as steps_module
+from kdig_utils.experiments.runs import Run, Trained, student_run, teacher_run
+from kdig_utils.experiments.side_by_side import Pace, Waiting, Way, fit, train_together
+from kdig_utils.experiments.steps import RecordingFailed, Steps, TrainingDiverged
 from kdig_utils.method import models, training
 from kdig_utils.method.cifar10 import ImageSet, first_of_each_class
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
 IMAGES = 50
+Make = Callable[..., Run]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -34,6 +37,14 @@ def train(sample_train: ImageSet) -> ImageSet:
 @pytest.fixture(scope="module")
 def held_out(sample_test: ImageSet) -> ImageSet:
     return sample_test.subset(torch.arange(40))
+
+
+@pytest.fixture(scope="module")
+def student(train: ImageSet, held_out: ImageSet) -> Make:
+    """A student's run on these images, ready to be trained."""
+    return lambda spec, signals=None, checkpoint=None, **options: student_run(
+        spec, train, held_out, signals, checkpoint, **options
+    )
 
 
 def small(method: str = "student", **changed: object) -> RunSpec:
@@ -61,31 +72,31 @@ def same(first: Trained, second: Trained) -> bool:
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 4])
-def test_each_run_ends_beside_others_as_it_ends_alone(train: ImageSet, held_out: ImageSet, at_once: int) -> None:
+def test_each_run_ends_beside_others_as_it_ends_alone(student: Make, at_once: int) -> None:
     """Bit for bit, with other methods' k, epochs, learning rates and numbers of images beside it."""
-    alone = {spec.run_id: fit(student_run(spec, train, held_out)) for spec in DIFFERENT}
-    together = list(train_together((student_run(spec, train, held_out) for spec in DIFFERENT), Way(at_once)))
+    alone = {spec.run_id: fit(student(spec)) for spec in DIFFERENT}
+    together = list(train_together((student(spec) for spec in DIFFERENT), Way(at_once)))
     assert {run.spec.run_id for run in together} == set(alone)
     assert all(same(run.trained, alone[run.spec.run_id]) for run in together)
     print(f"{len(together)} runs, {at_once} at once")
 
 
-def test_a_run_is_handed_over_before_another_one_starts(train: ImageSet, held_out: ImageSet) -> None:
+def test_a_run_is_handed_over_before_another_one_starts(student: Make) -> None:
     made = []
 
     def runs() -> Iterator[Run]:
         for spec in DIFFERENT:
             made.append(spec.run_id)
-            yield student_run(spec, train, held_out)
+            yield student(spec)
 
     for finished, _run in enumerate(train_together(runs(), way=Way(2)), start=1):
         assert len(made) <= finished + 1
     assert len(made) == len(DIFFERENT)
 
 
-def test_runs_side_by_side_share_the_time(train: ImageSet, held_out: ImageSet) -> None:
+def test_runs_side_by_side_share_the_time(student: Make) -> None:
     started = time.monotonic()
-    runs = list(train_together((student_run(small(seed=seed), train, held_out) for seed in range(3)), way=Way(3)))
+    runs = list(train_together((student(small(seed=seed)) for seed in range(3)), way=Way(3)))
     assert 0 < sum(run.seconds for run in runs) < time.monotonic() - started
 
 
@@ -105,59 +116,53 @@ def test_a_run_that_diverges_is_dropped_and_named_when_the_others_are_done(
     specs, lines = [small(), wild, small(seed=2)], []
     runs = train_together((student_run(spec, few, held_out) for spec in specs), Way(at_once), report=lines.append)
     ended = [next(runs), next(runs)]
-    with pytest.raises(side_by_side.TrainingDiverged, match=rf"^run {wild.run_id}: [^;]*lower the learning rate[^;]*$"):
+    with pytest.raises(TrainingDiverged, match=rf"^run {wild.run_id}: [^;]*lower the learning rate[^;]*$"):
         next(runs)
     assert {run.spec.seed for run in ended} == {0, 2}
     assert all(same(run.trained, fit(student_run(run.spec, few, held_out))) for run in ended)
     assert sum("has diverged and is dropped" in line for line in lines) == 1
 
 
-def test_a_run_that_diverged_keeps_its_last_good_checkpoint(
-    train: ImageSet, held_out: ImageSet, tmp_path: Path
-) -> None:
-    run = student_run(small(), train, held_out, None, tmp_path / "c.pt")
+def test_a_run_that_diverged_keeps_its_last_good_checkpoint(student: Make, tmp_path: Path) -> None:
+    run = student(small(), None, tmp_path / "c.pt")
 
     def spoil(line: str) -> None:
         if "epoch 1/2" in line:
             run.loss_sum.fill_(math.nan)
 
-    with pytest.raises(side_by_side.TrainingDiverged, match="the loss is nan in epoch 2"):
+    with pytest.raises(TrainingDiverged, match="the loss is nan in epoch 2"):
         list(train_together([run], report=spoil))
-    assert same(
-        fit(student_run(small(), train, held_out, None, tmp_path / "c.pt")), fit(student_run(small(), train, held_out))
-    )
+    assert same(fit(student(small(), None, tmp_path / "c.pt")), fit(student(small())))
 
 
 # The time
 
 
-def test_a_runs_seconds_hold_its_measuring(
-    train: ImageSet, held_out: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure = side_by_side.measure
+def test_a_runs_seconds_hold_its_measuring(student: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = steps_module.measure
 
     def slow(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        time.sleep(0.5)
+        time.sleep(0.1)
         return measure(run)
 
-    monkeypatch.setattr(side_by_side, "measure", slow)
-    runs = list(train_together((student_run(small(seed=s, epochs=1), train, held_out) for s in (0, 1)), way=Way(2)))
+    monkeypatch.setattr(steps_module, "measure", slow)
+    runs = list(train_together((student(small(seed=s, epochs=1)) for s in (0, 1)), way=Way(2)))
     assert [run.seconds for run in runs] == pytest.approx([run.curve[-1]["seconds"] for run in runs])
-    assert sum(run.seconds for run in runs) > 1.0
+    assert sum(run.seconds for run in runs) > 0.2
 
 
 # The budget
 
 
-def test_nothing_starts_after_the_deadline(train: ImageSet, held_out: ImageSet) -> None:
-    assert not list(train_together(iter([student_run(small(), train, held_out)]), deadline=time.monotonic() - 1))
+def test_nothing_starts_after_the_deadline(student: Make) -> None:
+    assert not list(train_together(iter([student(small())]), deadline=time.monotonic() - 1))
 
 
-def test_runs_cut_off_by_the_deadline_go_on_bit_for_bit(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
+def test_runs_cut_off_by_the_deadline_go_on_bit_for_bit(student: Make, tmp_path: Path) -> None:
     specs = [small(seed=seed, epochs=4) for seed in range(2)]
 
     def runs() -> Iterator[Run]:
-        return (student_run(spec, train, held_out, None, tmp_path / f"{spec.run_id}.pt") for spec in specs)
+        return (student(spec, None, tmp_path / f"{spec.run_id}.pt") for spec in specs)
 
     turns, finished = 0, []
     while len(finished) < 2:
@@ -166,7 +171,7 @@ def test_runs_cut_off_by_the_deadline_go_on_bit_for_bit(train: ImageSet, held_ou
         assert turns < 100
     assert turns > 1
     for run in finished:
-        assert same(run.trained, fit(student_run(run.spec, train, held_out)))
+        assert same(run.trained, fit(student(run.spec)))
     print(f"{turns} calls of 0.15 s")
 
 
@@ -176,16 +181,16 @@ def paced(seconds_left: float, an_epoch: float) -> Pace:
     return pace
 
 
-def waiting(train: ImageSet, held_out: ImageSet, done: list[int]) -> list[Steps]:
-    runs = [student_run(small(seed=seed, epochs=10), train, held_out) for seed in range(len(done))]
+def waiting(student: Make, done: list[int]) -> list[Steps]:
+    runs = [student(small(seed=seed, epochs=10)) for seed in range(len(done))]
     for run, epoch in zip(runs, done, strict=True):
         run.epoch = epoch
     return [Steps(run, print) for run in runs]
 
 
-def test_runs_that_would_not_end_make_way_for_those_that_do(train: ImageSet, held_out: ImageSet) -> None:
+def test_runs_that_would_not_end_make_way_for_those_that_do(student: Make) -> None:
     """Four runs of ten seconds an epoch, eight epochs left, 170 seconds: two end, the two most advanced."""
-    steps, queue = waiting(train, held_out, [2, 5, 4, 3]), Waiting(iter([]))
+    steps, queue = waiting(student, [2, 5, 4, 3]), Waiting(iter([]))
     kept = side_by_side.put_aside(steps, paced(170, an_epoch=10), queue, print)
     assert [each.run.epoch for each in kept] == [5, 4]
     assert queue.next([], paced(170, an_epoch=10)).epoch == 3  # the most advanced of those put aside goes on first
@@ -193,47 +198,47 @@ def test_runs_that_would_not_end_make_way_for_those_that_do(train: ImageSet, hel
     assert side_by_side.put_aside(steps, Pace(math.inf), queue, print) == steps
 
 
-def test_another_run_starts_only_if_all_end_beside_each_other(train: ImageSet, held_out: ImageSet) -> None:
+def test_another_run_starts_only_if_all_end_beside_each_other(student: Make) -> None:
     """It takes ten epochs of ten seconds, slows down each run beside it, and a tenth is kept in hand."""
-    (active,) = waiting(train, held_out, [0])
-    run = student_run(small(seed=9, epochs=10), train, held_out)
+    (active,) = waiting(student, [0])
+    run = student(small(seed=9, epochs=10))
     assert paced(225, an_epoch=10).another_ends([active], run)
     assert not paced(215, an_epoch=10).another_ends([active], run)
-    longer = student_run(small(seed=9, epochs=20), train, held_out)
+    longer = student(small(seed=9, epochs=20))
     assert not paced(400, an_epoch=10).another_ends([active], longer)
     assert Pace(time.monotonic() + 1).another_ends([active], run)  # nothing is known yet
 
 
-def test_a_run_alone_starts_although_it_will_not_end(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
+def test_a_run_alone_starts_although_it_will_not_end(student: Make, tmp_path: Path) -> None:
     """No minute is lost: what it has done by the deadline is in its checkpoint."""
-    run = student_run(small(epochs=1000), train, held_out, None, tmp_path / "c.pt")
+    run = student(small(epochs=1000), None, tmp_path / "c.pt")
     assert not list(train_together([run], deadline=time.monotonic() + 2))
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     assert saved["epoch"] + saved["position"] > 0
 
 
-def test_a_run_put_aside_goes_on_when_the_others_are_done(train: ImageSet, held_out: ImageSet) -> None:
+def test_a_run_put_aside_goes_on_when_the_others_are_done(student: Make) -> None:
     """Bit for bit as one that was never put aside."""
-    run, queue = student_run(small(epochs=3), train, held_out), Waiting(iter([]))
+    run, queue = student(small(epochs=3)), Waiting(iter([]))
     steps = Steps(run, print)
     side_by_side.train_round([steps], math.inf, print)
-    queue.put_back(run)
+    queue.aside.append(run)
     assert queue.next([], Pace(math.inf)) is run
     assert queue.next([], Pace(math.inf)) is None
-    assert same(fit(run), fit(student_run(small(epochs=3), train, held_out)))
+    assert same(fit(run), fit(student(small(epochs=3))))
 
 
-def test_the_first_round_tells_no_speed(train: ImageSet, held_out: ImageSet) -> None:
+def test_the_first_round_tells_no_speed(student: Make) -> None:
     """Kernels are loaded and compiled in it."""
-    steps, pace = waiting(train, held_out, [0]), Pace(math.inf)
+    steps, pace = waiting(student, [0]), Pace(math.inf)
 
     def train_for(seconds: float) -> None:
         time.sleep(seconds)
         steps[0].run.epoch += 1
 
-    for seconds in (3.0, 0.01):
+    for seconds in (0.5, 0.01):
         pace.round_of(steps, lambda _active, seconds=seconds: train_for(seconds))
-    assert 0.01 <= pace.seconds < 2.0
+    assert 0.01 <= pace.seconds < 0.4
 
 
 # The memory
@@ -257,22 +262,22 @@ ALIVE: list[Run] = []
 
 
 def test_out_of_memory_halves_what_runs_side_by_side_and_loses_no_run(
-    train: ImageSet, held_out: ImageSet, monkeypatch: pytest.MonkeyPatch
+    student: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = {seed: fit(student_run(small(seed=seed), train, held_out)) for seed in range(6)}
+    alone = {seed: fit(student(small(seed=seed))) for seed in range(6)}
     memory_for(3, monkeypatch)
     lines: list[str] = []
-    runs = (student_run(small(seed=seed), train, held_out) for seed in range(6))
+    runs = (student(small(seed=seed)) for seed in range(6))
     ended = list(train_together(runs, Way(4), report=lines.append))
     assert all(same(run.trained, alone[run.spec.seed]) for run in ended)
     assert len(ended) == 6
     assert sum("2 from now on" in line for line in lines) == 1
 
 
-def test_memory_that_holds_no_run_is_said(train: ImageSet, held_out: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_holds_no_run_is_said(student: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     memory_for(0, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError, match="does not hold one run"):
-        list(train_together([student_run(small(), train, held_out)], Way(4)))
+        list(train_together([student(small())], Way(4)))
 
 
 # Steps
@@ -336,9 +341,9 @@ def test_a_recorded_teacher_follows_its_schedule(train: ImageSet, held_out: Imag
     assert rates == pytest.approx(training.schedule(COSINE, 3)[0])
 
 
-def test_tf32_is_off_while_a_run_is_trained_and_as_it_was_afterwards(train: ImageSet, held_out: ImageSet) -> None:
+def test_tf32_is_off_while_a_run_is_trained_and_as_it_was_afterwards(student: Make) -> None:
     seen = []
-    run = student_run(small(epochs=1), train, held_out)
+    run = student(small(epochs=1))
     run.model.register_forward_hook(lambda *_arguments: seen.append(torch.backends.cudnn.allow_tf32))
     before = torch.backends.cudnn.allow_tf32
     fit(run)
@@ -359,17 +364,17 @@ def test_pieces_cover_the_rest_of_an_epoch_once(n: int, batch: int, done: int, r
     assert len(set(pieces)) <= 3  # as many recordings are made
 
 
-def test_warming_up_leaves_no_trace(train: ImageSet, held_out: ImageSet) -> None:
+def test_warming_up_leaves_no_trace(student: Make) -> None:
     """Steps on the live network move weights, statistics and optimiser; put back, the run ends as if without them."""
-    whole = fit(student_run(small(), train, held_out))
-    run = student_run(small(), train, held_out)
+    whole = fit(student(small()))
+    run = student(small())
     steps = Steps(run, print)
-    model, optimizer = side_by_side.copied(run.model.state_dict()), []
+    model, optimizer = checkpoints.copied(run.model.state_dict()), []
     steps.load_epoch()
     for _step in range(3):
         steps.step(16)
     assert not torch.equal(run.model.state_dict()["features.0.1.running_mean"], model["features.0.1.running_mean"])
-    side_by_side.restore(run, model, optimizer)
+    checkpoints.restore(run, model, optimizer)
     run.loss_sum.zero_()
     assert same(fit(run), whole)
 
@@ -412,7 +417,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def recording_steps(steps: Steps, run: Run, report: object, recorded: bool = True) -> None:
         INIT(steps, run, report)
         steps.stream = FakeStream() if recorded else None
-        steps.graphs = {} if run.finished or not recorded else side_by_side.record(steps)
+        steps.graphs = {} if run.finished or not recorded else steps_module.record(steps)
 
     monkeypatch.setattr(Steps, "__init__", recording_steps)
     monkeypatch.setattr(Steps, "step", noted)
@@ -476,68 +481,63 @@ ONE_CYCLE = {"schedule": "one_cycle", "epochs": 3, "learning_rate": 4e-3}
 @pytest.mark.parametrize("changed", [{}, ONE_CYCLE], ids=["constant", "one_cycle"])
 @pytest.mark.parametrize(("method", "pairing"), [("student", "matched"), ("kd_ig", "matched"), ("kd_ig", "shuffled")])
 def test_a_recording_used_again_gives_the_run_that_a_new_one_gives(
-    train: ImageSet,
-    held_out: ImageSet,
-    request: pytest.FixtureRequest,
-    changed: dict,
-    method: str,
-    pairing: str,
+    student: Make, train: ImageSet, request: pytest.FixtureRequest, changed: dict, method: str, pairing: str
 ) -> None:
     """Weights, optimiser, statistics, the run's own shuffled signals and its rates: all are copied into place."""
     specs = [small(method, seed=seed, batch_size=4, pairing=pairing, **changed) for seed in range(3)]
     signals = signals_of(train, side=32)
-    called = [fit(student_run(spec, train, held_out, signals)) for spec in specs]
+    called = [fit(student(spec, signals)) for spec in specs]
     request.getfixturevalue("fake_gpu")
     recordings = count_recordings(request.getfixturevalue("monkeypatch"))
-    replayed = list(train_together(student_run(spec, train, held_out, signals) for spec in specs))
+    replayed = list(train_together(student(spec, signals) for spec in specs))
     assert all(same(run.trained, alone) for run, alone in zip(replayed, called, strict=True))  # the first ones too
     assert len(recordings) == 1
 
 
 def count_recordings(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    made, record = [], side_by_side.record
+    made, record = [], steps_module.record
 
     def noted(steps: Steps) -> dict:
         made.append(steps.run)
         return record(steps)
 
-    monkeypatch.setattr(side_by_side, "record", noted)
+    monkeypatch.setattr(steps_module, "record", noted)
     return made
 
 
 def test_unlike_runs_share_no_recording(
-    train: ImageSet, held_out: ImageSet, fake_gpu: None, monkeypatch: pytest.MonkeyPatch
+    student: Make, train: ImageSet, fake_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recordings, signals = count_recordings(monkeypatch), signals_of(train, side=32)
     specs = [
         small(), small(learning_rate=2e-3), small("kd"), small("kd", pairing="shuffled"), small("kd", alpha=0.5),
         small(batch_size=8), small(train_fraction=0.8), small(seed=1, train_fraction=0.8),
     ]  # fmt: skip
-    ended = list(train_together(student_run(spec, train, held_out, signals) for spec in specs))
+    ended = list(train_together(student(spec, signals) for spec in specs))
     assert len(ended) == len(recordings) == len(specs)
 
 
 def test_a_run_resumed_on_a_recording_of_another_ends_as_if_alone(
-    train: ImageSet, held_out: ImageSet, request: pytest.FixtureRequest, tmp_path: Path
+    student: Make, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     first, second = small(batch_size=4), small(seed=1, batch_size=4)
-    called = fit(student_run(second, train, held_out))
+    called = fit(student(second))
     with pytest.raises(InterruptedError):
-        fit(student_run(second, train, held_out, None, tmp_path / "c.pt"), report=stop)
+        fit(student(second, None, tmp_path / "c.pt"), report=stop)
     request.getfixturevalue("fake_gpu")
-    runs = [student_run(first, train, held_out), student_run(second, train, held_out, None, tmp_path / "c.pt")]
+    runs = [student(first), student(second, None, tmp_path / "c.pt")]
     assert same(list(train_together(iter(runs)))[1].trained, called)
 
 
 def test_a_recording_that_fails_loses_nothing_and_names_the_other_way(
-    train: ImageSet, held_out: ImageSet, request: pytest.FixtureRequest, tmp_path: Path
+    student: Make, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """CUDA can do nothing more then: what runs beside it is saved, and called elsewhere it ends as if nothing was.
 
     Warm-up steps have moved the network of the one that failed by then: it is put back.
     """
     specs = [small(seed=seed, batch_size=4) for seed in range(2)]
-    called = [fit(student_run(spec, train, held_out)) for spec in specs]
+    called = [fit(student(spec)) for spec in specs]
     request.getfixturevalue("fake_gpu")
     recorded = iter([FakeGraph] * 3)  # the pieces of the first run
 
@@ -547,13 +547,13 @@ def test_a_recording_that_fails_loses_nothing_and_names_the_other_way(
         raise RuntimeError("operation not permitted when stream is capturing\nmore words")
 
     request.getfixturevalue("monkeypatch").setattr(torch.cuda, "CUDAGraph", graph)
-    runs = [student_run(spec, train, held_out, None, tmp_path / f"{spec.seed}.pt") for spec in specs]
+    runs = [student(spec, None, tmp_path / f"{spec.seed}.pt") for spec in specs]
     before = models.weights_sha256(runs[1].model)
-    with pytest.raises(side_by_side.RecordingFailed, match=r"--way called: .*not permitted when stream is capturing$"):
+    with pytest.raises(RecordingFailed, match=r"--way called: .*not permitted when stream is capturing$"):
         list(train_together(iter(runs), Way(2)))
     assert models.weights_sha256(runs[1].model) == before
     assert (tmp_path / "0.pt").is_file()
-    again = (student_run(spec, train, held_out, None, tmp_path / f"{spec.seed}.pt") for spec in specs)
+    again = (student(spec, None, tmp_path / f"{spec.seed}.pt") for spec in specs)
     ended = list(train_together(again, Way(2, recorded=False)))
     assert all(same(run.trained, alone) for run, alone in zip(ended, called, strict=True))
 
@@ -568,9 +568,9 @@ def test_a_long_run_is_measured_after_each_tenth_epoch_and_the_last(
     assert curve["train_loss"].notna().all()
 
 
-def test_one_cycle_of_a_student_is_pytorchs_own(train: ImageSet, held_out: ImageSet) -> None:
+def test_one_cycle_of_a_student_is_pytorchs_own(student: Make) -> None:
     """Linear up in the first fifth of the steps, linear down; each step finds its rate on the device."""
-    run = student_run(small(epochs=5, batch_size=10, schedule="one_cycle", learning_rate=4e-3), train, held_out)
+    run = student(small(epochs=5, batch_size=10, schedule="one_cycle", learning_rate=4e-3))
     seen = []
     run.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(float(optimizer.param_groups[0]["lr"])))
     fit(run)
@@ -606,20 +606,20 @@ def test_every_kind_of_run_can_be_recorded_on_a_gpu(train: ImageSet, held_out: I
 
 @pytest.mark.slow
 @NEEDS_GPU
-def test_recorded_on_a_gpu_it_ends_near_the_cpu(train: ImageSet, held_out: ImageSet) -> None:
+def test_recorded_on_a_gpu_it_ends_near_the_cpu(student: Make) -> None:
     """The same draws, the same losses, another arithmetic."""
     spec = small(precision="float32", batch_size=4)  # twelve full batches: a recording of ten steps, single ones
-    alone = fit(student_run(spec, train, held_out))
-    on_gpu = fit(student_run(spec, train, held_out, device="cuda"))
+    alone = fit(student(spec))
+    on_gpu = fit(student(spec, device="cuda"))
     assert on_gpu.curve["train_loss"].to_numpy() == pytest.approx(alone.curve["train_loss"].to_numpy(), rel=1e-3)
 
 
 @pytest.mark.slow
 @NEEDS_GPU
-def test_recorded_side_by_side_on_a_gpu_each_ends_near_itself_alone(train: ImageSet, held_out: ImageSet) -> None:
+def test_recorded_side_by_side_on_a_gpu_each_ends_near_itself_alone(student: Make) -> None:
     specs = [small(seed=seed, precision="float32", batch_size=4) for seed in range(3)]
-    alone = [fit(student_run(spec, train, held_out, device="cuda")).curve["train_loss"].tolist() for spec in specs]
-    runs = list(train_together((student_run(spec, train, held_out, device="cuda") for spec in specs), way=Way(3)))
+    alone = [fit(student(spec, device="cuda")).curve["train_loss"].tolist() for spec in specs]
+    runs = list(train_together((student(spec, device="cuda") for spec in specs), way=Way(3)))
     for run, losses in zip(sorted(runs, key=lambda run: run.spec.seed), alone, strict=True):
         assert run.trained.curve["train_loss"].tolist() == pytest.approx(losses, rel=1e-3)
 
@@ -639,17 +639,6 @@ def test_learning_rate_rises_to_the_highest_and_falls_to_nearly_nothing(name: st
     assert (momenta is None) == (name == "cosine")
 
 
-def test_one_cycle_is_pytorchs_own() -> None:
-    rates, momenta = training.schedule(TeacherSpec(epochs=3), steps_an_epoch=7)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=21)
-    for rate, momentum in zip(rates, momenta, strict=True):
-        assert (rate, momentum) == (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"])
-        optimizer.step()
-        with contextlib.suppress(ValueError):  # one step more than there are
-            scheduler.step()
-
-
 def test_teacher_by_cosine_learns_and_resumes(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
     few = train.subset(torch.arange(16))
     spec = TeacherSpec(epochs=2, batch_size=8, schedule="cosine", cutout=8)
@@ -663,18 +652,3 @@ def test_teacher_by_cosine_learns_and_resumes(train: ImageSet, held_out: ImageSe
 
 def stop(_line: str) -> None:
     raise InterruptedError
-
-
-# Bad input
-
-
-@pytest.mark.parametrize("change", [{"schedule": "linear"}, {"cutout": -1}, {"cutout": 33}, {"precision": "half"}])
-def test_wrong_teacher_settings_name_value_and_remedy(change: dict) -> None:
-    (value,) = change.values()
-    with pytest.raises(ValueError, match=rf"{value}.*(choose|give)"):
-        dataclasses.replace(TeacherSpec(), **change)
-
-
-def test_wrong_precision_of_a_student_names_the_right_ones() -> None:
-    with pytest.raises(ValueError, match="unknown precision 'int8': choose one of native, float32"):
-        small(precision="int8")

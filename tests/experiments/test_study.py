@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kdig_utils import paths
-from kdig_utils.experiments import runs, side_by_side, study
+from kdig_utils.experiments import side_by_side, study
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import PROFILES, Study, open_study
-from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method import cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import MAIN_METHODS, RunSpec, TeacherSpec
 
@@ -40,9 +40,7 @@ def small_study(tmp_path: Path, sample_train: ImageSet, sample_test: ImageSet) -
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("student_run", "teacher_run"):
-        monkeypatch.setattr(
-            "kdig_utils.experiments.study." + name, lambda *_arguments, **_options: pytest.fail("trained")
-        )
+        monkeypatch.setattr(study, name, lambda *_arguments, **_options: pytest.fail("trained"))
 
 
 def test_students_are_trained_once_and_everything_belongs_to_the_row(
@@ -65,37 +63,36 @@ def test_students_are_trained_once_and_everything_belongs_to_the_row(
     kd_ig = rows.iloc[1]
     assert kd_ig["teacher_sha256"] == models.weights_sha256(small_study.teacher)
     assert not rows.iloc[0]["teacher_sha256"]
-    for name in ("student_run", "teacher_run"):
-        monkeypatch.setattr(
-            "kdig_utils.experiments.study." + name, lambda *_arguments, **_options: pytest.fail("trained again")
-        )
+    monkeypatch.setattr(study, "student_run", lambda *_arguments, **_options: pytest.fail("trained again"))
     assert small_study.students().equals(rows)
     assert not list((small_study.folder / "checkpoints").glob("*.pt"))
 
 
 def test_students_carry_no_progress_of_another_campaign(small_study: Study) -> None:
-    small_study.run(RunSpec("student", k=17, epochs=1, batch_size=8, seed=7), campaign="other")
+    small_study.run_all([dataclasses.replace(SPECS[0], seed=7)], campaign="other")
     assert small_study.students()["seed"].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("last_written", ["weights", "curve"])
+@pytest.mark.parametrize(("step", "curves"), [((pd.DataFrame, "to_csv"), 0), ((Ledger, "append"), 1)])
 def test_run_that_stops_before_its_row_is_made_again(
-    small_study: Study, monkeypatch: pytest.MonkeyPatch, last_written: str
+    small_study: Study, monkeypatch: pytest.MonkeyPatch, step: tuple[type, str], curves: int
 ) -> None:
-    spec = dataclasses.replace(SPECS[0], data_md5=small_study.train.md5)
+    """Weights are written first, then the curve, then the row."""
 
     def stop(*_arguments: object, **_options: object) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Ledger, "append") if last_written == "curve" else (paths, "replacing")), stop)
-        if last_written == "weights":
-            patch.setattr(side_by_side, "save_checkpoint", lambda *_arguments: None)
+        patch.setattr(*step, stop)
         with pytest.raises(Stop):
-            small_study.run(spec)
+            small_study.run_all(SPECS[:1])
     assert small_study.ledger.read().empty
-    row = small_study.run(spec)
-    assert row["weights_sha256"] == models.weights_sha256(small_study.weights(spec))
+    assert small_study.weights(small_study.completed(SPECS[0]))
+    assert len(list(small_study.curves.glob("*.csv"))) == curves
+    (run_id,) = small_study.run_all(SPECS[:1])
+    (row,) = small_study.ledger.read().to_dict("records")
+    assert row["run_id"] == run_id
+    assert row["weights_sha256"] == models.weights_sha256(small_study.weights(small_study.completed(SPECS[0])))
 
 
 def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +101,7 @@ def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: p
     first = models.weights_sha256(made.teacher)
     again = dataclasses.replace(made)
     again.__dict__.update(train=small_study.train, test=small_study.test, device=torch.device("cpu"))
-    monkeypatch.setattr(runs, "train_teacher", lambda *_arguments, **_options: pytest.fail("trained again"))
+    monkeypatch.setattr(study, "teacher_run", lambda *_arguments, **_options: pytest.fail("trained again"))
     assert models.weights_sha256(again.teacher) == first
     assert not again.teacher.training
     row = made.ledger.read().iloc[0]
@@ -154,7 +151,7 @@ def test_runs_that_were_put_aside_go_on_before_the_others(small_study: Study, mo
 def test_the_ledger_says_which_runs_were_compiled(small_study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, compiled = (dataclasses.replace(SPECS[0], seed=seed) for seed in (1, 2))
     small_study.run_all([plain])
-    monkeypatch.setattr(runs, "compiled_network", lambda _report: models.logits_and_features)
+    monkeypatch.setattr(study, "compiled_network", lambda _report: models.logits_and_features)
     small_study.run_all([compiled], way=Way(compiled=True))
     assert small_study.ledger.read()["compiled"].tolist() == ["", "yes"]
 
@@ -230,13 +227,3 @@ def test_opening_a_study_does_nothing_yet(
     monkeypatch.setattr(cifar10, "fetch", lambda *_arguments: pytest.fail("downloaded"))
     assert open_study(profile).profile == profile
     assert not (tmp_path / "none").exists()
-
-
-def test_workspace_is_where_the_variable_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path))
-    assert open_study("smoke").folder == tmp_path / "smoke"
-
-
-def test_model_for_a_method() -> None:
-    assert models.count_parameters(artifacts.model_for("teacher", 0)) == 2_236_682
-    assert models.count_parameters(artifacts.model_for("kd_ig", 5)) == 543_498
