@@ -147,8 +147,7 @@ def lookup(path: str) -> Any:
 @cache
 def claims() -> tuple[Claim, ...]:
     """All claims, in the order of claims.yml."""
-    content = _claims_file()
-    return tuple(_claim(entry, content) for entry in content["claims"])
+    return tuple(_claim(entry, _claims_file()) for entry in _claims_file()["claims"])
 
 
 def teacher_goal() -> float:
@@ -202,10 +201,10 @@ def _claims_file() -> dict:
 
 def _claim(entry: dict, content: dict) -> Claim:
     merged = {**content["groups"][entry["group"]], **entry}
-    merged.pop("title")
+    del merged["title"]
+    name = merged["settings"]
+    protocol = content["protocols"].get(name, {"settings": content["settings"].get(name), "registered": ""})
+    dated = [merged["registered"], content["rules"]["registered"], protocol["registered"]]  # all as 2026-11-27T16:00Z
     value = merged["value"] if isinstance(merged["value"], list) else [merged["value"]]
-    protocol = content["protocols"].get(merged["settings"])
-    dated = [merged["registered"], content["rules"]["registered"], *([protocol["registered"]] if protocol else [])]
-    merged["registered"] = max(dated)  # all as 2026-11-27T16:00Z
-    settings = protocol["settings"] if protocol else content["settings"][merged["settings"]]
-    return Claim(**{**merged, "value": tuple(value), "methods": tuple(merged["methods"]), "settings": settings})
+    lists = {"value": tuple(value), "methods": tuple(merged["methods"])}
+    return Claim(**{**merged, **lists, "settings": protocol["settings"], "registered": max(dated)})

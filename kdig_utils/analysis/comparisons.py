@@ -202,29 +202,9 @@ def family(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], compare: Compar
     if missing := sorted({method for pair in pairs for method in pair} - set(runs)):
         instead = f", or compare only {', '.join(runs)}" if runs else ""
         raise ValueError(f"no run of {', '.join(missing)}: train these first{instead}")
-    return _corrected([{"first": a, "second": b, **compare(runs[a], runs[b])._asdict()} for a, b in pairs])
-
-
-def between(
-    first: pd.DataFrame, second: pd.DataFrame, methods: Sequence[str] = METHODS[1:], compare: Compare = paired
-) -> pd.DataFrame:
-    """Compare each method with itself in another setting, and correct for how many methods there are (Holm 1979).
-
-    Args:
-        first, second: rows of the ledger, one experiment each; first minus second.
-        methods: without `student` where the settings concern a teacher: its runs would be compared with themselves.
-        compare: as in `family`.
-
-    Returns:
-        Columns method, the fields of the comparison, and for each p-value its correction, as p_holm.
-
-    Raises:
-        ValueError: a method was not run in both, or cannot be compared.
-    """
-    a, b = runs_by_method(first), runs_by_method(second)
-    if missing := [method for method in methods if method not in a or method not in b]:
-        raise ValueError(f"no run of {', '.join(missing)} in one of the two settings: train these first")
-    return _corrected([{"method": method, **compare(a[method], b[method])._asdict()} for method in methods])
+    table = pd.DataFrame([{"first": a, "second": b, **compare(runs[a], runs[b])._asdict()} for a, b in pairs])
+    names = [name for name in table.columns if name == "p" or name.startswith("p_")]
+    return table.assign(**{f"{name}_holm": holm(table[name]) for name in names})
 
 
 def interaction(rows: pd.DataFrame, parts: tuple[str, str] = ("kd", "ig")) -> Comparison:
@@ -269,12 +249,6 @@ def holm(p_values: ArrayLike, tests: int | None = None) -> NDArray:
     steps = np.arange(tests, tests - len(given), -1).reshape(-1, *[1] * (given.ndim - 1))
     ascending = np.maximum.accumulate(np.take_along_axis(given, order, 0) * steps, axis=0)
     return np.minimum(np.take_along_axis(ascending, np.argsort(order, axis=0), 0), 1)
-
-
-def _corrected(lines: list[dict]) -> pd.DataFrame:
-    table = pd.DataFrame(lines)
-    names = [name for name in table.columns if name == "p" or name.startswith("p_")]
-    return table.assign(**{f"{name}_holm": holm(table[name]) for name in names})
 
 
 def _equivalence(a: NDArray, b: NDArray, margin: float, test: Callable) -> Equivalence:

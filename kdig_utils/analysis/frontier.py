@@ -1,4 +1,4 @@
-"""What each parameter buys: the sizes of the eight students, and their accuracies in the ledger and in the paper."""
+"""What each parameter buys: the sizes of the eight students, and their accuracies in the ledger."""
 
 from functools import cache
 
@@ -6,14 +6,12 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kdig_utils.analysis import claims
 from kdig_utils.analysis.comparisons import mean_interval
 from kdig_utils.analysis.eligibility import by_seed, with_teacher_accuracy
 from kdig_utils.experiments import evidence
 from kdig_utils.experiments.ledger import of_one_teacher
 from kdig_utils.method import models
 from kdig_utils.method.artifacts import model_for
-from kdig_utils.method.spec import MAIN_METHODS
 
 BYTES_OF_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -71,13 +69,3 @@ def ours(ledger: pd.DataFrame, epochs: int, train_images: int) -> pd.DataFrame:
         its = list(by_seed(runs.itertuples(), method).values())
         rows.append((method, int(k), factors[k], len(its), *mean_interval(its), runs["teacher_accuracy"].mean()))
     return pd.DataFrame(rows, columns=columns)
-
-
-def paper_sweep() -> pd.DataFrame:
-    """The paper's own sweep, one run a point: columns method, k, factor, accuracy, change (against its teacher)."""
-    sweep, teacher = claims.lookup("compression_sweep_accuracy"), claims.lookup("teacher.accuracy")
-    return pd.DataFrame(
-        {"method": method, "k": row["k"], "factor": row["factor"], "accuracy": value, "change": value - teacher}
-        for method in MAIN_METHODS
-        for row, value in zip(claims.lookup("compression"), sweep[method], strict=True)
-    )

@@ -187,20 +187,6 @@ def test_teachers_are_no_students_and_an_empty_ledger_has_no_methods():
     assert comparisons.runs_by_method(bare({})) == {}
 
 
-def test_a_setting_that_was_planted_is_found_in_the_method_that_it_changes():
-    rng = np.random.default_rng(10)
-    matched = drawn(rng, {"student": 0.0, "kd": 0.0, "ig": 0.6})
-    shuffled = drawn(rng, {"student": 0.0, "kd": 0.0, "ig": 0.0}).assign(pairing="shuffled")
-    table = comparisons.between(matched, shuffled, ["kd", "ig"]).set_index("method")
-    assert (table["p_holm"] < 0.05).to_dict() == {"kd": False, "ig": True}
-    means = {method: values.mean() for method, values in comparisons.runs_by_method(matched).items()}
-    others = {method: values.mean() for method, values in comparisons.runs_by_method(shuffled).items()}
-    assert table.loc["ig", "difference"] == pytest.approx(means["ig"] - others["ig"])
-    assert list(table["p_holm"]) == pytest.approx(list(multipletests(table["p"], method="holm")[1]))
-    with pytest.raises(ValueError, match="no run of at in one of the two"):
-        comparisons.between(matched, shuffled, ["kd", "at"])
-
-
 # Refusals
 
 

@@ -66,9 +66,3 @@ def test_one_run_has_no_interval_and_an_empty_ledger_no_rows():
     assert np.isnan(single.low)
     assert np.isnan(single.teacher)
     assert frontier.ours(ledger(), 100, 50000).empty
-
-
-def test_the_papers_sweep_is_complete():
-    sweep = frontier.paper_sweep()
-    assert len(sweep) == 4 * 8
-    assert np.allclose(sweep["accuracy"] - sweep["change"], claims.lookup("teacher.accuracy"))

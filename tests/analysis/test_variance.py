@@ -111,7 +111,7 @@ def test_normality_is_that_of_the_libraries_and_finds_what_is_skewed():
 def test_normality_refuses_too_few_runs_and_runs_that_end_alike():
     with pytest.raises(ValueError, match="student has 3 runs"):
         variance.normality(one_method(np.array([90.0, 91.0, 92.0])))
-    with pytest.raises(ValueError, match=r"all runs of student end at 91\.00"):
+    with pytest.raises(ValueError, match=r"all runs of student end alike, at 91\.00"):
         variance.normality(one_method(np.full(5, 91.0)))
 
 
@@ -230,7 +230,7 @@ def test_the_interval_of_the_ratio_of_variances_holds_it_in_19_of_20_studies():
 def test_variances_cannot_be_subtracted_without_two_runs_in_both_tables():
     with pytest.raises(ValueError, match="no method has two runs or more in both tables"):
         variance.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.array([90.0])))
-    with pytest.raises(ValueError, match=r"all runs of student end at 91\.00"):
+    with pytest.raises(ValueError, match=r"all runs of student end alike, at 91\.00"):
         variance.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.full(3, 91.0)))
 
 
