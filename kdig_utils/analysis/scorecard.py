@@ -22,6 +22,7 @@ from kdig_utils.method.spec import METHODS
 
 CONCEPTUAL = "matched"  # as the paper's text means it; claims.yml has the pairing of the released scripts
 NUMBERS = ("value", "gap", "reach", "low", "high", "p", "p_level", "p_exact", "p_holm", "p_level_holm", "best", "short")
+UNPAIRED = ("student", "teacher")  # take nothing from a teacher
 Speedups = Mapping[int, tuple[float, float, float]]
 
 
@@ -204,11 +205,9 @@ def _by_budget(candidates: list[tuple[pd.Series, str]]) -> list[list[tuple[pd.Se
     found = []
     for budget in sorted({(run.train_images, run.epochs) for run, _lacks in measured}):
         its = [(run, lacks) for run, lacks in measured if (run.train_images, run.epochs) == budget]
-        alone = [run.method in ("student", "teacher") for run, _lacks in its]
-        pairings = {run.pairing for (run, _lacks), without in zip(its, alone, strict=True) if not without}
+        pairings = {run.pairing for run, _lacks in its if run.method not in UNPAIRED}
         for pairing in sorted(pairings) or [""]:
-            fits = [without or run.pairing == pairing for (run, _lacks), without in zip(its, alone, strict=True)]
-            found.append([one for one, right in zip(its, fits, strict=True) if right])
+            found.append([one for one in its if one[0].method in UNPAIRED or one[0].pairing == pairing])
     return found
 
 
