@@ -11,6 +11,7 @@ import pytest
 from kdig_utils.method import cifar10
 from kdig_utils.method.cifar10 import ImageSet
 
+sys.path.append(str(Path(__file__).parent))  # for `ledgers`, which tests in every folder import
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 

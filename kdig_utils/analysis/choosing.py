@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdig_utils.analysis.comparisons import best_of_normal
+from kdig_utils.analysis.sample_size import best_of_normal
 from kdig_utils.method import losses
 
 with warnings.catch_warnings():  # of its progress bar, which is never shown
@@ -112,7 +112,7 @@ def expected_optimism(n: int, noise: Noise) -> dict[str, float]:
     """Reported test accuracy minus that of fresh seeds, in points, for the best of `n` equally good settings.
 
     Chosen by what it reports, a run owes it all its luck. Chosen by validation, it owes it only the part that is in
-    both accuracies, its seed's. By the mean of the highest of n normal values (`comparisons.best_of_normal`).
+    both accuracies, its seed's. By the mean of the highest of n normal values (`sample_size.best_of_normal`).
 
     Returns:
         By chooser, `test` and `validation`.

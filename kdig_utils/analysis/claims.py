@@ -6,38 +6,37 @@ verdict means is in `verdicts`, what the ledger says of each claim in `scorecard
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import ArrayLike, NDArray
 
 from kdig_utils.experiments import evidence
 
 SIGNIFICANCE = 0.05
 ACCURACY_MEASURES = ("accuracy", "teacher", "teacher_gap", "difference", "no_difference", "interaction", "direction")
-MODEL_MEASURES = ("parameters", "million_macs", "compression_factor")
-AXIOM_MEASURES = ("sensitivity", "implementation_invariance", "explaining_over_training")
-LIST_MEASURES = ("least_factor", "largest_factor", "least_change", "largest_change")
 OUT_OF_REACH = {
     "authors_device": "needs the authors' machine",
     "other_work": "needs another group's networks and recipe",
     "imagenet": "needs images of ImageNet, which nobody may pass on: KDIG_IMAGENET names a folder of them, with one "
     "folder for each class of CIFAR-10 that ImageNet has",
 }
+# All that a claim can be about: accuracies, networks, axioms, the paper's lists, what is out of reach, times and maps.
 MEASURES = (
     *ACCURACY_MEASURES,
-    *MODEL_MEASURES,
-    *AXIOM_MEASURES,
-    *LIST_MEASURES,
+    *("parameters", "million_macs", "compression_factor"),
+    *("sensitivity", "implementation_invariance", "explaining_over_training"),
+    *("least_factor", "largest_factor", "least_change", "largest_change"),
     *OUT_OF_REACH,
-    "latency_ratio",
-    "map_similarity",
+    *("latency_ratio", "map_similarity"),
 )
 STATISTICS = ("mean", "best")
-SIGNS = (1, -1, -1, 1)  # of a claim's numbers and methods: first - second, or (first - second) - (third - fourth)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Claim:
     unit: str
     evidence: str
     methods: tuple[str, ...]
-    settings: Mapping[str, object]
+    settings: Mapping[str, Any]
     seeds: int
     chapter: str
     registered: str
@@ -91,10 +90,9 @@ class Claim:
     k: int = 5
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise ValueError(f"claim {self.name} has unknown measure {self.measure!r}: use {', '.join(MEASURES)}")
-        if self.statistic not in STATISTICS:
-            raise ValueError(f"claim {self.name} has unknown statistic {self.statistic!r}: use {', '.join(STATISTICS)}")
+        for name, value, known in (("measure", self.measure, MEASURES), ("statistic", self.statistic, STATISTICS)):
+            if value not in known:
+                raise ValueError(f"claim {self.name} has unknown {name} {value!r}: use {', '.join(known)}")
         if self.tolerance < 0:
             raise ValueError(f"claim {self.name} has tolerance {self.tolerance}: give a distance, 0 or more")
         evidence.check(self.evidence)
@@ -102,10 +100,10 @@ class Claim:
     @property
     def claimed(self) -> float:
         """The paper's number, or the bound that its words imply; NaN if they imply none."""
-        numbers = [float(np.mean(lookup(part))) if isinstance(part, str) else float(part) for part in self.value]
+        numbers = [float(np.mean(lookup(part))) if isinstance(part, str) else part for part in self.value]
         if self.measure == "latency_ratio" and len(numbers) == 2:
             return numbers[0] / numbers[1]
-        return sum((sign * number for sign, number in zip(SIGNS, numbers, strict=False)), 0.0) if numbers else np.nan
+        return float(signed_sum(numbers)) if numbers else math.nan
 
     @property
     def protocol(self) -> str:
@@ -118,13 +116,19 @@ class Claim:
         return "pairing" in self.settings and set(self.methods) != {"student"}
 
 
+def signed_sum(parts: Sequence[ArrayLike]) -> NDArray:
+    """Of a claim's numbers, or of its methods' runs: first - second, or (first - second) - (third - fourth)."""
+    signs = (1, -1, -1, 1)
+    return sum((sign * np.asarray(part, float) for sign, part in zip(signs, parts, strict=False)), np.zeros(()))
+
+
 @cache
 def paper() -> dict:
     """Facts and figures of the reproduced work, as in paper.json; treat it as read-only."""
     return json.loads(files("kdig_utils").joinpath("paper.json").read_text(encoding="utf-8"))
 
 
-def lookup(path: str) -> float | list:
+def lookup(path: str) -> Any:
     """The value at a dotted path of paper.json, list positions included; a key may hold a dot, as `2.19`.
 
     Raises:
@@ -132,20 +136,18 @@ def lookup(path: str) -> float | list:
     """
     found, rest = paper(), path
     while rest:
-        names = map(str, range(len(found))) if isinstance(found, list) else found if isinstance(found, dict) else ()
-        step = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+        steps = {str(step): step for step in (range(len(found)) if isinstance(found, list) else found)}
+        step = max((name for name in steps if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
         if step is None:
             raise KeyError(f"paper.json has no {path!r}: nothing at {rest!r}")
-        found = found[int(step)] if isinstance(found, list) else found[step]
-        rest = rest[len(step) + 1 :]
+        found, rest = found[steps[step]], rest[len(step) + 1 :]
     return found
 
 
 @cache
 def claims() -> tuple[Claim, ...]:
     """All claims, in the order of claims.yml."""
-    content = _claims_file()
-    return tuple(_claim(entry, content) for entry in content["claims"])
+    return tuple(_claim(entry, _claims_file()) for entry in _claims_file()["claims"])
 
 
 def teacher_goal() -> float:
@@ -199,10 +201,10 @@ def _claims_file() -> dict:
 
 def _claim(entry: dict, content: dict) -> Claim:
     merged = {**content["groups"][entry["group"]], **entry}
-    merged.pop("title")
+    del merged["title"]
+    name = merged["settings"]
+    protocol = content["protocols"].get(name, {"settings": content["settings"].get(name), "registered": ""})
+    dated = [merged["registered"], content["rules"]["registered"], protocol["registered"]]  # all as 2026-11-27T16:00Z
     value = merged["value"] if isinstance(merged["value"], list) else [merged["value"]]
-    protocol = content["protocols"].get(merged["settings"])
-    dated = [merged["registered"], content["rules"]["registered"], *([protocol["registered"]] if protocol else [])]
-    merged["registered"] = max(dated)  # all as 2026-11-27T16:00Z
-    settings = protocol["settings"] if protocol else content["settings"][merged["settings"]]
-    return Claim(**{**merged, "value": tuple(value), "methods": tuple(merged["methods"]), "settings": settings})
+    lists = {"value": tuple(value), "methods": tuple(merged["methods"])}
+    return Claim(**{**merged, **lists, "settings": protocol["settings"], "registered": max(dated)})

@@ -1,5 +1,6 @@
 """What can be computed of claims without any run: sizes, the work of explaining, axioms, the paper's own lists."""
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -70,7 +71,7 @@ def _random_student(k: int) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 # What can be computed without runs, from (method, k). The last four hold a sentence of the paper against its own list.
-COMPUTED = {
+COMPUTED: dict[str, Callable[[str, int], float]] = {
     "parameters": lambda method, k: float(_size(method, k)[0]),
     "million_macs": lambda method, k: _size(method, k)[1] / 1e6,
     "compression_factor": lambda method, k: _size("teacher", 0)[0] / _size(method, k)[0],

@@ -1,28 +1,38 @@
 """What the ledger says of each claim: one row a claim, with the paper's number, ours, its verdict and its evidence."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
 from kdig_utils.analysis import claims, imagenet, verdicts
 from kdig_utils.analysis.claims import Claim
-from kdig_utils.analysis.comparisons import family, holm, interaction, runs_by_method, sign_flips, unpaired
+from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, unpaired
 from kdig_utils.analysis.counted import COMPUTED
+from kdig_utils.analysis.eligibility import Candidates, by_seed
+from kdig_utils.analysis.permutation import sign_flips
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
-from kdig_utils.experiments import brief, evidence, teachers
-from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.experiments import evidence, teachers
 from kdig_utils.method import artifacts
 from kdig_utils.method.spec import METHODS
 
 CONCEPTUAL = "matched"  # as the paper's text means it; claims.yml has the pairing of the released scripts
-FOUND = ("value", "gap", "reach", "low", "high", "p", "p_level")
-EMPTY = {**dict.fromkeys((*FOUND, "p_exact", "p_holm", "p_level_holm", "best", "short"), np.nan), "runs": 0}
+NUMBERS = ("value", "gap", "reach", "low", "high", "p", "p_level", "p_exact", "p_holm", "p_level_holm", "best", "short")
+UNPAIRED = ("student", "teacher")  # take nothing from a teacher
 Speedups = Mapping[int, tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """All that claims are held against: runs of the ledger, times, and measured explanations."""
+
+    runs: Candidates
+    speedups: Speedups
+    explanations: pd.DataFrame | None
 
 
 def scorecard(
@@ -42,16 +52,13 @@ def scorecard(
         claims that one recipe can hardly meet together with it; short and short_budget, what runs gave that do not
         count; and value, low, high, verdict and interim of the conceptual replication, as matched_value and so on.
     """
-    table = _with_protocols(with_teacher_accuracy(ledger))
-    table["date"] = pd.to_datetime(table["finished"], format="ISO8601", utc=True, errors="coerce")
-    table["first_teacher"] = _first_teacher(table)
-    direct = _judged(claims.claims(), table, speedups or {}, explanations)
+    held = _Evidence(Candidates(ledger), speedups or {}, explanations)
+    direct = _judged(claims.claims(), held)
     paired = [claim for claim in claims.claims() if claim.depends_on_pairing and claim.measure != "imagenet"]
-    matched = _judged([as_matched(claim) for claim in paired], table, {}, explanations)
-    conceptual = {row["name"]: row for row in matched}
+    conceptual = {row["name"]: row for row in _judged([as_matched(claim) for claim in paired], held)}
     conflicts = conflicting()
+    none = {**dict.fromkeys(("value", "low", "high"), np.nan), "verdict": "", "interim": False}
     for row in direct:
-        none = {**dict.fromkeys(("value", "low", "high"), np.nan), "verdict": "", "interim": False}
         other = conceptual.get(row["name"], none)
         row |= {f"matched_{name}": other[name] for name in none}
         row["conflicts"] = ", ".join(conflicts.get(row["name"], ()))
@@ -63,12 +70,11 @@ def as_matched(claim: Claim) -> Claim:
     return replace(claim, settings={**claim.settings, "pairing": CONCEPTUAL})
 
 
-def _judged(
-    chosen: Sequence[Claim], table: pd.DataFrame, speedups: Speedups, explanations: pd.DataFrame | None
-) -> list[dict]:
-    known: dict[tuple, tuple[pd.DataFrame, pd.DataFrame]] = {}  # many claims rest on the same runs
-    rows = [_measured(claim, table, known, speedups, explanations) for claim in chosen]
-    _correct(rows, chosen)
+def _judged(chosen: Sequence[Claim], held: _Evidence) -> list[dict]:
+    rows = [_row(claim, held) for claim in chosen]
+    for name, tests in verdicts.families().items():
+        its = [(row, claim) for row, claim in zip(rows, chosen, strict=True) if claim.family == name]
+        _correct(its, len(tests))
     for row, claim in zip(rows, chosen, strict=True):
         row["verdict"] = _verdict(row, claim)
         row["found"] = claim.evidence if row["verdict"] in (*verdicts.DECIDED, UNDECIDED) else evidence.NOT_RUN
@@ -82,73 +88,33 @@ def _verdict(row: dict, claim: Claim) -> str:
     return UNDECIDED if row["interim"] and verdict in (REPRODUCED, RESERVATIONS) else verdict
 
 
-def _correct(rows: list[dict], chosen: Sequence[Claim]) -> None:
-    """Holm's correction over each registered family; a family of the same size whatever was run."""
-    for name, tests in verdicts.families().items():
-        its = [(row, claim) for row, claim in zip(rows, chosen, strict=True) if claim.family == name]
-        # An interim p does not help the others: it is not final.
-        by_test = {verdicts.comparison_of(claim): np.nan if row["interim"] else row["p"] for row, claim in its}
-        corrected = dict(zip(by_test, holm(list(by_test.values()), len(tests)), strict=True))
-        alike = [row for row, claim in its if claim.measure == "no_difference"]
-        levels = holm([row["p_level"] for row in alike], len(alike)) if alike else ()
-        for row, claim in its:
-            final = corrected[verdicts.comparison_of(claim)]
-            row["p_holm"] = min(row["p"] * len(tests), 1.0) if row["interim"] else final
-        for row, p in zip(alike, levels, strict=True):
+def _correct(its: list[tuple[dict, Claim]], tests: int) -> None:
+    """Holm's correction over one registered family, which has the same size whatever was run."""
+    # An interim p does not help the others: it is not final.
+    by_test = {verdicts.comparison_of(claim): np.nan if row["interim"] else row["p"] for row, claim in its}
+    corrected = dict(zip(by_test, holm(list(by_test.values()), tests), strict=True))
+    for row, claim in its:
+        final = corrected[verdicts.comparison_of(claim)]
+        row["p_holm"] = min(row["p"] * tests, 1.0) if row["interim"] else final
+    if alike := [row for row, claim in its if claim.measure == "no_difference"]:
+        for row, p in zip(alike, holm([row["p_level"] for row in alike]), strict=True):
             row["p_level_holm"] = p
 
 
-def with_teacher_accuracy(ledger: pd.DataFrame) -> pd.DataFrame:
-    """The ledger with teacher_accuracy, in per cent, and above_teacher, in points; NaN without the run's teacher."""
-    measured = ledger[ledger["method"] == "teacher"].dropna(subset="test_accuracy").drop_duplicates("weights_sha256")
-    accuracy = measured.set_index("weights_sha256")["test_accuracy"]
-    found = ledger["teacher_sha256"].map(accuracy).astype(float)
-    return ledger.assign(teacher_accuracy=found, above_teacher=ledger["test_accuracy"].astype(float) - found)
-
-
-def _with_protocols(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with what a run has that is not as a protocol wants it, and with protocol, the name of its own.
-
-    other_settings is about the paper's, other_than_brief about the brief protocol. The name is empty for all runs but
-    those of the brief protocol and those near it: claims on the paper see neither.
-    """
-    setting = brief.chosen(table)
-    specs = [None if row["method"] == "teacher" else spec_of(row) for _index, row in table.iterrows()]
-    other = [evidence.unlike(spec, brief.spec(spec.method, 0, setting)) if spec else "a teacher" for spec in specs]
-    near = ["another brief run" if spec and brief.includes(spec) else "" for spec in specs]
-    return table.assign(
-        other_settings=[evidence.unlike_the_paper(spec) if spec else "" for spec in specs],
-        other_than_brief=other,
-        protocol=[named if lacks else brief.NAME for lacks, named in zip(other, near, strict=True)],
-    )
-
-
-def _first_teacher(table: pd.DataFrame) -> pd.Series:
-    """Whether a student has the first teacher, by date, that is good enough: a second one cannot take back a result."""
-    settings = next(claim.settings for claim in claims.claims() if "teacher_accuracy" in claim.settings)
-    good = table["test_accuracy"].astype(float) >= settings["teacher_accuracy"]
-    for name in ("test_images", "data_md5"):
-        good &= table[name] == settings[name]
-    enough = table[good & (table["method"] == "teacher") & table["date"].notna() & table["weights_sha256"].ne("")]
-    first = enough.sort_values(["date", "weights_sha256"])["weights_sha256"].head(1)
-    return table["teacher_sha256"].isin(first)
-
-
-def _measured(
-    claim: Claim, table: pd.DataFrame, known: dict, speedups: Speedups, explanations: pd.DataFrame | None
-) -> dict:
-    fixed = {**asdict(claim), "paths": claim.value, "claimed": claim.claimed}
-    row = {**fixed, **EMPTY, "reason": "", "short_budget": "", "interim": False}
+def _row(claim: Claim, held: _Evidence) -> dict:
+    """The claim, with what there is of evidence, not judged yet."""
+    unknown = {**dict.fromkeys(NUMBERS, np.nan), "runs": 0, "reason": "", "short_budget": "", "interim": False}
+    row = {**asdict(claim), "paths": claim.value, "claimed": claim.claimed, **unknown}
     if claim.measure == "teacher":
-        return row | _first_counting_teacher(claim, table)
+        return row | _first_counting_teacher(claim, held.runs)
     if claim.measure in claims.ACCURACY_MEASURES:
-        return row | _from_ledger(claim, *_candidates(claim, table, known))
+        return row | _from_ledger(claim, held.runs)
     if claim.measure == "map_similarity":
-        return row | _from_explanations(claim, table, explanations)
+        return row | _from_explanations(claim, held)
     if claim.measure == "imagenet" and (folder := imagenet.folder()):
-        return row | _from_imagenet(claim, table, folder)
+        return row | _from_imagenet(claim, held.runs, folder)
     if claim.measure == "latency_ratio":
-        value, low, high = speedups.get(claim.k, (np.nan,) * 3)
+        value, low, high = held.speedups.get(claim.k, (np.nan,) * 3)
         return row | {"value": value, "low": low, "high": high, "gap": value - claim.claimed}
     if claim.measure in COMPUTED:
         value = COMPUTED[claim.measure](claim.methods[0] if claim.methods else "", claim.k)
@@ -156,162 +122,93 @@ def _measured(
     return row
 
 
-def _first_counting_teacher(claim: Claim, table: pd.DataFrame) -> dict:
-    its = table[table["method"] == "teacher"].copy()
-    its["lacks"] = [shortfall(run, claim) for _index, run in its.iterrows()]
-    counting = its[its["lacks"] == ""].sort_values("date")["test_accuracy"].astype(float)
-    if counting.empty:
-        return _short(claim, its[its.index.isin(teachers.with_students(table).index)])
-    return {"value": counting.iloc[0], "gap": counting.iloc[0] - claim.claimed, "runs": 1}
+def _first_counting_teacher(claim: Claim, runs: Candidates) -> dict:
+    if counting := runs.counting(claim):
+        accuracy = float(counting[0].test_accuracy)
+        return {"value": accuracy, "gap": accuracy - claim.claimed, "runs": 1}
+    taught = set(teachers.with_students(runs.table).index)
+    return _short(claim, [(run, lacks) for run, lacks in runs.of(claim) if run.Index in taught])
 
 
-def _candidates(claim: Claim, table: pd.DataFrame, known: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of the claim's size and protocol with what each lacks; of those that count a column a method."""
-    column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
-    key = (claim.k, claim.seeds, column, claim.registered, claim.protocol, *sorted(claim.settings.items()))
-    if key not in known:
-        alike = (table["k"] == claim.k) & (table["protocol"] == claim.protocol)
-        rows = table[alike & table["method"].isin(METHODS)].sort_values("date")
-        rows["lacks"] = [shortfall(run, claim) for _index, run in rows.iterrows()]
-        counting = rows[rows["lacks"] == ""]
-        by_method = [by_seed(counting, method, column) for method in METHODS]
-        known[key] = rows, pd.concat(by_method, axis=1).sort_index()
-    return known[key]
-
-
-def _from_ledger(claim: Claim, candidates: pd.DataFrame, runs: pd.DataFrame) -> dict:
+def _from_ledger(claim: Claim, runs: Candidates) -> dict:
     """Our estimate from the runs that count; without any, what is missing, and the figure of the runs there are."""
-    its = runs[list(claim.methods)].dropna()
-    if its.empty:
-        return _short(claim, candidates[candidates["method"].isin(claim.methods)])
-    if claim.measure == "direction":  # the paper gives no number: nothing of its luck comes in
-        return _found(claim, its, (np.nan, 0))
-    return _found(claim, its, verdicts.pooled_deviation([runs[method].dropna() for method in runs]))
-
-
-def _found(claim: Claim, runs: pd.DataFrame, spread: tuple) -> dict:
-    """The numbers of a claim on students from its runs, a column a method and a row a seed."""
-    significance = verdicts.level(len(runs), claim.seeds)
-    values = list(runs.to_numpy(float).T)
-    found = verdicts.measure(claim, values, claim.claimed, *spread, significance)
-    found = {name: float(number) for name, number in found.items()}
-    found |= {"runs": len(runs), "best": float(values[0].max()), "interim": len(runs) < claim.seeds}
-    if len(values) > 1:
-        found["p_exact"] = sign_flips(sum(sign * value for sign, value in zip(claims.SIGNS, values, strict=False)))
-    return found
-
-
-def _from_explanations(claim: Claim, table: pd.DataFrame, explanations: pd.DataFrame | None) -> dict:
-    """Rank correlation of the students' maps with the teacher's: first method minus second, paired by seed."""
-    counting = _counting(claim, table)
-    if explanations is None or explanations.empty or counting.empty:
-        return {"reason": "no explanation was measured of students that count"}
-    its = explanations[explanations["measure"] == "spearman"].drop_duplicates("run_id")
-    measured = its.set_index("run_id")["value"]
-    similar = counting.assign(similarity=counting["run_id"].map(measured)).dropna(subset="similarity")
-    pairs = [by_seed(similar, method, "similarity") for method in claim.methods]
-    runs = pd.concat(pairs, axis=1, join="inner").sort_index()
-    if runs.empty:
-        return {"reason": "no explanation was measured of students that count"}
-    return _found(claim, runs, (np.nan, 0))
-
-
-def _from_imagenet(claim: Claim, table: pd.DataFrame, folder: Path) -> dict:
-    """How much better the published student of the first method is than that of the second, if both count."""
-    counting = _counting(claim, table)
-    names = [f"{method}_k{claim.k}" for method in claim.methods]
-    published = artifacts.manifest()
-    if not all(published.get(name, {}).get("run_id") in set(counting["run_id"]) for name in names):
-        return {"reason": f"no published weights, {' and '.join(names)}, of runs that count"}
-    return imagenet.gain(*map(artifacts.load, names), *imagenet.read(folder)) | {"runs": 1}
-
-
-def _counting(claim: Claim, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the claim's methods and size that count."""
-    its = table[(table["k"] == claim.k) & table["method"].isin(claim.methods)]
-    lacks = pd.Series([shortfall(run, claim) for _index, run in its.iterrows()], its.index, dtype=object)
-    return its[lacks == ""]
-
-
-def shortfall(run: pd.Series, claim: Claim) -> str:
-    """What a row of the ledger lacks to count as a test of `claim`, in words; empty if it counts.
-
-    Args:
-        run: a row with the columns that `with_teacher_accuracy` and `_with_protocols` add.
-    """
-    settings = claim.settings
-    lacks = [
-        f"{run[name]:,.0f} {name.replace('_', ' ')}, not {settings[name]:,}"
-        for name in ("train_images", "test_images")
-        if run[name] != settings[name]
-    ]
-    lacks += [
-        f"{name.replace('_', ' ')} {run[name]}, not {settings[name]}"
-        for name in ("train_fraction", "data_md5")
-        if name in settings and run[name] != settings[name]
-    ]
-    lacks += _teacher_lacks(run, claim) if run["method"] == "teacher" else _student_lacks(run, claim)
-    if not lacks and not run["date"] > pd.to_datetime(claim.registered, utc=True):
-        lacks.append(f"it ended {run['finished'] or 'at no known time'}, the claim was registered {claim.registered}")
-    return "; ".join(lacks)
-
-
-def _teacher_lacks(run: pd.Series, claim: Claim) -> list[str]:
-    # Reaching the number with less work is enough; missing it counts only at the full budget.
-    if "epochs" not in claim.settings:
-        return ["a teacher"]
-    if run["test_accuracy"] >= claim.claimed - claim.tolerance or run["epochs"] >= claim.settings["epochs"]:
-        return []
-    return [f"{run['epochs']:.0f} of {claim.settings['epochs']} epochs"]
-
-
-def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
-    settings, other = claim.settings, run[f"other_than_{claim.protocol}" if claim.protocol else "other_settings"]
-    lacks = [other] if other else []
-    if "pairing" not in settings:
-        return ["a student"]
-    if run["seed"] not in range(claim.seeds):
-        lacks.append(f"seed {run['seed']}: the claim is judged on seeds 0 to {claim.seeds - 1}")
-    if run["method"] != "student" and run["pairing"] != settings["pairing"]:
-        lacks.append(f"pairing {run['pairing']}, not {settings['pairing']}")
-    if run["method"] != "student" and not run["teacher_accuracy"] >= settings["teacher_accuracy"]:
-        found = f"{run['teacher_accuracy']:.1f} %" if run["teacher_accuracy"] > 0 else "not in the ledger"
-        lacks.append(f"teacher {found}, needs {settings['teacher_accuracy']} %")
-    elif run["method"] != "student" and not run["first_teacher"]:
-        lacks.append("another teacher than the first that is good enough")
-    return lacks
-
-
-def by_seed(runs: pd.DataFrame, method: str, column: str = "test_accuracy") -> pd.Series:
-    """A column of a method's runs, in per cent if it is an accuracy, by seed: each seed once."""
-    its = runs[runs["method"] == method].dropna(subset=column).drop_duplicates("seed")
-    return its.set_index("seed")[column].astype(float).sort_index().rename(method)
-
-
-def _short(claim: Claim, candidates: pd.DataFrame) -> dict:
-    """The figure of the runs that do not settle it, at the largest budget that all methods of the claim have."""
-    measured = candidates.dropna(subset="test_accuracy")
-    alone = measured["method"].isin(("student", "teacher"))
-    measured = measured.assign(paired=measured["pairing"].where(~alone, ""))
-    complete = [
-        part
-        for _budget, group in measured.groupby(["train_images", "epochs"])
-        for pairing in sorted(set(group["paired"]) - {""}) or [""]
-        if set(claim.methods) <= set((part := group[group["paired"].isin(("", pairing))])["method"])
-    ]
-    if not complete:
-        missing = [method for method in claim.methods if method not in set(candidates["method"])]
-        return {"reason": f"no run of {' and '.join(missing)}" if missing else "no budget in common"}
-    largest = complete[-1]
     column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
-    means = [by_seed(largest, method, column).mean() for method in claim.methods]
-    runs = min(int((largest["method"] == method).sum()) for method in claim.methods)
-    budget = f"{evidence.in_words(evidence.of_runs(largest))}, {largest['train_images'].iloc[0]:,.0f} images"
+    by_method = {method: by_seed(runs.counting(claim), method, column) for method in METHODS}
+    values = _shared(by_method[method] for method in claim.methods)
+    if not values.size:
+        return _short(claim, [(run, lacks) for run, lacks in runs.of(claim) if run.method in claim.methods])
+    if claim.measure == "direction":  # the paper gives no number: nothing of its luck comes in
+        return _found(claim, values, (np.nan, 0))
+    return _found(claim, values, verdicts.pooled_deviation([list(its.values()) for its in by_method.values()]))
+
+
+def _shared(by_method: Iterable[dict[int, float]]) -> NDArray:
+    """The values of each method, (methods, seeds), at the seeds that all of them have."""
+    runs = list(by_method)
+    seeds = [seed for seed in runs[0] if all(seed in its for its in runs)]
+    return np.array([[its[seed] for seed in seeds] for its in runs])
+
+
+def _found(claim: Claim, values: NDArray, spread: tuple[float | NDArray, int]) -> dict:
+    """The numbers of a claim on students from its runs, (methods, seeds)."""
+    runs = values.shape[1]
+    measured = verdicts.measure(claim, list(values), claim.claimed, spread, verdicts.level(runs, claim.seeds))
+    exact = sign_flips(claims.signed_sum(list(values))) if len(values) > 1 else np.nan
+    found = {name: float(number) for name, number in measured.items()} | {"p_exact": exact}
+    return {**found, "runs": runs, "best": float(values[0].max()), "interim": runs < claim.seeds}
+
+
+def _from_explanations(claim: Claim, held: _Evidence) -> dict:
+    """Rank correlation of the students' maps with the teacher's: first method minus second, paired by seed."""
+    table = held.explanations if held.explanations is not None else pd.DataFrame(columns=["run_id", "measure", "value"])
+    measured = table[table["measure"] == "spearman"].drop_duplicates("run_id").set_index("run_id")["value"]
+    similar = [
+        run._replace(test_accuracy=measured[run.run_id]) for run in held.runs.counting(claim) if run.run_id in measured
+    ]
+    values = _shared(by_seed(similar, method) for method in claim.methods)
+    if not values.size:
+        return {"reason": "no explanation was measured of students that count"}
+    return _found(claim, values, (np.nan, 0))
+
+
+def _from_imagenet(claim: Claim, runs: Candidates, folder: Path) -> dict:
+    """How much better the published student of the first method is than that of the second, if both count."""
+    first, second = (f"{method}_k{claim.k}" for method in claim.methods)
+    counting, published = {run.run_id for run in runs.counting(claim)}, artifacts.manifest()
+    if not all(published.get(name, {}).get("run_id") in counting for name in (first, second)):
+        return {"reason": f"no published weights, {first} and {second}, of runs that count"}
+    images, labels = imagenet.read(folder)
+    return {**imagenet.gain(artifacts.load(first), artifacts.load(second), images, labels), "runs": 1}
+
+
+def _short(claim: Claim, candidates: list[tuple[pd.Series, str]]) -> dict:
+    """The figure of the runs that do not settle it, at the largest budget that all methods of the claim have."""
+    complete = [its for its in _by_budget(candidates) if set(claim.methods) <= {run.method for run, _lacks in its}]
+    if not complete:
+        missing = [method for method in claim.methods if method not in {run.method for run, _lacks in candidates}]
+        return {"reason": f"no run of {' and '.join(missing)}" if missing else "no budget in common"}
+    largest, lacks = zip(*complete[-1], strict=True)
+    column = "above_teacher" if claim.measure == "teacher_gap" else "test_accuracy"
+    means = [pd.Series(by_seed(largest, method, column), dtype=float).mean() for method in claim.methods]
+    runs = min(sum(run.method == method for run in largest) for method in claim.methods)
+    budget = f"{evidence.in_words(evidence.of_runs(pd.DataFrame(largest)))}, {largest[0].train_images:,.0f} images"
     return {
-        "short": sum(sign * mean for sign, mean in zip(claims.SIGNS, means, strict=False)),
+        "short": float(claims.signed_sum(means)),
         "short_budget": f"{budget}, {runs} run{'s' if runs > 1 else ''}",
-        "reason": max(largest["lacks"], key=len) or "no seed that all methods have",
+        "reason": max(lacks, key=len) or "no seed that all methods have",
     }
+
+
+def _by_budget(candidates: list[tuple[pd.Series, str]]) -> list[list[tuple[pd.Series, str]]]:
+    """The measured runs of one budget and one pairing each, the largest budget last."""
+    measured = [(run, lacks) for run, lacks in candidates if not np.isnan(run.test_accuracy)]
+    found = []
+    for budget in sorted({(run.train_images, run.epochs) for run, _lacks in measured}):
+        its = [(run, lacks) for run, lacks in measured if (run.train_images, run.epochs) == budget]
+        pairings = {run.pairing for run, _lacks in its if run.method not in UNPAIRED}
+        for pairing in sorted(pairings) or [""]:
+            found.append([one for one in its if one[0].method in UNPAIRED or one[0].pairing == pairing])
+    return found
 
 
 def conflicting() -> dict[str, list[str]]:
@@ -345,7 +242,7 @@ def _p_of_gap(one: Claim, other: Claim, deviation: float, df: int) -> float:
     return float(2 * stats.t.sf(abs(means[0] - means[1]) / sum(variances) ** 0.5, df))
 
 
-def registered_comparisons(rows: pd.DataFrame, compare: Callable[..., NamedTuple] = unpaired) -> pd.DataFrame:
+def registered_comparisons(rows: pd.DataFrame, compare: Compare = unpaired) -> pd.DataFrame:
     """The nine comparisons of the family `ten runs` on rows of one experiment, as chapters 08 and 16 show them.
 
     Args:

@@ -46,13 +46,12 @@ def _size_in_words(row: Mapping) -> str:
 
 def _accuracy_in_words(row: Mapping) -> str:
     said = f"{row['gap']:+.2f} from the paper's number; chance reaches {_or_unknown(row['reach'])} points"
-    likened = f"; {_best_in_words(row)}" if row["statistic"] == "best" else ""
-    return said + f", at most {row['tolerance']:g} is narrow enough{likened}"
-
-
-def _best_in_words(row: Mapping) -> str:
+    said += f", at most {row['tolerance']:g} is narrow enough"
+    if row["statistic"] != "best":
+        return said
     how = "extrapolated" if row["runs"] < row["paper_runs"] else "expected"
-    return f"the best of {row['paper_runs']}, {how} from {row['runs']} runs, whose own best is {row['best']:.2f}"
+    runs = f"{row['runs']} runs, whose own best is {row['best']:.2f}"
+    return f"{said}; the best of {row['paper_runs']}, {how} from {runs}"
 
 
 def _difference_in_words(row: Mapping) -> str:
@@ -77,14 +76,9 @@ def _or_unknown(value: float) -> str:
 
 
 WORDS = {
-    "accuracy": _accuracy_in_words,
-    "teacher_gap": _accuracy_in_words,
-    "difference": _difference_in_words,
-    "interaction": _difference_in_words,
-    "no_difference": _difference_in_words,
-    "direction": _difference_in_words,
-    "map_similarity": _difference_in_words,
-    "imagenet": _difference_in_words,
+    **dict.fromkeys(("accuracy", "teacher_gap"), _accuracy_in_words),
+    **dict.fromkeys(("difference", "interaction", "no_difference", "direction"), _difference_in_words),
+    **dict.fromkeys(("map_similarity", "imagenet"), _difference_in_words),
     "latency_ratio": _time_in_words,
 }
 
@@ -108,11 +102,9 @@ def _evidence(row: Mapping) -> str:
         return f"It {claims.OUT_OF_REACH[row['measure']]}."
     if row["verdict"] == NOT_RUN:
         return _what_is_missing(row)
-    ours, spread = written(row["value"], row["unit"]), ""
-    if np.isfinite(row["low"]):
-        confidence = 99.9 if row["interim"] else 100 * (1 - SIGNIFICANCE)
-        low, high = (written(row[end], row["unit"]) for end in ("low", "high"))
-        spread = f", {confidence:g} % interval {low} to {high}"
+    ours, low, high = (written(row[name], row["unit"]) for name in ("value", "low", "high"))
+    confidence = 99.9 if row["interim"] else 100 * (1 - SIGNIFICANCE)
+    spread = f", {confidence:g} % interval {low} to {high}" if low else ""
     runs = f", {row['runs']} runs a method" if row["runs"] > 1 else ""
     return f"Evidence: {row['found']}. It gives {ours}{spread}{runs}."
 

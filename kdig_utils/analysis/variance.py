@@ -65,23 +65,17 @@ def factor_effects(rows: pd.DataFrame, blocks: Sequence[str] = ()) -> pd.DataFra
         raise ValueError(f"no run of {', '.join(missing)}: the factorial analysis needs all eight methods")
     if max(map(len, runs.values())) < 2:
         raise ValueError("each method has 1 run: a factorial analysis needs two or more, train more seeds")
-    _check_spread(rows)
-    students = rows[rows["method"].isin(METHODS)]
-    coded = students.assign(**{factor: switched(students["method"], factor) for factor in FACTORS})
+    _check_spread(rows["test_accuracy"].astype(float))
+    students = rows[rows["method"].isin(METHODS)].astype({"test_accuracy": float})
+    # Effect coding, +1 for methods that contain a part and −1 for the others.
+    coded = {part: [1.0 if part in name.split("_") else -1.0 for name in students["method"]] for part in FACTORS}
     formula = " + ".join(["test_accuracy ~ kd * ig * at", *(f"C({block})" for block in blocks)])
-    fit = ols(formula, coded.astype({"test_accuracy": float})).fit()
-    # Coded −1 and +1: a coefficient is half a main effect, a quarter or an eighth of an interaction.
+    fit, terms = ols(formula, students.assign(**coded)).fit(), list(TERMS)
+    # So a coefficient is half a main effect, a quarter or an eighth of an interaction.
     scale = pd.Series({term: 2.0 ** (1 + term.count(":")) for term in TERMS})
-    low, high = (fit.conf_int(SIGNIFICANCE)[side][list(TERMS)] * scale for side in (0, 1))
-    table = pd.DataFrame(
-        {"effect": fit.params[list(TERMS)] * scale, "low": low, "high": high, "p": fit.pvalues[list(TERMS)]}
-    )
-    return table.assign(p_holm=holm(table["p"])).rename_axis("term")
-
-
-def switched(methods: pd.Series, factor: str) -> pd.Series:
-    """Effect coding of a part: +1 for methods that contain it, −1 for the others."""
-    return methods.map(lambda method: 1.0 if factor in method.split("_") else -1.0)
+    low, high = (fit.conf_int(SIGNIFICANCE)[side][terms] * scale for side in (0, 1))
+    columns = {"effect": fit.params[terms] * scale, "low": low, "high": high, "p": fit.pvalues[terms]}
+    return pd.DataFrame(columns).assign(p_holm=holm(columns["p"])).rename_axis("term")
 
 
 def normality(rows: pd.DataFrame) -> pd.DataFrame:
@@ -94,23 +88,18 @@ def normality(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a method has fewer than four runs, or all its runs end alike.
     """
-    table = {}
-    for method, values in runs_by_method(rows).items():
-        if len(values) < FEWEST_FOR_NORMALITY:
-            raise ValueError(
-                f"{method} has {len(values)} runs: a test of normality needs {FEWEST_FOR_NORMALITY} or more"
-            )
-        if np.ptp(values) == 0:
-            raise ValueError(f"all runs of {method} end at {values.iloc[0]:.2f} %: check that their seeds differ")
-        table[method] = {
-            "runs": len(values),
-            "mean": values.mean(),
-            "deviation": values.std(ddof=1),
-            "lilliefors_p": lilliefors(values)[1],
-            "shapiro_p": stats.shapiro(values).pvalue,
-        }
-    columns = ["runs", "mean", "deviation", "lilliefors_p", "shapiro_p"]
-    return pd.DataFrame.from_dict(table, orient="index", columns=columns).astype({"runs": int}).rename_axis("method")
+    tested = [_normality_of(values) for values in runs_by_method(rows).values()]
+    columns = ["method", "runs", "mean", "deviation", "lilliefors_p", "shapiro_p"]
+    return pd.DataFrame(tested, columns=columns).astype({"runs": int}).set_index("method")
+
+
+def _normality_of(values: pd.Series) -> tuple:
+    if len(values) < FEWEST_FOR_NORMALITY:
+        few = f"{values.name} has {len(values)} runs"
+        raise ValueError(f"{few}: a test of normality needs {FEWEST_FOR_NORMALITY} or more")
+    _check_spread(values, f"all runs of {values.name}")
+    p_values = lilliefors(values)[1], stats.shapiro(values).pvalue
+    return values.name, len(values), values.mean(), values.std(ddof=1), *p_values
 
 
 def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = ()) -> Components:
@@ -130,33 +119,31 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
     counts = pd.crosstab(rows[group], [rows[name] for name in fixed] or [np.zeros(len(rows))]).to_numpy()
     groups, runs = len(counts), int(counts.sum(axis=1).max(initial=0))
     if groups < 2 or runs < 2:
-        raise ValueError(
-            f"{groups} groups of {runs} runs: the split needs two groups or more with two runs or more each"
-        )
+        needs = "the split needs two groups or more with two runs or more each"
+        raise ValueError(f"{groups} groups of {runs} runs: {needs}")
     if counts.min() < counts.max():
         raise ValueError(
-            f"the groups by {group} are not alike: {counts.sum(axis=1).min()} to {runs} runs, each setting "
-            f"{counts.min()} to {counts.max()} times; finish the campaign, or leave out the incomplete groups"
+            f"the groups by {group} are not alike: {counts.sum(axis=1).min()} to {runs} runs: finish the campaign, or "
+            "leave out the incomplete groups"
         )
-    _check_spread(rows)
+    _check_spread(rows["test_accuracy"].astype(float))
     formula = " + ".join(["test_accuracy ~ 1", *(f"C({name})" for name in fixed), f"C({group})"])
     table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit())
     return _components(table.loc[f"C({group})"], table.loc["Residual"], groups, runs)
 
 
-def _check_spread(rows: pd.DataFrame) -> None:
-    values = rows["test_accuracy"].to_numpy(float)
-    if np.ptp(values) == 0:
-        raise ValueError(f"all runs end alike, at {values[0]:.2f} %: there is nothing to split; train for longer")
+def _check_spread(accuracies: pd.Series, whose: str = "all runs") -> None:
+    if np.ptp(accuracies) == 0:
+        raise ValueError(f"{whose} end alike, at {accuracies.iloc[0]:.2f} %: check that their seeds differ")
 
 
 def _components(between: pd.Series, within: pd.Series, groups: int, runs: int) -> Components:
     """From the two lines of the table: the expected mean square between is within + runs × between."""
-    variance = float(between["mean_sq"] - within["mean_sq"]) / runs
-    total = variance + float(within["mean_sq"])
-    ratio = float(between["mean_sq"] / within["mean_sq"]) if within["mean_sq"] > 0 else np.inf
+    inside = float(within["mean_sq"])
+    variance = (float(between["mean_sq"]) - inside) / runs
+    ratio = float(between["mean_sq"]) / inside if inside > 0 else np.inf
     low, high = (_share(ratio / limit, runs) for limit in _f_limits(between["df"], within["df"]))
-    return Components(variance, float(within["mean_sq"]), variance / total, low, high, groups, runs)
+    return Components(variance, inside, variance / (variance + inside), low, high, groups, runs)
 
 
 def _share(ratio: float, runs: int) -> float:
@@ -165,8 +152,9 @@ def _share(ratio: float, runs: int) -> float:
 
 
 def _f_limits(df_above: float, df_below: float) -> tuple[float, float]:
-    f = stats.f(df_above, df_below)
-    return float(f.ppf(1 - SIGNIFICANCE / 2)), float(f.ppf(SIGNIFICANCE / 2))
+    """Between which F lies with 95 % chance, the upper limit first."""
+    low, high = stats.f(df_above, df_below).interval(1 - SIGNIFICANCE)
+    return float(high), float(low)
 
 
 def added_variance(together: pd.DataFrame, alone: pd.DataFrame) -> pd.DataFrame:
@@ -192,8 +180,7 @@ def added_variance(together: pd.DataFrame, alone: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ratio_of_variances(together: pd.Series, alone: pd.Series) -> dict[str, float]:
-    if np.ptp(alone) == 0:
-        raise ValueError(f"all runs of {alone.name} end at {alone.iloc[0]:.2f} %: check that their seeds differ")
+    _check_spread(alone, f"all runs of {alone.name}")
     above, below = float(together.var(ddof=1)), float(alone.var(ddof=1))
     df = len(together) - 1, len(alone) - 1
     low, high = (above / below / limit for limit in _f_limits(*df))

@@ -1,38 +1,24 @@
 """Sizes that can be counted by hand, means that SciPy confirms, and a frontier without dominated points."""
 
-import json
-from dataclasses import asdict
-
+import ledgers
 import numpy as np
 import pandas as pd
 import pytest
+from ledgers import TEACHER, row_of, teacher_row
 from scipy import stats
 from torch import nn
 
 from kdig_utils.analysis import claims, frontier
-from kdig_utils.experiments.ledger import COLUMNS
 from kdig_utils.method.spec import RunSpec
-
-TEACHER = "a teacher"
 
 
 def ledger(*rows: dict) -> pd.DataFrame:
-    teacher = {
-        "method": "teacher",
-        "k": 0,
-        "weights_sha256": TEACHER,
-        "test_accuracy": 94.0,
-        "spec": "{}",
-        "pairing": "",
-    }
-    return pd.DataFrame([teacher, *rows], columns=list(COLUMNS))
+    return ledgers.table([teacher_row(), *rows])
 
 
 def row(method: str, accuracy: float, **changes: object) -> dict:
     spec = RunSpec(method, teacher_sha256="" if method == "student" else TEACHER, **changes)
-    names = ("run_id", "method", "k", "seed", "epochs", "pairing", "teacher_sha256")
-    facts = {name: getattr(spec, name) for name in names}
-    return {**facts, "train_images": 50000, "test_accuracy": accuracy, "spec": json.dumps(asdict(spec))}
+    return row_of(spec, accuracy, train_images=50000)
 
 
 def test_sizes_are_those_of_the_paper():
@@ -50,21 +36,6 @@ def test_bytes_are_counted_as_by_hand():
     assert frontier.state_bytes(network, "fp32") == 4 * (weights + others)
     assert frontier.state_bytes(network, "fp16") == 2 * (weights + others)
     assert frontier.state_bytes(network, "int8") == weights + 4 * others
-    with pytest.raises(ValueError, match="unknown precision 'int4'"):
-        frontier.state_bytes(network, "int4")
-
-
-@pytest.mark.parametrize("budget", [10_000, 50_000, 3_000_000])
-def test_the_largest_student_fits_and_the_next_larger_one_does_not(budget: int):
-    students = frontier.sizes().query("method == 'student'").set_index("k")
-    for plan in frontier.largest_within(budget).itertuples():
-        assert students.loc[plan.k, plan.precision] == plan.bytes <= budget
-        assert plan.k == 3 or students.loc[plan.k - 2, plan.precision] > budget
-
-
-def test_a_budget_that_holds_nothing_is_refused():
-    with pytest.raises(ValueError, match="10 bytes hold no student"):
-        frontier.largest_within(10)
 
 
 def test_means_have_the_interval_of_scipy_and_only_the_right_runs_count():
@@ -95,13 +66,3 @@ def test_one_run_has_no_interval_and_an_empty_ledger_no_rows():
     assert np.isnan(single.low)
     assert np.isnan(single.teacher)
     assert frontier.ours(ledger(), 100, 50000).empty
-
-
-def test_the_papers_sweep_and_the_literature_are_complete():
-    sweep = frontier.paper_sweep()
-    assert len(sweep) == 4 * 8
-    assert np.allclose(sweep["accuracy"] - sweep["change"], claims.lookup("teacher.accuracy"))
-    works = frontier.literature()
-    assert list(works["factor"]) == claims.lookup("literature_on_cifar10.factors")
-    assert set(works["work"]) == {"", "Bhardwaj 2019", "Gou 2023"}
-    assert np.allclose((works["accuracy"] - works["teacher"]).dropna(), works.loc[works["work"] != "", "change"])

@@ -1,12 +1,14 @@
 """The rules on planted truths: what they decide, how often they err, and that no more is said than is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from kdig_utils.analysis import claims, comparisons, verdicts
+from kdig_utils.analysis.operating_characteristics import KINDS_OF_CLAIM, TRUTHS, operating_characteristics
 from kdig_utils.analysis.verdicts import NOT_REPRODUCED, REPRODUCED, RESERVATIONS, UNDECIDED
 
 STUDIES = 2000
@@ -16,11 +18,11 @@ CLAIMS = {claim.name: claim for claim in claims.claims()}
 @pytest.fixture(scope="module")
 def errors():
     print(f"{STUDIES} simulated studies a case, seed 0")
-    table = verdicts.operating_characteristics((1, 3, 5, 10, 60), studies=STUDIES)
+    table = operating_characteristics((1, 3, 5, 10, 60), studies=STUDIES)
     return table.set_index(["kind", "truth", "seeds"]).sort_index()
 
 
-NUMBERS = [(kind, CLAIMS[name].seeds) for kind, name in verdicts.KINDS_OF_CLAIM.items() if CLAIMS[name].unit == "%"]
+NUMBERS = [(kind, CLAIMS[name].seeds) for kind, name in KINDS_OF_CLAIM.items() if CLAIMS[name].unit == "%"]
 
 
 @pytest.mark.parametrize(("kind", "seeds"), NUMBERS)
@@ -39,13 +41,13 @@ def test_an_exact_replication_of_a_difference_is_refuted_seldom_and_passes_with_
 def test_what_is_false_is_seldom_reproduced_whatever_the_number_of_seeds(errors):
     false = errors.xs("false", level="truth")
     assert (false[REPRODUCED] + false[RESERVATIONS]).max() < 0.1
-    planned = [false.loc[(kind, CLAIMS[name].seeds)] for kind, name in verdicts.KINDS_OF_CLAIM.items()]
+    planned = [false.loc[(kind, CLAIMS[name].seeds)] for kind, name in KINDS_OF_CLAIM.items()]
     assert max(row[REPRODUCED] + row[RESERVATIONS] for row in planned) < 0.05
 
 
 def test_true_passes_more_often_than_half_and_half_more_often_than_false(errors):
-    for kind in verdicts.KINDS_OF_CLAIM:
-        true, half, false = (errors.loc[(kind, truth, 60), REPRODUCED] for truth in verdicts.TRUTHS)
+    for kind in KINDS_OF_CLAIM:
+        true, half, false = (errors.loc[(kind, truth, 60), REPRODUCED] for truth in TRUTHS)
         assert true > half > false
 
 
@@ -53,7 +55,7 @@ def test_true_passes_more_often_than_half_and_half_more_often_than_false(errors)
 def test_five_seeds_of_the_brief_protocol_err_as_seldom_and_show_as_much_as_claims_yml_says(correlation, large, small):
     print(f"{STUDIES} simulated studies a case, seed 0")
     its = {claim.name: claim.name for claim in CLAIMS.values() if claim.protocol}
-    table = verdicts.operating_characteristics((5,), STUDIES, correlation, kinds=its)
+    table = operating_characteristics((5,), STUDIES, correlation, kinds=its)
     passed = table.set_index(["claim", "truth"])[REPRODUCED]
     assert passed["brief_kd_ig_over_student", "exactly true"] == pytest.approx(large, abs=0.04)
     assert passed["brief_kd_ig_over_kd", "exactly true"] == pytest.approx(small, abs=0.04)
@@ -97,7 +99,7 @@ def test_a_best_of_ten_is_held_against_a_best_of_ten():
     theirs = rng.normal(91.2, 0.32, (studies, 10)).max(1)
     ours = rng.normal(91.2, 0.32, (studies, 8, 10))
     spread = verdicts.pooled_deviation(list(np.moveaxis(ours, 1, 0)))
-    found = verdicts.measure(claim, [ours[:, 0]], theirs, *spread, 0.05)
+    found = verdicts.measure(claim, [ours[:, 0]], theirs, spread, 0.05)
     assert abs(found["gap"].mean()) < 0.02
     assert (np.abs(found["gap"]) <= found["reach"]).mean() == pytest.approx(0.95, abs=0.015)
     assert (np.abs(ours[:, 0].mean(1) - theirs) <= 0.3).mean() < 0.25
@@ -123,7 +125,7 @@ def test_holm_is_the_one_of_statsmodels_and_a_late_test_undoes_nothing(seed):
 def test_a_difference_is_the_paired_t_test_and_its_absence_two_one_sided_tests(seed):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(91.4, 0.3, 10), rng.normal(91.3, 0.3, 10)
-    found = verdicts.measure(CLAIMS["kd_over_student"], [a, b], 0.44, *verdicts.pooled_deviation([a, b]), 0.05)
+    found = verdicts.measure(CLAIMS["kd_over_student"], [a, b], 0.44, verdicts.pooled_deviation([a, b]), 0.05)
     test = stats.ttest_rel(a, b)
     interval = test.confidence_interval(0.95)
     assert (found["p"], found["low"], found["high"]) == pytest.approx((test.pvalue, interval.low, interval.high))
@@ -132,8 +134,8 @@ def test_a_difference_is_the_paired_t_test_and_its_absence_two_one_sided_tests(s
 
 def test_both_chapters_use_the_same_test():
     rng = np.random.default_rng(3)
-    a, b = (comparisons.pd.Series(rng.normal(mean, 0.3, 10)) for mean in (91.7, 91.3))
-    found = verdicts.measure(CLAIMS["kd_over_student"], [a, b], 0.44, 0.3, 18, 0.05)
+    a, b = (pd.Series(rng.normal(mean, 0.3, 10)) for mean in (91.7, 91.3))
+    found = verdicts.measure(CLAIMS["kd_over_student"], [a, b], 0.44, (0.3, 18), 0.05)
     assert found["p"] == pytest.approx(comparisons.paired(a, b).p)
 
 
@@ -144,7 +146,7 @@ def judged(name: str, value: float, error: float, p_holm: float | None = None) -
     student = np.full(10, 91.2)
     runs = [student + value + error * 10**0.5 * noise, student]
     claim = CLAIMS[name]
-    found = verdicts.measure(claim, runs, claim.claimed, *verdicts.papers_spread(), 0.05)
+    found = verdicts.measure(claim, runs, claim.claimed, verdicts.papers_spread(), 0.05)
     corrected = {"p_holm": found["p"] if p_holm is None else p_holm, "p_level_holm": found["p_level"]}
     return str(verdicts.judge(claim, found | corrected, 0.05))
 
@@ -210,10 +212,10 @@ def test_no_verdict_on_an_opposite_sign_is_a_kind_of_reproduced():
 
 def test_runs_that_do_not_differ_at_all_show_nothing():
     same = np.full(10, 91.2)
-    found = verdicts.measure(CLAIMS["kd_over_student"], [same, same], 0.44, 0.3, 18, 0.05)
+    found = verdicts.measure(CLAIMS["kd_over_student"], [same, same], 0.44, (0.3, 18), 0.05)
     assert np.isnan(found["p"])
     assert np.isnan(found["p_level"])
-    alone = verdicts.measure(CLAIMS["mean_kd"], [same], 91.62, *verdicts.pooled_deviation([same]), 0.05)
+    alone = verdicts.measure(CLAIMS["mean_kd"], [same], 91.62, verdicts.pooled_deviation([same]), 0.05)
     assert np.isnan(alone["reach"])
 
 
