@@ -19,7 +19,7 @@ import torch
 from kdig_utils import paths
 from kdig_utils.book import repository
 from kdig_utils.book.status import artifact_lines, campaign_lines, checkpoint_line, finished, ledger_lines, signals_line
-from kdig_utils.experiments import campaigns, packs, publishing, teachers
+from kdig_utils.experiments import campaigns, hyperparameters, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, TrainingDiverged, Way
 from kdig_utils.experiments.study import PROFILES, TEACHER_RECIPE, Study, open_study, print_now_and_then
@@ -246,7 +246,7 @@ def trained_study(profile: str) -> Study:
 
 def search(arguments: argparse.Namespace) -> int:
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
-    deadline, hyperparameters = time.monotonic() + 60 * arguments.budget_minutes, needed("experiments.search")
+    deadline, searching = time.monotonic() + 60 * arguments.budget_minutes, needed("experiments.search")
     keep_freed_memory()
     study = student_study(RunSpec.n_steps) if arguments.profile == "full" else open_study(arguments.profile)
     options = {
@@ -254,11 +254,11 @@ def search(arguments: argparse.Namespace) -> int:
         "deadline": deadline,
         "report": print_now_and_then(arguments.report_seconds),
     }
-    trials = arguments.trials or hyperparameters.TRIALS
-    rows = hyperparameters.search(study, arguments.method, trials, arguments.storage, **options)
-    under_way = hyperparameters.trials_under_way(study, arguments.method, arguments.storage)
+    trials = arguments.trials or searching.TRIALS
+    rows = searching.search(study, arguments.method, trials, arguments.storage, **options)
+    under_way = searching.trials_under_way(study, arguments.method, arguments.storage)
     if not under_way and time.monotonic() < deadline:
-        rows = hyperparameters.confirm(study, arguments.method, **options)
+        rows = searching.confirm(study, arguments.method, **options)
     print(hyperparameters.choices(rows).round(2).to_string() if len(rows) else "no trial is finished yet")
     done, fresh = (~rows["fresh"]).sum(), rows["fresh"].sum()
     print(f"search {arguments.method}: {done} of {trials} trials, {fresh} runs with fresh seeds")
@@ -271,7 +271,7 @@ def campaign_specs(name: str) -> list[RunSpec]:
     """The runs of a campaign; those of `answers` wait for what validation prefers."""
     if name != "answers":
         return campaigns.specs(name)
-    preferred = needed("experiments.search").preferred(Ledger(paths.ledger_path()).read())
+    preferred = hyperparameters.preferred(Ledger(paths.ledger_path()).read())
     if preferred is None:
         raise ValueError(
             "the campaign answers needs the alpha that validation prefers: run "

@@ -17,7 +17,7 @@ from kdig_utils.method import losses
 
 with warnings.catch_warnings():  # of its progress bar, which is never shown
     warnings.filterwarnings("ignore", message="IProgress not found")
-from kdig_utils.experiments.search import LEVELS, _settings
+from kdig_utils.experiments.hyperparameters import LEVELS, settings_in
 
 REPEATS = 2000
 
@@ -69,7 +69,7 @@ def optimism(rows: pd.DataFrame, chosen_by: str, repeats: int = REPEATS, seed: i
     Returns:
         Reported minus expected, mean over the repeats, in points; NaN with fewer than two settings to choose from.
     """
-    groups = [its for _setting, its in rows.groupby(_settings(rows)) if len(its) > 1]
+    groups = [its for _setting, its in rows.groupby(settings_in(rows)) if len(its) > 1]
     if len(groups) < 2:
         return math.nan
     rng, gaps = np.random.default_rng(seed), []
