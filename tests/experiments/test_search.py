@@ -338,21 +338,6 @@ def test_trials_take_no_run_with_other_settings_or_another_teacher() -> None:
     assert hyperparameters.trials(ledger, other)["run_id"].tolist() == [others[0].run_id]
 
 
-def test_surface_averages_runs_of_a_setting_and_leaves_holes_where_none_was_run() -> None:
-    runs = [
-        row_of(varied(0, 0.1), 90.0, 80.0),
-        row_of(varied(1, 0.1), 91.0, 82.0),
-        row_of(varied(2, 0.9, 20.0), 70.0, 60),
-    ]
-    rows = hyperparameters.trials(ledger_of(runs), base_spec("kd"))
-    table = choosing.surface(rows, "alpha", "temperature", "validation_accuracy")
-    assert (table.shape, table.count().sum()) == ((6, 6), 2)
-    assert (table.loc[2.5, 0.1], table.loc[20.0, 0.9]) == (90.5, 70.0)
-    assert choosing.surface(rows.iloc[:0], "alpha", "temperature", "test_accuracy").isna().all(axis=None)
-    with pytest.raises(ValueError, match="'learning_rate' is not searched"):
-        choosing.surface(rows, "learning_rate", "alpha", "test_accuracy")
-
-
 def test_certain_teacher_that_is_right_teaches_the_label_and_nothing_else(sample_train: ImageSet) -> None:
     images, labels = sample_train.images(slice(0, 8)), sample_train.labels[:8]
     student, certain = models.student(17), 200.0 * F.one_hot(labels, 10).float()
