@@ -1,4 +1,4 @@
-"""What a training step must do at least, what a device can do, and where a step's time goes.
+"""What a training step must do at least.
 
 The floor of a step is a model: the multiply-accumulates of its layers at the rate of a large convolution, or the bytes
 that its operations read and write at the rate of a large copy, whichever takes longer. Operations on the same values in
@@ -8,13 +8,9 @@ a row find some of them in the caches, which a copy that is larger than the cach
 import functools
 import math
 import operator
-import os
-from collections.abc import Callable, Iterable, Iterator
 
 import pandas as pd
 from torch import nn
-from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from kdig_utils.method import models
@@ -37,14 +33,6 @@ WITHIN = {"convolution": (3, 5), "batch norm": (0, 0), "ReLU6": (0, 0), "residua
 TRAFFIC = {"every operation by itself": EAGER, "element-wise operations fused": FUSED, "within convolutions": WITHIN}
 ADAM_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, four bytes each
 PASSES = 3  # of multiply-accumulates: forward, gradient of the inputs, gradient of the weights
-PARTS = {
-    "convolution": ("conv",),
-    "batch norm": ("batch_norm",),
-    "ReLU6": ("hardtanh",),
-    "optimiser": ("Optimizer",),
-    "batch preparation": ("aten::index", "aten::pad", "aten::where", "aten::arange"),
-}
-OTHER = "everything else"
 
 
 def layer_elements(model: nn.Module) -> pd.DataFrame:
@@ -85,51 +73,3 @@ def students_per_hour(
 ) -> float:
     """Finished runs of `spec` an hour, if a step of one student, and what comes between two epochs, cost this much."""
     return 3600 / (spec.epochs * (step_seconds * math.ceil(n_images / spec.batch_size) + epoch_end_seconds))
-
-
-def profiled(step: Callable[[], object], steps: int) -> profile:
-    """`steps` calls on the CPU under PyTorch's profiler, after as many without it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library writes into the chapter that calls it
-    for _step in range(steps):
-        step()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _step in range(steps):
-            step()
-    return found
-
-
-def timeline(found: profile) -> pd.DataFrame:
-    """When each part of a step was at work: columns part, start, milliseconds (both in ms since the first event).
-
-    The outermost operations that `PARTS` names; what lies between them, Python and small operations, has no row.
-    """
-    events = found.events()
-    first = min(event.time_range.start for event in events)
-    rows = [
-        (part_of(event), (event.time_range.start - first) / 1000, event.time_range.elapsed_us() / 1000)
-        for event in outermost([event for event in events if event.cpu_parent is None])
-    ]
-    return pd.DataFrame(rows, columns=["part", "start", "milliseconds"]).sort_values("start", ignore_index=True)
-
-
-def outermost(events: Iterable[FunctionEvent]) -> Iterator[FunctionEvent]:
-    """Of operations and all that they call, those that `PARTS` names and that no such operation called."""
-    for event in events:
-        if part_of(event) != OTHER:
-            yield event
-        else:
-            yield from outermost(event.cpu_children)
-
-
-def part_of(event: FunctionEvent) -> str:
-    """The part of a training step that an operation belongs to, by its name."""
-    return next((part for part, words in PARTS.items() if any(word in event.name for word in words)), OTHER)
-
-
-def shares(found: profile) -> pd.DataFrame:
-    """Where the time went: columns part, operations, share (per cent of the whole time), largest first."""
-    parts, events = timeline(found), found.events()
-    whole = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
-    table = parts.groupby("part")["milliseconds"].agg(operations="size", share=lambda ms: 100_000 * ms.sum() / whole)
-    table.loc[OTHER] = [len(events) - len(parts), 100 - table["share"].sum()]
-    return table.sort_values("share", ascending=False).astype({"operations": int}).reset_index()

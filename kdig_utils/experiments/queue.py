@@ -74,25 +74,26 @@ def _stages(setting: brief.Setting) -> Iterator[tuple[str, str, list[RunSpec]]]:
         yield "brief: answers and reasons", f", seed {seed}", shortened(main_comparison(seed))
     for seed in range(campaigns.SEEDS):
         yield "answers and reasons", f", seed {seed}", main_comparison(seed)
-    for seed, specs in _by_seed(campaigns.alignment()):
+    for seed, specs in _by_seed("alignment"):
         if seed < brief.SEEDS:
             yield "brief: controls of the map", f", seed {seed}", shortened(specs)
-    for seed, specs in _by_seed([*campaigns.ablation(), *campaigns.pairing()]):
+    for seed, specs in _by_seed("ablation", "pairing"):
         yield "all eight methods", f", seed {seed}", specs
     for k in reversed(models.REMOVABLE_BLOCKS):
-        sizes = [spec for spec in (*campaigns.compression(), *campaigns.compression_pairing()) if spec.k == k]
-        for seed, specs in _by_seed(sizes):
-            yield "sizes", f", k = {k}, seed {seed}", specs
+        for seed, specs in _by_seed("compression", "compression-pairing"):
+            yield "sizes", f", k = {k}, seed {seed}", [spec for spec in specs if spec.k == k]
     for name in ("alignment", "precision", "components"):
-        for seed, specs in _by_seed(campaigns.specs(name)):
+        for seed, specs in _by_seed(name):
             yield name, f", seed {seed}", specs
-    for seed, specs in _by_seed([*campaigns.monte_carlo(), *campaigns.monte_carlo_pairing()]):
+    for seed, specs in _by_seed("monte-carlo", "monte-carlo-pairing"):
         yield "resamples", f", draw {seed}", specs
 
 
-def _by_seed(specs: Iterable[RunSpec]) -> list[tuple[int, list[RunSpec]]]:
+def _by_seed(*names: str) -> list[tuple[int, list[RunSpec]]]:
+    """The runs of these campaigns, seed by seed."""
     seed = attrgetter("seed")
-    return [(number, list(its)) for number, its in groupby(sorted(specs, key=seed), key=seed)]
+    specs = sorted((spec for name in names for spec in campaigns.specs(name)), key=seed)
+    return [(number, list(its)) for number, its in groupby(specs, key=seed)]
 
 
 def train(study: Study, way: Way | None, deadline: float, report: Report) -> None:

@@ -149,12 +149,14 @@ def _storage(url: str) -> RDBStorage:
 
 def remember(proposals: optuna.Study, rows: pd.DataFrame, base: RunSpec) -> None:
     """Tell the search the trials of the ledger that it does not know: from another machine, or a lost storage."""
-    known = {spec_of_trial(trial, base).run_id for trial in _counted(proposals) if trial.params}
+    space = search_space(base.method)
+    asked = [trial for trial in _counted(proposals) if trial.params.keys() == space.keys()]
+    known = {spec_of_trial(trial, base).run_id for trial in asked}
     for _index, row in rows[~rows["run_id"].isin(known) & ~rows["fresh"]].iterrows():
         proposals.add_trial(
             optuna.trial.create_trial(
-                params=levels_of(at_setting(base, row, row["seed"])),
-                distributions=search_space(base.method),
+                params=levels_of(at_setting(base, row, int(row["seed"]))),
+                distributions=space,
                 value=float(row["validation_accuracy"]),
                 user_attrs={"seed": int(row["seed"])},
             )

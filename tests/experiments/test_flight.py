@@ -24,7 +24,7 @@ from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import WAYS, Steps
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, models
-from kdig_utils.method.spec import RunSpec, TeacherSpec
+from kdig_utils.method.spec import RunSpec
 
 GOAL = 93.9  # per cent, of a teacher
 TWO_WAYS = {"compiled": [(1, 300.0), (4, 900.0)], "recorded": [(1, 200.0), (4, 700.0), (8, 800.0)]}
@@ -272,7 +272,7 @@ def test_a_bad_command_gives_its_error_to_the_log(small: Study, tmp_path: Path) 
 def test_what_a_killed_flight_has_started_dies_with_it(tmp_path: Path) -> None:
     """Else the next call would train the same run beside it."""
     script = (
-        "import time\nfrom kdig_utils.edge.worker import start\n"
+        "import time\nfrom kdig_utils.machine import start\n"
         "child = start(['sleep', '1000'])\n"
         "print(child.pid, flush=True)\ntime.sleep(1000)"
     )
@@ -389,8 +389,3 @@ def test_a_way_that_does_not_learn_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(probes, "steps_of", still)
     with pytest.raises(RuntimeError, match="more than rounding explains"):
         probes.disagreement(WAYS["called"], models.logits_and_features, torch.device("cpu"))
-
-
-def test_a_teacher_spec_of_the_flight_is_another_run_for_each_seed() -> None:
-    ids = {dataclasses.replace(study.TEACHER_RECIPE, seed=seed).run_id for seed in range(3)}
-    assert len(ids | {TeacherSpec().run_id}) == 4

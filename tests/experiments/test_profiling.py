@@ -1,4 +1,4 @@
-"""The floor of a training step and the table of a profile: counts that can be checked by hand, limits, a rehearsal."""
+"""The floor of a training step: counts that can be checked by hand, and the benchmark that measures against it."""
 
 import json
 import os
@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from kdig_utils.experiments import profiling, runs, side_by_side
+from kdig_utils.experiments import profiling
 from kdig_utils.method import models
-from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import RunSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,15 +20,6 @@ FULL, HALF = 32 * 32, 16 * 16  # positions of the feature maps
 @pytest.fixture(scope="module")
 def smallest() -> models.Student:
     return models.student(K)
-
-
-@pytest.fixture(scope="module")
-def found(sample_train: ImageSet) -> torch.profiler.profile:
-    train = sample_train.subset(torch.arange(100))
-    run = runs.student_run(RunSpec("student", k=K, batch_size=16), train, train)
-    steps = side_by_side.Steps(run, print)
-    steps.load_epoch()
-    return profiling.profiled(lambda: steps.step(16), 2)
 
 
 def test_layers_of_the_smallest_student_are_counted_as_by_hand(smallest: models.Student) -> None:
@@ -70,28 +59,6 @@ def test_students_an_hour_follow_from_the_papers_settings() -> None:
     assert profiling.students_per_hour(3600 / 78_200, RunSpec("student")) == pytest.approx(1)
     assert profiling.students_per_hour(1.0, RunSpec("student", epochs=1), 64) == 3600
     assert profiling.students_per_hour(1.0, RunSpec("student", epochs=2), 64, epoch_end_seconds=9.0) == 3600 / 20
-
-
-def test_profile_finds_each_layer_forward_and_backward(found: torch.profiler.profile) -> None:
-    """Two steps of three convolutions, three batch norms and two ReLU6, there and back; two calls of the optimiser."""
-    operations = profiling.shares(found).set_index("part")["operations"]
-    assert operations["convolution"] == 2 * 2 * 3
-    assert operations["batch norm"] == 2 * 2 * 3
-    assert operations["ReLU6"] == 2 * 2 * 2
-    assert operations["optimiser"] == 2 * 2
-
-
-def test_shares_are_the_whole_time(found: torch.profiler.profile) -> None:
-    shares = profiling.shares(found)["share"]
-    assert shares.sum() == pytest.approx(100)
-    assert (shares > 0).all()
-
-
-def test_parts_of_the_timeline_never_overlap(found: torch.profiler.profile) -> None:
-    """One thread does one thing at a time: an operation within an operation must not be counted twice."""
-    parts = profiling.timeline(found)
-    ends = parts["start"] + parts["milliseconds"]
-    assert (parts["start"].to_numpy()[1:] >= ends.to_numpy()[:-1] - 1e-6).all()
 
 
 @pytest.mark.slow
