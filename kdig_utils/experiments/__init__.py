@@ -1,7 +1,7 @@
 """How runs are made and kept.
 
 `ledger` holds each finished run once. `runs` makes a run ready, `side_by_side` trains many at a time, `study` has the
-images, networks and signals of a profile. Lists of runs: `campaigns`, `brief`, `search`; `queue` orders them.
-What travels: `packs`, `publishing`, `teachers`. A GPU lent for minutes: `probes`, `profiling`, `flight`. What a run is
-evidence of: `evidence`.
+images, networks and signals of a profile. Lists of runs: `campaigns`, `brief`; `queue` orders them. Settings:
+`hyperparameters`, `search`. What travels: `packs`, `publishing`, `teachers`. A GPU lent for minutes: `probes`,
+`profiling`, `flight`. What a run is evidence of: `evidence`.
 """
