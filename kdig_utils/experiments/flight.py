@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
@@ -131,7 +130,7 @@ class Flight:
 
     def budgeted(self, stage: str, *words: object) -> int:
         """The same for a command that knows profiles and stops by itself when the stage's time is over."""
-        seconds = self.time_for(stage)
+        seconds = max(self.time_for(stage), 0.0)
         options = ("--profile", self.study.profile, "--budget-minutes", seconds / 60)
         return self.command(stage, *words, *options, seconds=seconds + GRACE)
 
@@ -204,44 +203,25 @@ def check(flight: Flight) -> None:
         if found and name == "called":
             continue
         path = flight.study.folder / "probes" / f"{name}.json"
-        if not is_of_this_device(facts_in(path)):
+        if not probes.is_of_this_device(probes.facts_in(path)):
             words = ("probe", name, "--seconds", f"{seconds:.2f}", "--json", path)
             flight.command("check", *words, seconds=over - flight.elapsed)
-        if is_of_this_device(facts := facts_in(path)):
+        if probes.is_of_this_device(facts := probes.facts_in(path)):
             found[name] = facts
     with paths.replacing(flight.file("_check.json")) as part:
         part.write_text(json.dumps(found, indent=1) + "\n")
-    flight.ways = by_speed(found)
+    flight.ways = probes.by_speed(found)
     flight.log("check", "ways, the fastest first: " + ", ".join(f"{name} × {count}" for name, count in flight.ways))
 
 
 def probing_order(flight: Flight) -> tuple[str, ...]:
     """The ways to probe: the fastest one of an earlier flight on such a device, and those that it did not measure."""
     for path in sorted(flight.study.folders["flights"].glob("*_check.json"), reverse=True):
-        found = facts_in(path)
-        if found and all(map(is_of_this_device, found.values())):
+        found = probes.facts_in(path)
+        if found and all(map(probes.is_of_this_device, found.values())):
             unknown = [name for name in PROBED[flight.device] if name not in found]
-            return tuple(dict.fromkeys([by_speed(found)[0][0], *unknown]))
+            return tuple(dict.fromkeys([probes.by_speed(found)[0][0], *unknown]))
     return PROBED[flight.device]
-
-
-def facts_in(path: Path) -> dict:
-    """What a probe, or a check, wrote into a file; empty if there is none, or half of one."""
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}
-
-
-def is_of_this_device(facts: dict) -> bool:
-    """Whether a probe measured a device like this one, under this version of PyTorch."""
-    return facts.get("device") == probes.device_name() and facts.get("torch") == version("torch")
-
-
-def by_speed(found: dict[str, dict]) -> list[tuple[str, int]]:
-    """Ways, each with its fastest number of runs side by side, the fastest first; then what always works."""
-    best = {name: max(facts["ladder"], key=lambda step: step["images_per_second"]) for name, facts in found.items()}
-    names = sorted(best, key=lambda name: -best[name]["images_per_second"])
-    return [(name, best[name]["at_once"]) for name in names] + ([("called", 1)] if "called" not in best else [])
 
 
 def teacher(flight: Flight) -> None:

@@ -1,10 +1,12 @@
 """What a device is and does, measured within seconds, before anything rests on it: the first minute of a flight."""
 
+import json
 import platform
 import shutil
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -94,6 +96,25 @@ def probe(way: Way, seconds: float, counts: Sequence[int] = COUNTS) -> Iterator[
     for step in climb(students, way, network, seconds, counts):
         ladder.append(step)
         yield {**found, "ladder": ladder}
+
+
+def facts_in(path: Path) -> dict:
+    """What a probe, or a check, wrote into a file; empty if there is none, or half of one."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def is_of_this_device(facts: dict) -> bool:
+    """Whether a probe measured a device like this one, under this version of PyTorch."""
+    return facts.get("device") == device_name() and facts.get("torch") == version("torch")
+
+
+def by_speed(found: dict[str, dict]) -> list[tuple[str, int]]:
+    """Ways, each with its fastest number of runs side by side, the fastest first; then what always works."""
+    best = {name: max(facts["ladder"], key=lambda step: step["images_per_second"]) for name, facts in found.items()}
+    names = sorted(best, key=lambda name: -best[name]["images_per_second"])
+    return [(name, best[name]["at_once"]) for name in names] + ([("called", 1)] if "called" not in best else [])
 
 
 def climb(
