@@ -128,11 +128,15 @@ class Flight:
         self.log(stage, f"ended with status {status} after {self.elapsed - begun:.0f} s")
         return status
 
-    def budgeted(self, stage: str, *words: object) -> int:
-        """The same for a command that knows profiles and stops by itself when the stage's time is over."""
+    def budgeted(self, stage: str, *words: object, grace: float = GRACE) -> int:
+        """The same for a command that knows profiles and stops by itself when the stage's time is over.
+
+        Args:
+            grace: seconds beyond that, in which it may save and end.
+        """
         seconds = max(self.time_for(stage), 0.0)
         options = ("--profile", self.study.profile, "--budget-minutes", seconds / 60)
-        return self.command(stage, *words, *options, seconds=seconds + GRACE)
+        return self.command(stage, *words, *options, seconds=seconds + grace)
 
     def pack(self) -> None:
         """Write what this workspace has made into the pack, and say how much that is, or why it failed."""
@@ -307,7 +311,8 @@ STAGES: dict[str, Callable[[Flight], object]] = {
     "teacher": teacher,
     "signals": lambda flight: flight.budgeted("signals", "signals"),
     "queue": train,
-    "explanations": lambda flight: flight.budgeted("explanations", "explain"),  # rows are written network by network
+    # The rows of each network are written when it is done: nothing to save.
+    "explanations": lambda flight: flight.budgeted("explanations", "explain", grace=0.0),
     "first calls": first_calls,
 }
 
