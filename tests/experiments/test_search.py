@@ -28,6 +28,8 @@ from kdig_utils.method import cifar10, losses, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import METHODS, RunSpec
 
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat of storage")
+
 BEST = {"alpha": 0.3, "temperature": 4.0}
 
 
