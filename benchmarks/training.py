@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import benchmark
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
@@ -54,6 +56,9 @@ WARM_UP = {"cpu": 2, "cuda": 30}  # steps
 LONGEST_CHUNK = POSITIONS // RunSpec.batch_size  # steps, all within one epoch
 STEPS_AN_EPOCH = math.ceil(POSITIONS / RunSpec.batch_size)
 SIDE_BY_SIDE = {"cpu": (2,), "cuda": (2, 4, 6, 8)}
+CHANNELS, SIDE = 512, 32  # of the convolution that the rate of multiply-accumulates is measured on
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # larger than any cache
+RATE_IMAGES = {"cpu": 4, "cuda": 64}
 
 
 @dataclass
@@ -331,18 +336,52 @@ def chunk_seconds(way: Way, steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
+class Rates(NamedTuple):
+    """What a device does in a second, measured: multiply-accumulates and bytes read or written."""
+
+    macs: float
+    bytes: float
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Rates:
+    """What the device reaches, median of many calls: a large 1 × 1 convolution, a copy larger than its caches.
+
+    Args:
+        seconds: for each of the two.
+    """
+    n = RATE_IMAGES[device.type]
+    images = torch.randn(n, CHANNELS, SIDE, SIDE, device=device, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight = torch.randn(CHANNELS, CHANNELS, 1, 1, device=device, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    macs = n * SIDE**2 * CHANNELS**2
+    return Rates(
+        macs / call_seconds(lambda: F.conv2d(images, weight), seconds),
+        2 * len(source) / call_seconds(lambda: target.copy_(source), seconds),  # read and written
+    )
+
+
+def call_seconds(function: Callable[[], object], seconds: float) -> float:
+    """Median time of a call, warmed up, the device waited for."""
+    timer = benchmark.Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
+
+
 def rows_of(ways: list[Way], spec: RunSpec, device: torch.device, seconds: float) -> list[dict[str, object]]:
     """What goes into the table: one row a way."""
     model = models.student(spec.k)
     dtypes = {2: torch.bfloat16, 4: torch.float32}
-    rates = {
-        size: profiling.measured_rates(device, dtypes[size], seconds) for size in {way.value_bytes for way in ways}
-    }
+    rates = {size: measured_rates(device, dtypes[size], seconds) for size in {way.value_bytes for way in ways}}
     rows = []
     for way in ways:
         step, moved = statistics.median(way.seconds), (spec.batch_size, way.value_bytes, way.traffic)
         hourly, rate = profiling.students_per_hour(step, spec, epoch_end_seconds=way.epoch_end), rates[way.value_bytes]
-        floor = profiling.floor_seconds(model, *moved, rate)
+        arithmetic = profiling.step_macs(model, spec.batch_size) / rate.macs
+        floor = max(arithmetic, profiling.step_bytes(model, *moved) / rate.bytes)
         ratios = (theirs / ours for theirs, ours in zip(ways[0].epochs(), way.epochs(), strict=True))
         rows.append(
             {

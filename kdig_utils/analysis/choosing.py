@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdig_utils.analysis.sample_size import best_of_normal
+from kdig_utils.experiments.hyperparameters import LEVELS, settings_in
 from kdig_utils.method import losses
-
-with warnings.catch_warnings():  # of its progress bar, which is never shown
-    warnings.filterwarnings("ignore", message="IProgress not found")
-from kdig_utils.experiments.search import LEVELS, _settings
 
 REPEATS = 2000
 
@@ -36,27 +32,6 @@ class Noise(NamedTuple):
     validation: float
 
 
-def surface(rows: pd.DataFrame, x: str, y: str, value: str) -> pd.DataFrame:
-    """Response surface: mean of `value` over the runs at each pair of levels, NaN where none was run.
-
-    Args:
-        rows: of `trials`.
-        x, y: hyperparameters, keys of `LEVELS`.
-        value: a column, as `validation_accuracy`, in per cent.
-
-    Returns:
-        Index the levels of y, columns those of x, both growing.
-    """
-    for name in (x, y):
-        if name not in LEVELS:
-            raise ValueError(f"{name!r} is not searched: choose two of {', '.join(LEVELS)}")
-    whole = pd.DataFrame(np.nan, index=pd.Index(LEVELS[y], name=y), columns=pd.Index(LEVELS[x], name=x))
-    if rows.empty:
-        return whole
-    means = rows.assign(**{value: rows[value].astype(float)}).pivot_table(index=y, columns=x, values=value)
-    return means.reindex_like(whole)
-
-
 def optimism(rows: pd.DataFrame, chosen_by: str, repeats: int = REPEATS, seed: int = 0) -> float:
     """How much a choice promises too much, from runs: one run of each setting, drawn, is what the chooser sees.
 
@@ -69,17 +44,19 @@ def optimism(rows: pd.DataFrame, chosen_by: str, repeats: int = REPEATS, seed: i
     Returns:
         Reported minus expected, mean over the repeats, in points; NaN with fewer than two settings to choose from.
     """
-    groups = [its for _setting, its in rows.groupby(_settings(rows)) if len(its) > 1]
-    if len(groups) < 2:
+    repeated = [its for _setting, its in rows.groupby(settings_in(rows)) if len(its) > 1]
+    if len(repeated) < 2:
         return math.nan
-    rng, gaps = np.random.default_rng(seed), []
-    looked_at = [its[chosen_by].to_numpy(dtype=float) for its in groups]
-    reported = [its["test_accuracy"].to_numpy(dtype=float) for its in groups]
-    for _repeat in range(repeats):
-        seen = [rng.integers(len(values)) for values in looked_at]
-        best = int(np.argmax([values[run] for values, run in zip(looked_at, seen, strict=True)]))
-        gaps.append(reported[best][seen[best]] - np.delete(reported[best], seen[best]).mean())
-    return float(np.mean(gaps))
+    rng = np.random.default_rng(seed)
+    looked_at, too_high = [], []
+    for its in repeated:
+        seen, tested = (its[name].to_numpy(dtype=float) for name in (chosen_by, "test_accuracy"))
+        others = (tested.sum() - tested) / (len(its) - 1)
+        drawn = rng.integers(len(its), size=repeats)
+        looked_at.append(seen[drawn])
+        too_high.append((tested - others)[drawn])
+    best = np.argmax(looked_at, axis=0)
+    return float(np.take_along_axis(np.stack(too_high), best[None], axis=0).mean())
 
 
 def noise_of_runs(
@@ -134,14 +111,12 @@ def simulate_choices(settings: Sequence[float], noise: Noise, repeats: int = REP
     """
     rng, means = np.random.default_rng(seed), np.asarray(settings, dtype=float)
     networks = means + noise.seed * rng.standard_normal((repeats, len(means)))
-    accuracies = {
-        "test": networks + noise.test * rng.standard_normal(networks.shape),
-        "validation": networks + noise.validation * rng.standard_normal(networks.shape),
-    }
+    tested = networks + noise.test * rng.standard_normal(networks.shape)
+    validated = networks + noise.validation * rng.standard_normal(networks.shape)
     tables = []
-    for name, seen in accuracies.items():
+    for name, seen in {"test": tested, "validation": validated}.items():
         best = seen.argmax(axis=1)
-        reported = accuracies["test"][np.arange(repeats), best]
+        reported = tested[np.arange(repeats), best]
         tables.append(pd.DataFrame({"chosen_by": name, "reported": reported, "setting": means[best]}))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(lost=means.max() - table["setting"])
@@ -177,11 +152,10 @@ def gradient_plane(
     for temperature in temperatures:
         soft = parameter_gradient(student, losses.distillation_loss(logits, teacher_logits, temperature))
         for alpha in alphas:
-            from_teacher, from_labels = alpha * soft.norm(), (1 - alpha) * hard.norm()
-            share = 100 * float(from_teacher / (from_teacher + from_labels))
-            angle = degrees_between((1 - alpha) * hard + alpha * soft, hard)
-            rows.append({"alpha": alpha, "temperature": temperature, "share": share, "angle": angle})
-    return pd.DataFrame(rows)
+            taught, labelled = alpha * soft, (1 - alpha) * hard
+            share = 100 * float(taught.norm() / (taught.norm() + labelled.norm()))
+            rows.append((alpha, temperature, share, degrees_between(taught + labelled, hard)))
+    return pd.DataFrame(rows, columns=["alpha", "temperature", "share", "angle"])
 
 
 def parameter_gradient(model: nn.Module, loss: Tensor) -> Tensor:

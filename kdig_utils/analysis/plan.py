@@ -1,5 +1,7 @@
 """The queue as a table: what is done of it, how long the rest takes, and which claims each group settles."""
 
+import itertools
+
 import pandas as pd
 
 from kdig_utils.analysis.claims import ACCURACY_MEASURES, Claim, claims
@@ -24,8 +26,9 @@ def plan(ledger: pd.DataFrame, scaled: Scale = lambda spec: spec, teacher_sha256
         teacher_sha256 = artifacts.manifest().get(teachers.best(), {}).get("weights_sha256", "")
     ours = ledger[ledger["teacher_sha256"].fillna("").isin(["", teacher_sha256])]
     done, seconds_an_image = campaigns.bare_run_ids(ours), speed(ledger)
-    queue = groups(brief.chosen(ledger, scaled))
-    settled = settles(queue)
+    setting = brief.chosen(ledger, scaled)
+    queue = groups(setting)
+    settled = settles(queue, setting)
     lines = []
     for group in queue:
         left = [spec for spec in map(scaled, group.specs) if spec.run_id not in done]
@@ -47,18 +50,26 @@ def needed(claim: Claim, setting: brief.Setting) -> set[RunSpec]:
     """The runs of the direct replication that a claim about students waits for; empty for any other claim."""
     if claim.measure not in (*ACCURACY_MEASURES, "map_similarity") or "teacher" in claim.methods:
         return set()
-    wanted = [(method, seed) for method in claim.methods for seed in range(claim.seeds)]
-    pairing = {**dict.fromkeys(claim.methods, claim.settings["pairing"]), "student": RunSpec.pairing}
-    if claim.protocol == brief.NAME:
-        return {brief.spec(method, seed, setting, pairing=pairing[method]) for method, seed in wanted}
-    fixed = {"k": claim.k, "train_fraction": claim.settings["train_fraction"]}
-    return {RunSpec(method, seed=seed, pairing=pairing[method], **fixed) for method, seed in wanted}
+    own, share = claim.settings["pairing"], claim.settings.get("train_fraction", 1.0)
+    assert isinstance(own, str)
+    assert isinstance(share, float)
+    found = set()
+    for method, seed in itertools.product(claim.methods, range(claim.seeds)):
+        pairing = RunSpec.pairing if method == "student" else own
+        if claim.protocol == brief.NAME:
+            found.add(brief.spec(method, seed, setting, pairing=pairing))
+        else:
+            found.add(RunSpec(method, claim.k, seed, pairing=pairing, train_fraction=share))
+    return found
 
 
-def settles(queue: list[Group], setting: brief.Setting | None = None) -> dict[str, list[str]]:
-    """The claims that each group of the queue settles, by its name: those whose last run stands in it."""
+def settles(queue: list[Group], setting: brief.Setting) -> dict[str, list[str]]:
+    """The claims that each group of the queue settles, by its name: those whose last run stands in it.
+
+    Args:
+        setting: that of the brief protocol in this queue.
+    """
     place = {spec: number for number, group in enumerate(queue) for spec in group.specs}
-    setting = setting or next(found for group in queue for spec in group.specs if (found := brief.setting_of(spec)))
     found: dict[str, list[str]] = {}
     for claim in claims():
         runs = needed(claim, setting)

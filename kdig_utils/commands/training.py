@@ -14,7 +14,7 @@ import torch
 
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
-from kdig_utils.experiments import campaigns, packs, publishing, teachers
+from kdig_utils.experiments import campaigns, hyperparameters, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Way
@@ -191,8 +191,6 @@ def campaign_specs(name: str) -> list[RunSpec]:
     """The runs of a campaign; those of `answers` wait for what validation prefers."""
     if name != "answers":
         return campaigns.specs(name)
-    from kdig_utils.experiments import search as hyperparameters
-
     preferred = hyperparameters.preferred(Ledger(paths.ledger_path()).read())
     if preferred is None:
         raise ValueError(
@@ -232,14 +230,14 @@ def search(
     profile: Profile = "full",
 ) -> None:
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
-    from kdig_utils.experiments import search as hyperparameters
+    from kdig_utils.experiments import search as searching
 
-    deadline, trials = time.monotonic() + 60 * budget_minutes, trials or hyperparameters.TRIALS
+    deadline, trials = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
     study = student_study(profile)
     how = side_by_side(Way(), at_once, study.device).at_once, deadline, print_now_and_then(report_seconds)
-    rows = hyperparameters.search(study, method, trials, storage, *how)
-    if not hyperparameters.trials_under_way(study, method, storage) and time.monotonic() < deadline:
-        rows = hyperparameters.confirm(study, method, *how)
+    rows = searching.search(study, method, trials, storage, *how)
+    if not searching.trials_under_way(study, method, storage) and time.monotonic() < deadline:
+        rows = searching.confirm(study, method, *how)
     print(hyperparameters.choices(rows).round(2).to_string() if len(rows) else "no trial is finished yet")
     fresh = rows["fresh"].sum()
     print(f"search {method}: {len(rows) - fresh} of {trials} trials, {fresh} runs with fresh seeds")

@@ -1,24 +1,23 @@
 """One command that flies: what a GPU that is lent for a quarter of an hour does, from its first minute to its last.
 
-Stages: check, teacher, its publication, signals, queue, explanations, first calls. Each is a process of its own with a
-limit of time, so that nothing that breaks in one stops the flight; each goes on where it was stopped when the same
-command is given again; and what there is is packed after each, and now and then within the long ones.
+`STAGES` says what comes in which order. What takes long is a process of its own with a limit of time, so that nothing
+that breaks in a stage stops the flight. Each stage goes on where it was stopped when the same command is given again.
+What there is is packed after each stage, and now and then within the long ones.
 """
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -28,26 +27,27 @@ from kdig_utils import paths
 from kdig_utils.experiments import packs, probes, teachers
 from kdig_utils.experiments.packs import Pack
 from kdig_utils.experiments.queue import CAMPAIGN
-from kdig_utils.experiments.reports import first_line
-from kdig_utils.experiments.study import TEACHER_RECIPE, Study, print_line
+from kdig_utils.experiments.reports import first_line, print_line
+from kdig_utils.experiments.study import TEACHER_RECIPE, Study
 from kdig_utils.machine import start
 from kdig_utils.method import artifacts
 from kdig_utils.method.spec import TeacherSpec
 
+# The part of the flight that is kept for a stage, and the most seconds; the other stages share what is left.
+SHARES = {"check": (0.2, 120.0), "explanations": (0.08, 40.0), "first calls": (0.1, 60.0)}
+ENDLESS = ("check", "first calls")  # they would measure for ever: they get no more than their share
 PROBE_SECONDS = {"cuda": 2.0, "cpu": 1.0}
 # What is asked first decides if time is short; `called` is what always works.
 PROBED = {"cuda": ("recorded", "compiled", "unbenchmarked", "called"), "cpu": ("called", "compiled")}
-SHARES = {"check": 0.2, "explanations": 0.08, "first calls": 0.1}  # of the flight; the others share what is left
-MOST_SECONDS = {"check": 120.0, "explanations": 40.0, "first calls": 60.0}
-LAST = ("explanations", "first calls")
 NAME = "flight"  # of the pack
 PACK_EVERY = 100.0  # seconds, within a stage
 GRACE = 20.0  # seconds that a stage may take beyond its budget, to save and to end
 END = 10.0  # seconds of the flight that are kept for its last pack
 FIRST_CALLS_END = 30.0  # seconds that its processes take to start, and its last pair to end
+PUBLISH_SECONDS = 60.0
 LEAST = 5.0  # seconds within which no process does anything useful
 OUT_OF_MEMORY = 3  # exit status of a command whose GPU was full
-ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"}  # many queues on a card
 
 
 class Flight:
@@ -60,12 +60,14 @@ class Flight:
     """
 
     def __init__(self, study: Study, seconds: float, folder: Path, goal: float) -> None:
-        self.study, self.seconds, self.folder, self.goal = study, seconds, folder, goal
+        self.study, self.seconds, self.goal = study, seconds, goal
         self.started = self.packed_at = time.monotonic()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
         self.known = set(study.ledger.read()["run_id"])
         self.ways = [("called", 1)]  # what always works, until the check has found better ones
+        self.kept = study.folder / "flight"  # a copy of the pack, in the workspace
+        self.folders = (self.kept, folder)
         paths.check_writable(folder, 2 * packs.PACK_MOST_BYTES)
         paths.check_writable(study.folders["flights"])
 
@@ -74,10 +76,12 @@ class Flight:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    @property
-    def left(self) -> float:
-        """Seconds that are left for teacher, signals and queue: those of the stages after them are kept."""
-        return self.seconds - self.elapsed - sum(share(name, self.seconds) for name in LAST)
+    def time_for(self, stage: str) -> float:
+        """Seconds for a stage from now on: all that are left, less the shares of the stages after it."""
+        names = list(STAGES)
+        later = sum(share(name, self.seconds) for name in names[names.index(stage) + 1 :])
+        left = self.seconds - self.elapsed - later
+        return min(left, share(stage, self.seconds)) if stage in ENDLESS else left
 
     def file(self, ending: str) -> Path:
         """A file of this flight, beside its log."""
@@ -90,7 +94,7 @@ class Flight:
         with self.file(".log").open("a") as file:
             file.write(text + "\n")
 
-    def command(self, stage: str, *words: object, seconds: float, report: bool = True) -> int:
+    def command(self, stage: str, *words: object, seconds: float) -> int:
         """Run one command of the package in a process of its own; return its exit status, negative if it was killed.
 
         It is killed when it takes longer than `seconds`, or when the flight is over, and dies with this process. Where
@@ -100,22 +104,20 @@ class Flight:
         if seconds < LEAST:
             self.log(stage, "no time is left for it")
             return -signal.SIGKILL
-        command = [sys.executable, "-m", "kdig_utils", *map(str, words)]
-        begun = self.elapsed
+        begun, compiled = self.elapsed, self.study.folder.resolve() / "compiled"
         child = start(
-            command,
+            [sys.executable, "-m", "kdig_utils", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, **self.environment},
+            env={**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(compiled)},
             start_new_session=True,
         )
         limit = threading.Timer(seconds, kill_group, (child,))
-        limit.daemon = True
         limit.start()
         try:
-            for line in child.stdout:
+            for line in child.stdout or ():
                 self.log(stage, line)
                 if time.monotonic() - self.packed_at > PACK_EVERY:
                     self.pack()
@@ -124,49 +126,39 @@ class Flight:
             kill_group(child)
             limit.cancel()
         self.log(stage, f"ended with status {status} after {self.elapsed - begun:.0f} s")
-        if report:
-            self.log("pack", self.pack())
         return status
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """What the processes find in theirs: many queues on a card, and one cache of compiled code for all of them."""
-        return {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(self.study.folder.resolve() / "compiled")}
+    def budgeted(self, stage: str, *words: object, grace: float = GRACE) -> int:
+        """The same for a command that knows profiles and stops by itself when the stage's time is over.
 
-    def pack(self) -> str:
+        Args:
+            grace: seconds beyond that, in which it may save and end.
+        """
+        seconds = max(self.time_for(stage), 0.0)
+        options = ("--profile", self.study.profile, "--budget-minutes", seconds / 60)
+        return self.command(stage, *words, *options, seconds=seconds + grace)
+
+    def pack(self) -> None:
         """Write what this workspace has made into the pack, and say how much that is, or why it failed."""
         self.packed_at = time.monotonic()
         try:
             pack = self.write_pack()
         except Exception as error:  # a full disk, say: what is trained may still be packed later
-            return f"not written: {first_line(error)}"
+            return self.log("pack", f"not written: {first_line(error)}")
         sizes = sum(path.stat().st_size for path in pack.pieces) / 1e6
         left_out = f", no room for {', '.join(path.name for path in pack.left_out)}" if pack.left_out else ""
-        return f"{len(pack.pieces)} files, {sizes:.1f} MB{left_out}"
+        return self.log("pack", f"{len(pack.pieces)} files, {sizes:.1f} MB{left_out}")
 
     def write_pack(self) -> Pack:
         """Log, tables, rows, curves, weights and open checkpoints, in this order, as far as they find room."""
-        ledger = self.study.ledger.read()
-        made = {path.stem for path in self.study.folders["weights"].glob("*.safetensors")}
+        folders, ledger = self.study.folders, self.study.ledger.read()
+        made = {path.stem for path in folders["weights"].glob("*.safetensors")}
         rows = ledger[ledger["run_id"].isin(made)]
         self.write_explanations(made)
         endings = ("Z.log", "Z_check.json", "Z_explanations.csv")
-        flights = [path for ending in endings for path in sorted(self.study.folders["flights"].glob(f"2*{ending}"))]
-        calls = sorted(self.study.folders["first_calls"].glob("[a-z]*.csv"))
-        files = [*flights, *calls, *self.study.files(rows)]
-        pack = packs.pack(self.study.ledger, rows["run_id"], files, self.folder, NAME)
-        self.kept.mkdir(parents=True, exist_ok=True)
-        for path in {*self.kept.iterdir()} - {self.kept / piece.name for piece in pack.pieces}:
-            path.unlink()
-        for piece in pack.pieces:
-            with paths.replacing(self.kept / piece.name) as part:
-                shutil.copyfile(piece, part)
-        return pack
-
-    @property
-    def kept(self) -> Path:
-        """A copy of the pack, in the workspace."""
-        return self.study.folder / "flight"
+        flights = [path for ending in endings for path in sorted(folders["flights"].glob(f"2*{ending}"))]
+        files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *self.study.files(rows)]
+        return [packs.pack(self.study.ledger, rows["run_id"], files, folder, NAME) for folder in self.folders][-1]
 
     def write_explanations(self, run_ids: set[str]) -> None:
         """The explanations of these runs, in a file of this flight."""
@@ -177,18 +169,16 @@ class Flight:
                 mine.to_csv(part, index=False)
 
 
-def fly(study: Study, minutes: float, folder: Path, goal: float) -> Flight:
-    """Fly for so many minutes, packs in `folder`; nothing that a stage does wrong ends the flight."""
-    flight = Flight(study, 60 * minutes, folder, goal)
-    flight.log("flight", f"{minutes:g} minutes on {flight.device}, profile {study.profile}")
-    for stage in (restore, check, teacher, teacher_signals, train, explain, first_calls):
-        try:
-            stage(flight)
-        except Exception as error:  # whatever it is, the stages after this one may still succeed
-            flight.log(stage.__name__, f"broke off: {first_line(error)}")
-    flight.log("flight", summary(flight))
-    flight.log("pack", flight.pack())
-    return flight
+def share(stage: str, seconds: float) -> float:
+    """The seconds of a flight of `seconds` that are kept for a stage; 0 if it lives on what is left."""
+    part, most = SHARES.get(stage, (0.0, 0.0))
+    return min(most, part * seconds)
+
+
+def kill_group(child: subprocess.Popen) -> None:
+    """Kill a process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def restore(flight: Flight) -> None:
@@ -204,68 +194,38 @@ def restore(flight: Flight) -> None:
         flight.log("flight", f"goes on from an earlier call: {len(added)} rows that the ledger did not have")
 
 
-def share(stage: str, seconds: float) -> float:
-    """The most seconds that a stage gets of a flight of `seconds`."""
-    return min(MOST_SECONDS[stage], SHARES[stage] * seconds)
-
-
-def of_profile(study: Study) -> tuple[str, str]:
-    return "--profile", study.profile
-
-
 def check(flight: Flight) -> None:
     """Probe the ways of training and put them in order, each with how many runs side by side.
 
     What was probed on this machine before, by an earlier call or by the command `probe`, is not probed again. Where an
     earlier flight measured such a device, the way that was the fastest then is probed alone.
     """
-    limit = share("check", flight.seconds)
-    seconds = min(PROBE_SECONDS[flight.device], limit / 40)
+    over = flight.elapsed + flight.time_for("check")
+    seconds = min(PROBE_SECONDS[flight.device], share("check", flight.seconds) / 40)
     found: dict[str, dict] = {}
     for name in probing_order(flight):
-        if (found and name == "called") or limit - flight.elapsed < LEAST:
+        if found and name == "called":
             continue
         path = flight.study.folder / "probes" / f"{name}.json"
-        if not is_of_this_device(facts := facts_in(path)):
+        if not probes.is_of_this_device(probes.facts_in(path)):
             words = ("probe", name, "--seconds", f"{seconds:.2f}", "--json", path)
-            flight.command("check", *words, seconds=limit - flight.elapsed, report=False)
-            facts = facts_in(path)
-        if is_of_this_device(facts):
+            flight.command("check", *words, seconds=over - flight.elapsed)
+        if probes.is_of_this_device(facts := probes.facts_in(path)):
             found[name] = facts
     with paths.replacing(flight.file("_check.json")) as part:
         part.write_text(json.dumps(found, indent=1) + "\n")
-    flight.ways = by_speed(found)
+    flight.ways = probes.by_speed(found)
     flight.log("check", "ways, the fastest first: " + ", ".join(f"{name} × {count}" for name, count in flight.ways))
-    flight.log("pack", flight.pack())
 
 
 def probing_order(flight: Flight) -> tuple[str, ...]:
     """The ways to probe: the fastest one of an earlier flight on such a device, and those that it did not measure."""
     for path in sorted(flight.study.folders["flights"].glob("*_check.json"), reverse=True):
-        found = facts_in(path)
-        if found and all(map(is_of_this_device, found.values())):
+        found = probes.facts_in(path)
+        if found and all(map(probes.is_of_this_device, found.values())):
             unknown = [name for name in PROBED[flight.device] if name not in found]
-            return tuple(dict.fromkeys([by_speed(found)[0][0], *unknown]))
+            return tuple(dict.fromkeys([probes.by_speed(found)[0][0], *unknown]))
     return PROBED[flight.device]
-
-
-def facts_in(path: Path) -> dict:
-    """What a probe, or a check, wrote into a file; empty if there is none, or half of one."""
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}
-
-
-def is_of_this_device(facts: dict) -> bool:
-    """Whether a probe measured a device like this one, under this version of PyTorch."""
-    return facts.get("device") == probes.device_name() and facts.get("torch") == version("torch")
-
-
-def by_speed(found: dict[str, dict]) -> list[tuple[str, int]]:
-    """Ways, each with its fastest number of runs side by side, the fastest first; then what always works."""
-    best = {name: max(facts["ladder"], key=lambda step: step["images_per_second"]) for name, facts in found.items()}
-    names = sorted(best, key=lambda name: -best[name]["images_per_second"])
-    return [(name, best[name]["at_once"]) for name in names] + ([("called", 1)] if "called" not in best else [])
 
 
 def teacher(flight: Flight) -> None:
@@ -273,36 +233,30 @@ def teacher(flight: Flight) -> None:
     study = flight.study
     if study.profile != "smoke" and published_accuracy() >= flight.goal:
         return flight.log("teacher", f"the published one has {published_accuracy():.2f} %")
-    spec = next(candidates(study, flight.goal))
+    spec = next_teacher(study, flight.goal)
+    if study.ledger.find(spec) is None:
+        for way in ("recorded", "called"):
+            words = ("teacher", "--seed", spec.seed, "--campaign", CAMPAIGN, "--way", way)
+            if flight.budgeted("teacher", *words) == 0:
+                break
     row = study.ledger.find(spec)
     if row is None:
-        words = ("teacher", *of_profile(study), "--seed", spec.seed, "--campaign", CAMPAIGN)
-        for way in ("recorded", "called"):
-            left = flight.left
-            timed = ("--way", way, "--budget-minutes", left / 60)
-            if not flight.command("teacher", *words, *timed, seconds=left + GRACE):
-                break
-        row = study.ledger.find(spec)
-    if row is None:
-        return flight.log("teacher", "not finished; the same command goes on")
-    if study.profile == "smoke":
-        return flight.log("publish", "a rehearsal publishes nothing")
-    if row["test_accuracy"] > published_accuracy():
+        flight.log("teacher", "not finished; the same command goes on")
+    elif study.profile == "smoke":
+        flight.log("publish", "a rehearsal publishes nothing")
+    elif row["test_accuracy"] > published_accuracy():
         for _try in range(2):  # the students of another teacher would not count
-            if not flight.command("publish", "publish", row["run_id"], seconds=60):
+            if flight.command("publish", "publish", row["run_id"], seconds=PUBLISH_SECONDS) == 0:
                 break
     return None
 
 
-def candidates(study: Study, goal: float) -> Iterator[TeacherSpec]:
-    """The teachers to train, one seed after the other: those that ended below the goal are passed over."""
-    if study.profile == "smoke":
-        yield replace(study.teacher_spec, data_md5=study.train.md5)
-    for seed in range(1000):
-        spec = replace(TEACHER_RECIPE, seed=seed, data_md5=study.train.md5)
-        row = study.ledger.find(spec)
-        if row is None or row["test_accuracy"] >= goal:
-            yield spec
+def next_teacher(study: Study, goal: float) -> TeacherSpec:
+    """The teacher to train: that of the first seed that did not end below the goal."""
+    if study.profile == "smoke" and study.teacher_spec:
+        return replace(study.teacher_spec, data_md5=study.train.md5)
+    specs = (replace(TEACHER_RECIPE, seed=seed, data_md5=study.train.md5) for seed in count())
+    return next(spec for spec in specs if (row := study.ledger.find(spec)) is None or row["test_accuracy"] >= goal)
 
 
 def published_accuracy() -> float:
@@ -310,45 +264,26 @@ def published_accuracy() -> float:
     return float(artifacts.manifest().get(teachers.best(), {}).get("test_accuracy", 0.0))
 
 
-def teacher_signals(flight: Flight) -> None:
-    """The teacher's logits, maps and attention, from which the students learn."""
-    left = flight.left
-    flight.command("signals", "signals", *of_profile(flight.study), "--budget-minutes", left / 60, seconds=left + GRACE)
-
-
 def train(flight: Flight) -> None:
     """Train the queue, by the next way where one breaks, with half as many side by side where the memory is full."""
-    ways = flight.ways
-    while ways and (left := flight.left) > 1:
-        name, at_once = ways[0]
-        words = ("campaign", CAMPAIGN, *of_profile(flight.study), "--way", name, "--at-once", at_once)
-        status = flight.command("queue", *words, "--budget-minutes", left / 60, seconds=left + GRACE)
+    ways = list(flight.ways)
+    while ways and flight.time_for("queue") > 1:
+        name, at_once = ways.pop(0)
+        status = flight.budgeted("queue", "campaign", CAMPAIGN, "--way", name, "--at-once", at_once)
         if status == 0:
             return
-        ways = after_failure(ways, status)
+        if status == OUT_OF_MEMORY and at_once > 1:
+            ways.insert(0, (name, at_once // 2))
         if ways:
             flight.log("queue", f"{name} × {at_once} broke off: goes on as {ways[0][0]} × {ways[0][1]}")
 
 
-def after_failure(ways: list[tuple[str, int]], status: int) -> list[tuple[str, int]]:
-    """The ways that are left when the first one ended with `status`."""
-    (name, at_once), *others = ways
-    return [(name, at_once // 2), *others] if status == OUT_OF_MEMORY and at_once > 1 else others
-
-
-def explain(flight: Flight) -> None:
-    """Measure the explanations of the new networks."""
-    seconds = flight.seconds - flight.elapsed - share("first calls", flight.seconds)
-    words = ("explain", *of_profile(flight.study), "--budget-minutes", seconds / 60)
-    flight.command("explanations", *words, seconds=seconds)  # each network's rows are written when it is done
-
-
 def first_calls(flight: Flight) -> None:
     """The released timing protocol on this device, unless its file is there."""
-    if list(flight.study.folders["first_calls"].glob(f"{device_file(flight.device)}.csv")):
-        return flight.log("first calls", "measured before on this device")
     path = flight.study.folders["first_calls"] / f"{device_file(flight.device)}.csv"
-    seconds = share("first calls", flight.seconds)
+    if path.is_file():
+        return flight.log("first calls", "measured before on this device")
+    seconds = flight.time_for("first calls")
     words = ("first-calls", path, "--seconds", f"{max(seconds - FIRST_CALLS_END, 0):.0f}")
     flight.command("first calls", *words, seconds=seconds + GRACE)
     return None
@@ -365,12 +300,33 @@ def summary(flight: Flight) -> str:
     rows = flight.study.ledger.read()
     new = rows[~rows["run_id"].isin(flight.known) & (rows["method"] != "teacher")]
     hours = new["seconds"].astype(float).sum() / 3600
-    by_epochs = ", ".join(f"{count} of {epochs} epochs" for epochs, count in new["epochs"].value_counts().items())
+    by_epochs = ", ".join(f"{number} of {epochs} epochs" for epochs, number in new["epochs"].value_counts().items())
     rate = f"; {len(new) / hours:.0f} an hour" if hours > 0 else ""
     return f"{len(new)} new students ({by_epochs or 'none'}){rate}"
 
 
-def kill_group(child: subprocess.Popen) -> None:
-    """Kill a process and all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+STAGES: dict[str, Callable[[Flight], object]] = {
+    "restore": restore,
+    "check": check,
+    "teacher": teacher,
+    "signals": lambda flight: flight.budgeted("signals", "signals"),
+    "queue": train,
+    # The rows of each network are written when it is done: nothing to save.
+    "explanations": lambda flight: flight.budgeted("explanations", "explain", grace=0.0),
+    "first calls": first_calls,
+}
+
+
+def fly(study: Study, minutes: float, folder: Path, goal: float) -> Flight:
+    """Fly for so many minutes, packs in `folder`; nothing that a stage does wrong ends the flight."""
+    flight = Flight(study, 60 * minutes, folder, goal)
+    flight.log("flight", f"{minutes:g} minutes on {flight.device}, profile {study.profile}")
+    for name, stage in STAGES.items():
+        try:
+            stage(flight)
+        except Exception as error:  # whatever it is, the stages after this one may still succeed
+            flight.log(name, f"broke off: {first_line(error)}")
+        flight.pack()
+    flight.log("flight", summary(flight))
+    flight.pack()
+    return flight

@@ -1,10 +1,12 @@
 """What a device is and does, measured within seconds, before anything rests on it: the first minute of a flight."""
 
+import json
 import platform
 import shutil
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from kdig_utils import machine
 from kdig_utils.experiments import runs
-from kdig_utils.experiments.side_by_side import Steps, Way
+from kdig_utils.experiments.side_by_side import Way
+from kdig_utils.experiments.steps import Steps
 from kdig_utils.method import models
 from kdig_utils.method.cifar10 import ImageSet, load_sample
 from kdig_utils.method.signals import TeacherSignals
@@ -82,25 +85,49 @@ def probe(way: Way, seconds: float, counts: Sequence[int] = COUNTS) -> Iterator[
     network = runs.compiled_network(print) if way.compiled else models.logits_and_features
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    differences = disagreement(way, network, device)
-    students = [steps_of(0, way, network, device)]
+    first, all_steps = disagreement(way, network, device)
+    students = [steps_of(SPEC, way, network, device)]
     images_a_second(students, 0.0)
-    first = time.perf_counter() - started
-    rounded = {name: float(f"{value:.3g}") for name, value in differences.items()}
-    found = {**device_facts(), "differences": rounded, "first_step_seconds": round(first, 2), "ladder": []}
+    found = {
+        **device_facts(),
+        "differences": {"first_step": float(f"{first:.3g}"), "all_steps": float(f"{all_steps:.3g}")},
+        "first_step_seconds": round(time.perf_counter() - started, 2),
+    }
+    ladder = []
     for step in climb(students, way, network, seconds, counts):
-        found["ladder"].append(step)
-        yield found
+        ladder.append(step)
+        yield {**found, "ladder": ladder}
+
+
+def facts_in(path: Path) -> dict:
+    """What a probe, or a check, wrote into a file; empty if there is none, or half of one."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def is_of_this_device(facts: dict) -> bool:
+    """Whether a probe measured a device like this one, under this version of PyTorch."""
+    return facts.get("device") == device_name() and facts.get("torch") == version("torch")
+
+
+def by_speed(found: dict[str, dict]) -> list[tuple[str, int]]:
+    """Ways, each with its fastest number of runs side by side, the fastest first; then what always works."""
+    best = {name: max(facts["ladder"], key=lambda step: step["images_per_second"]) for name, facts in found.items()}
+    names = sorted(best, key=lambda name: -best[name]["images_per_second"])
+    return [(name, best[name]["at_once"]) for name in names] + ([("called", 1)] if "called" not in best else [])
 
 
 def climb(
     students: list[Steps], way: Way, network: models.Network, seconds: float, counts: Sequence[int]
 ) -> Iterator[dict[str, float]]:
     """Images a second with more and more runs side by side, until that gains nothing or the memory is full."""
-    best = 0.0
+    best, device = 0.0, students[0].run.device
     for count in counts:
         try:
-            students += [steps_of(seed, way, network, students[0].run.device) for seed in range(len(students), count)]
+            students += [
+                steps_of(replace(SPEC, seed=seed), way, network, device) for seed in range(len(students), count)
+            ]
         except torch.OutOfMemoryError:
             return
         rate = images_a_second(students, seconds)
@@ -110,13 +137,11 @@ def climb(
         best = rate
 
 
-def steps_of(seed: int, way: Way, network: models.Network, device: torch.device, **changed: object) -> Steps:
-    """The steps of one student on the images of the repository and random signals, ready to be called."""
+def steps_of(spec: RunSpec, way: Way, network: models.Network, device: torch.device) -> Steps:
+    """The steps of a student on the images of the repository and random signals, ready to be called."""
     images, test = load_sample("train"), load_sample("test")
-    spec = replace(SPEC, seed=seed, **changed)
-    run = runs.student_run(
-        spec, images.to(device), test, random_signals(images, spec.k).to(device), device=device, network=network
-    )
+    signals = random_signals(images, spec.k).to(device)
+    run = runs.student_run(spec, images.to(device), test, signals, device=device, network=network)
     steps = Steps(run, print, way.recorded)
     steps.load_epoch()
     wait(device)  # for what is on another stream than the steps
@@ -139,8 +164,8 @@ def images_a_second(students: list[Steps], seconds: float) -> float:
 
 
 @models.exact_float32()
-def disagreement(way: Way, network: models.Network, device: torch.device) -> dict[str, float]:
-    """How far the losses of a run are from those of the CPU: of the first step, and of the sum of a dozen.
+def disagreement(way: Way, network: models.Network, device: torch.device) -> list[float]:
+    """How far the losses of a run are from those of the CPU, relative: of the first step, and of the sum of a dozen.
 
     In float32; what is compiled in its own precision, as a second compilation takes too long.
 
@@ -149,30 +174,24 @@ def disagreement(way: Way, network: models.Network, device: torch.device) -> dic
     """
     precision = "native" if way.compiled else "float32"
     tolerances = TOLERANCES["bfloat16" if way.compiled and device.type == "cuda" else "float32"]
-    here = losses(steps_of(0, way, network, device, precision=precision))
-    there = losses(steps_of(0, Way(recorded=False), models.logits_and_features, torch.device("cpu")))
+    here = losses(steps_of(replace(SPEC, precision=precision), way, network, device))
+    there = losses(steps_of(SPEC, Way(recorded=False), models.logits_and_features, torch.device("cpu")))
     differences = ((here - there).abs() / there).tolist()
     for difference, tolerance in zip(differences, tolerances, strict=True):
         if not difference <= tolerance:
             raise RuntimeError(f"the losses differ from the CPU's by {difference:.1e}, more than rounding explains")
-    return dict(zip(("first_step", "all_steps"), differences, strict=True))
+    return differences
 
 
 def losses(steps: Steps) -> Tensor:
     """The loss of the first step, and the sum over single steps and as many as a recording holds."""
-    size = steps.run.spec.batch_size
-    steps.advance(1, size)
-    first = settled_loss(steps)
-    for _step in range(FIRST_STEPS - 1):
-        steps.advance(1, size)
-    for pieces in [(ALL_STEPS - FIRST_STEPS, size)] if steps.graphs else [(1, size)] * (ALL_STEPS - FIRST_STEPS):
-        steps.advance(*pieces)
-    return torch.stack([first, settled_loss(steps)])
-
-
-def settled_loss(steps: Steps) -> Tensor:
-    wait(steps.run.device)
-    return steps.run.loss_sum.double().cpu().clone()
+    size, sums = steps.run.spec.batch_size, []
+    rest = ALL_STEPS - FIRST_STEPS
+    for piece in [*[(1, size)] * FIRST_STEPS, *([(rest, size)] if steps.graphs else [(1, size)] * rest)]:
+        steps.advance(*piece)
+        wait(steps.run.device)
+        sums.append(steps.run.loss_sum.double().cpu().clone())
+    return torch.stack([sums[0], sums[-1]])
 
 
 def random_signals(images: ImageSet, k: int) -> TeacherSignals:

@@ -5,13 +5,18 @@ A cut leaves whole seeds: all methods of a seed come before the next seed. Each 
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import pandas as pd
 
 from kdig_utils import paths
 from kdig_utils.experiments import brief, campaigns, profiling
-from kdig_utils.experiments.side_by_side import Report, TrainingDiverged, Way
+from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.side_by_side import Way
+from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import models
 from kdig_utils.method.signals import SignalsNotFinished
@@ -38,11 +43,11 @@ class Group(NamedTuple):
     specs: tuple[RunSpec, ...]
 
 
-def main_comparison(seed: int, protocol: Callable[..., RunSpec] = RunSpec) -> list[RunSpec]:
+def main_comparison(seed: int) -> list[RunSpec]:
     """The seven runs of a seed: `student`, and the others as the released scripts do it, then with their own maps."""
     taught = [method for method in MAIN_METHODS if method != "student"]
-    specs = [protocol(method, seed=seed, pairing=pairing) for pairing in ("shuffled", "matched") for method in taught]
-    return [protocol("student", seed=seed), *specs]
+    specs = [RunSpec(method, seed=seed, pairing=pairing) for pairing in ("shuffled", "matched") for method in taught]
+    return [RunSpec("student", seed=seed), *specs]
 
 
 def groups(setting: brief.Setting = brief.DEFAULT) -> list[Group]:
@@ -62,39 +67,35 @@ def groups(setting: brief.Setting = brief.DEFAULT) -> list[Group]:
 
 
 def _stages(setting: brief.Setting) -> Iterator[tuple[str, str, list[RunSpec]]]:
-    def short(method: str, seed: int, pairing: str = "matched") -> RunSpec:
-        return brief.spec(method, seed, setting, pairing)
+    def shortened(specs: Iterable[RunSpec]) -> list[RunSpec]:
+        epochs, schedule = brief.EPOCHS, brief.SCHEDULE
+        return [replace(spec, epochs=epochs, schedule=schedule, **setting._asdict()) for spec in specs]
 
     yield "choice of the brief setting", "", brief.candidates()
     for seed in range(brief.SEEDS):
-        yield "brief: answers and reasons", f", seed {seed}", main_comparison(seed, short)
+        yield "brief: answers and reasons", f", seed {seed}", shortened(main_comparison(seed))
     for seed in range(campaigns.SEEDS):
         yield "answers and reasons", f", seed {seed}", main_comparison(seed)
-    for seed, specs in _by_seed(campaigns.specs("alignment")):
+    for seed, specs in _by_seed("alignment"):
         if seed < brief.SEEDS:
-            yield "brief: controls of the map", f", seed {seed}", [_shortened(spec, setting) for spec in specs]
-    for seed, specs in _by_seed([*campaigns.specs("ablation"), *campaigns.specs("pairing")]):
+            yield "brief: controls of the map", f", seed {seed}", shortened(specs)
+    for seed, specs in _by_seed("ablation", "pairing"):
         yield "all eight methods", f", seed {seed}", specs
     for k in reversed(models.REMOVABLE_BLOCKS):
-        sizes = [
-            spec for spec in (*campaigns.specs("compression"), *campaigns.specs("compression-pairing")) if spec.k == k
-        ]
-        for seed, specs in _by_seed(sizes):
-            yield "sizes", f", k = {k}, seed {seed}", specs
+        for seed, specs in _by_seed("compression", "compression-pairing"):
+            yield "sizes", f", k = {k}, seed {seed}", [spec for spec in specs if spec.k == k]
     for name in ("alignment", "precision", "components"):
-        for seed, specs in _by_seed(campaigns.specs(name)):
+        for seed, specs in _by_seed(name):
             yield name, f", seed {seed}", specs
-    for seed, specs in _by_seed([*campaigns.specs("monte-carlo"), *campaigns.specs("monte-carlo-pairing")]):
+    for seed, specs in _by_seed("monte-carlo", "monte-carlo-pairing"):
         yield "resamples", f", draw {seed}", specs
 
 
-def _by_seed(specs: Iterable[RunSpec]) -> list[tuple[int, list[RunSpec]]]:
-    ordered = sorted(specs, key=lambda spec: spec.seed)
-    return [(seed, [spec for spec in ordered if spec.seed == seed]) for seed in dict.fromkeys(s.seed for s in ordered)]
-
-
-def _shortened(spec: RunSpec, setting: brief.Setting) -> RunSpec:
-    return brief.spec(spec.method, spec.seed, setting, pairing=spec.pairing, answers=spec.answers)
+def _by_seed(*names: str) -> list[tuple[int, list[RunSpec]]]:
+    """The runs of these campaigns, seed by seed."""
+    seed = attrgetter("seed")
+    specs = sorted((spec for name in names for spec in campaigns.specs(name)), key=seed)
+    return [(number, list(its)) for number, its in groupby(specs, key=seed)]
 
 
 def train(study: Study, way: Way | None, deadline: float, report: Report) -> None:
@@ -133,24 +134,22 @@ def is_measured(ledger: pd.DataFrame) -> bool:
     return bool(len(_on_gpu(ledger)))
 
 
+def _on_gpu(ledger: pd.DataFrame) -> pd.DataFrame:
+    return ledger[(ledger["method"] != "teacher") & ~ledger["device"].fillna("CPU").str.startswith("CPU")]
+
+
 def speed(ledger: pd.DataFrame) -> Callable[[RunSpec], float]:
     """Seconds an image of a run on a GPU: the median of the ledger's, in proportion to the bytes of a step by k.
 
     Without any, the floor: what a step moves if each operation reads and writes for itself, at `CARD_BYTES`.
     """
-    on_gpu = _on_gpu(ledger)
-    counted = {k: _bytes_an_image(k) / CARD_BYTES for k in models.REMOVABLE_BLOCKS}
-    ratio = 1.0
-    if len(on_gpu):
-        images = on_gpu["epochs"].astype(float) * on_gpu["train_images"].astype(float)
-        ratio = float((on_gpu["seconds"].astype(float) / images / on_gpu["k"].map(counted)).median())
+    batch, measured = RunSpec.batch_size, _on_gpu(ledger)
+    moved = {
+        k: profiling.step_bytes(models.student(k), batch, CARD_VALUE_BYTES, profiling.EAGER)
+        for k in models.REMOVABLE_BLOCKS
+    }
+    counted = {k: size / batch / CARD_BYTES for k, size in moved.items()}
+    images = measured["epochs"].astype(float) * measured["train_images"].astype(float)
+    ratios = measured["seconds"].astype(float) / images / measured["k"].map(counted)
+    ratio = float(ratios.median()) if len(ratios) else 1.0
     return lambda spec: ratio * counted[spec.k]
-
-
-def _on_gpu(ledger: pd.DataFrame) -> pd.DataFrame:
-    return ledger[(ledger["method"] != "teacher") & ~ledger["device"].fillna("CPU").str.startswith("CPU")]
-
-
-def _bytes_an_image(k: int) -> float:
-    batch = RunSpec.batch_size
-    return profiling.step_bytes(models.student(k), batch, CARD_VALUE_BYTES, profiling.EAGER) / batch

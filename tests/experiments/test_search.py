@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,16 @@ from torch.nn import functional as F
 from kdig_utils import paths
 from kdig_utils.analysis import choosing
 from kdig_utils.analysis.choosing import Noise
-from kdig_utils.experiments import search
+from kdig_utils.experiments import hyperparameters, search
+from kdig_utils.experiments.hyperparameters import FRESH_SEEDS, LEVELS, base_spec
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
-from kdig_utils.experiments.search import FRESH_SEEDS, LEVELS, base_spec
-from kdig_utils.experiments.side_by_side import TrainingDiverged
+from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import cifar10, losses, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import METHODS, RunSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat of storage")
 
 BEST = {"alpha": 0.3, "temperature": 4.0}
 
@@ -89,8 +92,8 @@ def test_papers_setting_is_in_the_space_and_there_and_back_is_the_same_run(metho
     )
     there_and_back = search.spec_of_trial(trial, base)
     assert there_and_back == dataclasses.replace(RunSpec(method, validation_images=5000), seed=trial.number)
-    assert set(search.searched(method)) == {
-        name for part, names in search.SEARCHED.items() if base.uses(part) for name in names
+    assert set(hyperparameters.searched(method)) == {
+        name for part, names in hyperparameters.SEARCHED.items() if base.uses(part) for name in names
     }
 
 
@@ -106,7 +109,7 @@ def test_planted_optimum_is_found_in_fewer_trials_than_there_are_settings(
     rows = search.search(make_study(), "kd", n_trials=30, at_once=3, seed=0)
     assert len(rows) == len(set(trained)) == 30 < math.prod(len(LEVELS[name]) for name in BEST)
     assert (rows["campaign"] == "hyperparameters").all()
-    chosen = search.choices(rows)
+    chosen = hyperparameters.choices(rows)
     assert chosen.loc["validation", list(BEST)].to_dict() == BEST
     assert chosen.loc["paper", list(BEST)].tolist() == [RunSpec.alpha, RunSpec.temperature]
 
@@ -114,7 +117,7 @@ def test_planted_optimum_is_found_in_fewer_trials_than_there_are_settings(
 def test_real_search_puts_both_accuracies_of_each_trial_into_the_ledger(
     make_study: Callable[[], Study], sample_train: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(search.SMOKE, "validation_images", 20)
+    monkeypatch.setattr(hyperparameters, "SMOKE_VALIDATION_IMAGES", 20)
     few = sample_train.subset(cifar10.first_of_each_class(sample_train.labels, 6))
     study = dataclasses.replace(make_study(), n_steps=1)
     study.__dict__.update(train=few, test=few, teacher=models.teacher(1).eval(), device=torch.device("cpu"))
@@ -150,14 +153,18 @@ def test_interrupted_trials_go_on_as_the_same_runs(
     assert search.trials_under_way(make_study(), "kd") == 0
 
 
-@pytest.mark.parametrize(("silent_for", "taken_over"), [(700.0, True), (5.0, False)])
+@pytest.mark.parametrize(("silent_for", "taken_over"), [(700, True), (5, False)])
 def test_trial_of_a_killed_worker_is_taken_over_and_that_of_a_living_one_is_not(
-    make_study: Callable[[], Study], trained: list[str], silent_for: float, taken_over: bool
+    make_study: Callable[[], Study], trained: list[str], silent_for: int, taken_over: bool
 ) -> None:
     study = make_study()
     base = study.completed(study.scaled(base_spec("kd", "smoke")))
-    (theirs,) = search.ask(search.open_search(study, base), base, n_trials=3, at_once=1)
-    theirs.set_user_attr("seen", time.time() - silent_for)
+    opened = search.open_search(study, base)
+    (theirs,) = search.ask(opened, base, n_trials=3, at_once=1)
+    with search.signs_of_life(opened, [theirs]):
+        pass
+    with sqlite3.connect(study.folder / "hyperparameters.db") as storage:
+        storage.execute(f"update trial_heartbeats set heartbeat = datetime('now', '-{silent_for} seconds')")
     search.search(study, "kd", n_trials=3, seed=0)
     assert (search.spec_of_trial(theirs, base).run_id in trained) == taken_over
     assert len(trained) == (3 if taken_over else 2)
@@ -190,15 +197,15 @@ def test_trial_that_diverges_stops_no_other_and_is_not_tried_for_ever(
     run_all = Study.run_all
 
     def diverging(study: Study, specs: list[RunSpec], *options: object) -> None:
-        if any(spec.seed == 1 for spec in specs):
-            raise TrainingDiverged("the loss is nan in epoch 1")
-        run_all(study, specs, *options)
+        run_all(study, [spec for spec in specs if spec.seed != 1], *options)
+        if diverged := [spec.run_id for spec in specs if spec.seed == 1]:
+            raise TrainingDiverged(f"run {diverged[0]}: the loss is nan in epoch 1")
 
     monkeypatch.setattr(Study, "run_all", diverging)
     lines: list[str] = []
     rows = search.search(make_study(), "kd", n_trials=4, at_once=2, report=lines.append, seed=0)
     assert sorted(rows["seed"]) == [0, 2, 3]
-    assert len([line for line in lines if "diverged: the loss is nan" in line]) == 1
+    assert len([line for line in lines if "the loss is nan" in line]) == 1
 
 
 def test_time_that_is_over_trains_nothing(make_study: Callable[[], Study], trained: list[str]) -> None:
@@ -254,7 +261,7 @@ def test_optimism_of_equal_settings_is_that_of_the_highest_normal_value() -> Non
     rng, alphas, noise = np.random.default_rng(0), LEVELS["alpha"], Noise(seed=0.0, test=0.5, validation=0.5)
     specs = [varied(seed, alpha, temperature) for seed in range(40) for alpha in alphas for temperature in (2.5, 4.0)]
     luck = rng.normal(92, 0.5, (2, len(specs)))
-    rows = search.trials(ledger_of([row_of(*its) for its in zip(specs, *luck, strict=True)]), base_spec("kd"))
+    rows = hyperparameters.trials(ledger_of([row_of(*its) for its in zip(specs, *luck, strict=True)]), base_spec("kd"))
     expected = choosing.expected_optimism(12, noise)
     assert choosing.optimism(rows, "test_accuracy") == pytest.approx(expected["test"], abs=0.12)
     # Where luck on validation images says nothing about test images, it cannot inflate what they report.
@@ -274,47 +281,47 @@ def searched_ledger() -> pd.DataFrame:
 
 
 def test_choices_say_what_is_promised_and_what_fresh_seeds_give(searched_ledger: pd.DataFrame) -> None:
-    table = search.choices(search.trials(searched_ledger, base_spec("kd")))
+    table = hyperparameters.choices(hyperparameters.trials(searched_ledger, base_spec("kd")))
     assert table["alpha"].to_dict() == {"validation": 0.6, "test": 0.9, "paper": 0.01}
     assert table["fresh_runs"].tolist() == [len(FRESH_SEEDS)] * 3
     assert table["optimism"].to_dict() == pytest.approx({"validation": 0.1, "test": 1.8, "paper": 0.1})
 
 
 def test_preferred_waits_for_fresh_seeds_and_follows_them(searched_ledger: pd.DataFrame) -> None:
-    assert search.preferred(searched_ledger) == {"alpha": 0.3, "temperature": 2.5}
-    assert search.preferred(searched_ledger.iloc[:4]) is None
-    assert search.preferred(searched_ledger.iloc[:-2]) is None
-    assert search.preferred(searched_ledger, "kd_ig") is None
+    assert hyperparameters.preferred(searched_ledger) == {"alpha": 0.3, "temperature": 2.5}
+    assert hyperparameters.preferred(searched_ledger.iloc[:4]) is None
+    assert hyperparameters.preferred(searched_ledger.iloc[:-2]) is None
+    assert hyperparameters.preferred(searched_ledger, "kd_ig") is None
 
 
 def test_the_test_images_favourite_is_not_preferred_even_if_it_is_the_best(searched_ledger: pd.DataFrame) -> None:
-    rows = search.trials(searched_ledger, base_spec("kd"))
+    rows = hyperparameters.trials(searched_ledger, base_spec("kd"))
     favourite = {"alpha": 0.9, "temperature": 2.5}
-    assert favourite in search.finalists(rows)
-    assert favourite not in search.candidates(rows)
+    assert favourite in hyperparameters.finalists(rows)
+    assert favourite not in hyperparameters.candidates(rows)
     its = searched_ledger["run_id"].isin(rows.query("alpha == 0.9 and fresh")["run_id"])
     better = searched_ledger["validation_accuracy"] + 5.0 * its
     ledger = searched_ledger.assign(validation_accuracy=better)
-    assert search.choices(search.trials(ledger, base_spec("kd"))).loc["test", "alpha"] == 0.9
-    assert search.preferred(ledger) == {"alpha": 0.3, "temperature": 2.5}
-    assert search.preferred(ledger[~its]) == {"alpha": 0.3, "temperature": 2.5}
+    assert hyperparameters.choices(hyperparameters.trials(ledger, base_spec("kd"))).loc["test", "alpha"] == 0.9
+    assert hyperparameters.preferred(ledger) == {"alpha": 0.3, "temperature": 2.5}
+    assert hyperparameters.preferred(ledger[~its]) == {"alpha": 0.3, "temperature": 2.5}
 
 
 def test_what_validation_and_test_images_both_choose_may_be_preferred(searched_ledger: pd.DataFrame) -> None:
     by_both = searched_ledger["spec"].map(lambda spec: json.loads(spec)["alpha"] == 0.9)
     ledger = searched_ledger.assign(validation_accuracy=searched_ledger["validation_accuracy"] + 5.0 * by_both)
-    assert search.preferred(ledger) == {"alpha": 0.9, "temperature": 2.5}
+    assert hyperparameters.preferred(ledger) == {"alpha": 0.9, "temperature": 2.5}
 
 
 def test_committed_ledger_prefers_nothing_that_was_not_run() -> None:
     ledger = Ledger(paths.ledger_path()).read()
     for method in METHODS[1:]:
-        rows = search.trials(ledger, base_spec(method))
+        rows = hyperparameters.trials(ledger, base_spec(method))
         assert len(rows) == (rows["validation_accuracy"].notna()).sum()
         if rows.empty:
-            assert search.preferred(ledger, method) is None
-            assert search.choices(rows).empty
-            assert search.finalists(rows) == []
+            assert hyperparameters.preferred(ledger, method) is None
+            assert hyperparameters.choices(rows).empty
+            assert hyperparameters.finalists(rows) == []
 
 
 def test_trials_take_no_run_with_other_settings_or_another_teacher() -> None:
@@ -328,24 +335,9 @@ def test_trials_take_no_run_with_other_settings_or_another_teacher() -> None:
         RunSpec("student", validation_images=5000),
     ]
     ledger = ledger_of([row_of(spec, 90.0, 90.0) for spec in (*others, *kept)])
-    assert search.trials(ledger, base_spec("kd"))["run_id"].tolist() == [spec.run_id for spec in kept]
+    assert hyperparameters.trials(ledger, base_spec("kd"))["run_id"].tolist() == [spec.run_id for spec in kept]
     other = dataclasses.replace(base_spec("kd"), teacher_sha256="b")
-    assert search.trials(ledger, other)["run_id"].tolist() == [others[0].run_id]
-
-
-def test_surface_averages_runs_of_a_setting_and_leaves_holes_where_none_was_run() -> None:
-    runs = [
-        row_of(varied(0, 0.1), 90.0, 80.0),
-        row_of(varied(1, 0.1), 91.0, 82.0),
-        row_of(varied(2, 0.9, 20.0), 70.0, 60),
-    ]
-    rows = search.trials(ledger_of(runs), base_spec("kd"))
-    table = choosing.surface(rows, "alpha", "temperature", "validation_accuracy")
-    assert (table.shape, table.count().sum()) == ((6, 6), 2)
-    assert (table.loc[2.5, 0.1], table.loc[20.0, 0.9]) == (90.5, 70.0)
-    assert choosing.surface(rows.iloc[:0], "alpha", "temperature", "test_accuracy").isna().all(axis=None)
-    with pytest.raises(ValueError, match="'learning_rate' is not searched"):
-        choosing.surface(rows, "learning_rate", "alpha", "test_accuracy")
+    assert hyperparameters.trials(ledger, other)["run_id"].tolist() == [others[0].run_id]
 
 
 def test_certain_teacher_that_is_right_teaches_the_label_and_nothing_else(sample_train: ImageSet) -> None:

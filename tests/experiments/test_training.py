@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdig_utils.experiments import runs, side_by_side
-from kdig_utils.experiments.runs import train_student, train_teacher
-from kdig_utils.experiments.side_by_side import Trained
+from kdig_utils.experiments.runs import Trained, train_student, train_teacher
 from kdig_utils.method import losses, models, overlay, pairings, training
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
