@@ -4,6 +4,7 @@ Every random number of an epoch is drawn first, by `draw_epoch`; applying them i
 Crop and flip are applied to the image and, the same, to its map.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class EpochDraws:
     def batch(self, start: int, size: int) -> "EpochDraws":
         """The rows from `start` on, at most `size` of them."""
         return EpochDraws(*(values[start : start + size] for values in vars(self).values()))
+
+    def batches(self, size: int) -> Iterator["EpochDraws"]:
+        """The epoch in batches of `size`, the last of what is left."""
+        return (self.batch(start, size) for start in range(0, len(self.order), size))
 
     def rows(self, places: Tensor) -> "EpochDraws":
         """The rows at `places`, a tensor on the device of the draws: no host needs to know where an epoch stands."""

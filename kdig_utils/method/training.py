@@ -1,4 +1,9 @@
-"""What a run trains: student and teacher, their losses, and the images and signals that they see."""
+"""How a student is trained, to be read: the loop, its loss, its rates, and the images and signals that it sees.
+
+`experiments.side_by_side` trains the same, resumable and many at once; a test compares the two, bit for bit on a CPU.
+"""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +11,8 @@ from torch.nn import functional as F
 
 from kdig_utils.method import losses, models
 from kdig_utils.method.cifar10 import ImageSet, stratified_split
-from kdig_utils.method.overlay import EpochDraws, crop_and_flip, overlay
+from kdig_utils.method.overlay import EpochDraws, crop_and_flip, draw_epoch, overlay
+from kdig_utils.method.pairings import paired_signals
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
@@ -14,7 +20,40 @@ VALIDATION_SEED = 0  # the 5,000 validation images are the same for every run
 WARM_UP_SHARE = 0.05  # of the steps, in the cosine schedule
 
 
-def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str) -> Tensor | None:
+def train_student(
+    spec: RunSpec, train: ImageSet, signals: TeacherSignals | None = None, teacher: nn.Module | None = None
+) -> tuple[models.Student, list[float]]:
+    """The student that `spec` describes, trained on the CPU, and the mean loss of each epoch (paper, section 3).
+
+    Args:
+        train: the training images; `spec` takes its share of them.
+        signals: the teacher's signals of `train`, row by row; not needed for the method `student`.
+        teacher: asked about each crop if the spec's answers are `online`.
+    """
+    check_signals(spec, signals, train)
+    positions, _validation = training_positions(train.labels, spec)
+    images, steps = train.subset(positions), math.ceil(len(positions) / spec.batch_size)
+    if signals is not None:
+        signals = paired_signals(signals, train, positions, spec.pairing, spec.seed)
+    model = models.student(spec.k, spec.seed).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(model.parameters(), spec.learning_rate, fused=True)
+    rates = student_rates(spec, steps)
+    epoch_losses = []
+    for epoch in range(spec.epochs):
+        draws, total = draw_epoch(len(images), spec.overlay_probability, spec.seed, epoch), torch.zeros(())
+        for step, batch in enumerate(draws.batches(spec.batch_size), start=epoch * steps):
+            if rates is not None:
+                optimizer.param_groups[0]["lr"] = rates[step]
+            loss = student_loss(model, images, signals, batch, spec, teacher)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch.order)
+        epoch_losses.append(float(total) / len(images))
+    return model.eval(), epoch_losses
+
+
+def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str = "cpu") -> Tensor | None:
     """The learning rate of each step of a student's run on `device`; None where it stays what it is."""
     if spec.schedule == "constant":
         return None

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdig_utils.experiments import runs, side_by_side
-from kdig_utils.experiments.runs import train_student, train_teacher
-from kdig_utils.experiments.side_by_side import Trained
+from kdig_utils.experiments.runs import student_run, teacher_run
+from kdig_utils.experiments.side_by_side import Report, Trained, fit
 from kdig_utils.method import losses, models, overlay, pairings, training
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
@@ -82,6 +82,17 @@ def same(first: Trained, second: Trained) -> bool:
     )
 
 
+def trained(spec: RunSpec, *images_signals_checkpoint: object, report: Report = lambda line: None) -> Trained:
+    """The run of a student, trained to its end; the arguments are those of `student_run`."""
+    return fit(student_run(spec, *images_signals_checkpoint), report)
+
+
+def trained_teacher(
+    spec: TeacherSpec, *images_initial_checkpoint: object, report: Report = lambda line: None
+) -> Trained:
+    return fit(teacher_run(spec, *images_initial_checkpoint), report)
+
+
 def stop_after(lines: int):
     seen = []
 
@@ -95,8 +106,35 @@ def stop_after(lines: int):
 
 def test_a_shorter_run_of_a_student_is_the_beginning_of_a_longer_one(train: ImageSet, held_out: ImageSet) -> None:
     """The learning rate is constant and the draws depend on seed and epoch alone, so epochs can be added later."""
-    short, long = (train_student(small("student", epochs=n), train, held_out).curve for n in (1, 2))
+    short, long = (trained(small("student", epochs=n), train, held_out).curve for n in (1, 2))
     assert short.drop(columns="seconds").equals(long.drop(columns="seconds").head(1))
+
+
+# The loop to read
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+@pytest.mark.parametrize("method", ["student", "kd", "ig", "kd_ig_at"])
+def test_the_loop_to_read_and_the_engine_train_the_same_bit_for_bit(
+    train: ImageSet, held_out: ImageSet, signals: TeacherSignals, method: str, schedule: str
+) -> None:
+    spec = small(method, schedule=schedule, pairing="shuffled", seed=3)
+    assert IMAGES % spec.batch_size  # the last batch is a smaller one
+    model, epoch_losses = training.train_student(spec, train, signals)
+    engine = trained(spec, train, held_out, signals)
+    assert models.weights_sha256(model) == models.weights_sha256(engine.model)
+    assert epoch_losses == engine.curve["train_loss"].tolist()
+    assert not model.training
+
+
+def test_the_loop_to_read_takes_the_same_share_of_the_images_and_asks_the_teacher_about_the_same_crops(
+    sample_train: ImageSet, held_out: ImageSet
+) -> None:
+    spec = small("kd", answers="online", train_fraction=0.05, validation_images=100, epochs=1)
+    signals, teacher = random_signals(sample_train), models.teacher(1).eval()
+    model, _losses = training.train_student(spec, sample_train, signals, teacher)
+    engine = fit(student_run(spec, sample_train, held_out, signals, teacher=teacher))
+    assert models.weights_sha256(model) == models.weights_sha256(engine.model)
 
 
 # The loss
@@ -169,9 +207,9 @@ def test_a_network_that_cannot_be_compiled_is_called_as_it_is(train: ImageSet, m
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     network = runs.compiled_network(lines.append)
-    run = runs.student_run(small("student"), train, train, network=network)
-    plain = runs.student_run(small("student"), train, train)
-    assert models.weights_sha256(side_by_side.fit(run).model) == models.weights_sha256(side_by_side.fit(plain).model)
+    run = student_run(small("student"), train, train, network=network)
+    plain = student_run(small("student"), train, train)
+    assert models.weights_sha256(fit(run).model) == models.weights_sha256(fit(plain).model)
     assert len(asked) == len(lines) == 1  # what failed once is not tried again
     assert "no working C++ compiler" in lines[0]
 
@@ -185,7 +223,7 @@ def test_only_full_batches_go_through_the_compiled_network(train: ImageSet) -> N
         return models.logits_and_features(model, images, tap)
 
     spec = small("student", epochs=2)
-    side_by_side.fit(runs.student_run(spec, train, train, network=network))
+    fit(student_run(spec, train, train, network=network))
     assert len(train) % spec.batch_size  # there is a smaller one
     assert sizes == [spec.batch_size] * (2 * (len(train) // spec.batch_size))
 
@@ -218,13 +256,13 @@ def test_stopped_anywhere_and_resumed_ends_bit_for_bit(
     train: ImageSet, held_out: ImageSet, signals: TeacherSignals, tmp_path: Path, often: None, method: str
 ) -> None:
     spec = small(method)
-    whole = train_student(spec, train, held_out, signals)
+    whole = trained(spec, train, held_out, signals)
     for lines in range(1, 10):  # 4 steps and 1 line at the end of each of 2 epochs
         checkpoint = tmp_path / f"{lines}.pt"
         with pytest.raises(Stop):
-            train_student(spec, train, held_out, signals, checkpoint, report=stop_after(lines))
+            trained(spec, train, held_out, signals, checkpoint, report=stop_after(lines))
         lines_of_resume = []
-        resumed = train_student(spec, train, held_out, signals, checkpoint, report=lines_of_resume.append)
+        resumed = trained(spec, train, held_out, signals, checkpoint, report=lines_of_resume.append)
         assert "goes on" in lines_of_resume[0]
         assert same(whole, resumed), f"stopped after {lines} reports"
     print("9 places to stop, seed 0")
@@ -236,12 +274,12 @@ def test_stopped_again_and_again_ends_bit_for_bit(
     spec, stops = small(), 0
     while True:
         try:
-            resumed = train_student(spec, train, held_out, signals, tmp_path / "c.pt", report=stop_after(2))
+            resumed = trained(spec, train, held_out, signals, tmp_path / "c.pt", report=stop_after(2))
             break
         except Stop:
             stops += 1
     assert stops >= 3
-    assert same(train_student(spec, train, held_out, signals), resumed)
+    assert same(trained(spec, train, held_out, signals), resumed)
 
 
 def test_teacher_stopped_and_resumed_ends_bit_for_bit(
@@ -250,19 +288,19 @@ def test_teacher_stopped_and_resumed_ends_bit_for_bit(
     """Dropout, momentum and the one-cycle schedule go on as if nothing had happened."""
     few, initial = train.subset(torch.arange(24)), models.teacher(5)
     spec = TeacherSpec(epochs=2, batch_size=8, initial_sha256=models.weights_sha256(initial))
-    whole = train_teacher(spec, few, held_out, initial)
+    whole = trained_teacher(spec, few, held_out, initial)
     with pytest.raises(Stop):
-        train_teacher(spec, few, held_out, initial, tmp_path / "t.pt", report=stop_after(2))
-    assert same(whole, train_teacher(spec, few, held_out, initial, tmp_path / "t.pt"))
+        trained_teacher(spec, few, held_out, initial, tmp_path / "t.pt", report=stop_after(2))
+    assert same(whole, trained_teacher(spec, few, held_out, initial, tmp_path / "t.pt"))
 
 
 def test_finished_run_that_is_called_again_only_loads(
     train: ImageSet, held_out: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = small("student")
-    first = train_student(spec, train, held_out, None, tmp_path / "c.pt")
+    first = trained(spec, train, held_out, None, tmp_path / "c.pt")
     monkeypatch.setattr(side_by_side.Steps, "step", lambda *_arguments: pytest.fail("trained again"))
-    assert same(first, train_student(spec, train, held_out, None, tmp_path / "c.pt"))
+    assert same(first, trained(spec, train, held_out, None, tmp_path / "c.pt"))
 
 
 CHILD = """
@@ -279,7 +317,7 @@ CHILD = """
     def report(line):
         print(line, flush=True)
         time.sleep(float(sys.argv[3]))
-    trained = runs.train_student(spec, train, test, None, Path(sys.argv[2]), report=report)
+    trained = side_by_side.fit(runs.student_run(spec, train, test, None, Path(sys.argv[2])), report)
     print(models.weights_sha256(trained.model), flush=True)
 """
 
@@ -295,14 +333,14 @@ def test_killed_process_and_another_process_end_bit_for_bit(
     train: ImageSet, held_out: ImageSet, tmp_path: Path
 ) -> None:
     """One process runs through, one is killed mid-epoch and resumed here; this process ends the same without a stop."""
-    whole = train_student(small("student"), train, held_out)
+    whole = trained(small("student"), train, held_out)
     other, victim = child(tmp_path / "other.pt"), child(tmp_path / "victim.pt", pause=3.0)
     try:
         for _line in range(2):
             assert victim.stdout.readline()
         victim.send_signal(signal.SIGKILL)
         assert victim.wait(LONGEST_WAIT) == -signal.SIGKILL
-        resumed = train_student(small("student"), train, held_out, None, tmp_path / "victim.pt")
+        resumed = trained(small("student"), train, held_out, None, tmp_path / "victim.pt")
         output, _errors = other.communicate(timeout=LONGEST_WAIT)
     finally:
         for process in (other, victim):
@@ -319,7 +357,7 @@ def test_killed_process_and_another_process_end_bit_for_bit(
 def test_same_seed_is_the_same_run_and_another_is_another(
     train: ImageSet, held_out: ImageSet, signals: TeacherSignals
 ) -> None:
-    first, again, other = (train_student(small(seed=seed), train, held_out, signals) for seed in (1, 1, 2))
+    first, again, other = (trained(small(seed=seed), train, held_out, signals) for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
 
@@ -328,10 +366,10 @@ def test_a_run_depends_on_no_global_generator_and_leaves_it(train: ImageSet, hel
     few, spec = train.subset(torch.arange(16)), TeacherSpec(epochs=1, batch_size=8)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = train_teacher(spec, few, held_out)
+    first = trained_teacher(spec, few, held_out)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert same(first, train_teacher(spec, few, held_out))
+    assert same(first, trained_teacher(spec, few, held_out))
 
 
 # A loss that is not finite
@@ -341,7 +379,7 @@ def test_huge_learning_rate_stops_with_its_value(train: ImageSet, held_out: Imag
     with pytest.raises(
         side_by_side.TrainingDiverged, match=r"the loss is (nan|inf) in epoch \d.*learning rate \(1e\+30\)"
     ):
-        train_student(small("student", learning_rate=1e30, epochs=5), train, held_out)
+        trained(small("student", learning_rate=1e30, epochs=5), train, held_out)
 
 
 def test_nan_map_stops_the_run_and_the_last_checkpoint_goes_on(
@@ -353,9 +391,9 @@ def test_nan_map_stops_the_run_and_the_last_checkpoint_goes_on(
     maps = signals.maps.clone()
     maps[min(only_later)] = float("nan")
     with pytest.raises(side_by_side.TrainingDiverged, match=r"the loss is nan in epoch 2.*check the teacher's signals"):
-        train_student(spec, train, held_out, dataclasses.replace(signals, maps=maps), tmp_path / "c.pt")
-    repaired = train_student(spec, train, held_out, signals, tmp_path / "c.pt")
-    assert same(repaired, train_student(spec, train, held_out, signals))
+        trained(spec, train, held_out, dataclasses.replace(signals, maps=maps), tmp_path / "c.pt")
+    repaired = trained(spec, train, held_out, signals, tmp_path / "c.pt")
+    assert same(repaired, trained(spec, train, held_out, signals))
 
 
 def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
@@ -364,7 +402,7 @@ def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
     """The last loss was finite, the step after it was not survived."""
     spec = small("student", epochs=1, batch_size=IMAGES, learning_rate=1e38)
     with pytest.raises(side_by_side.TrainingDiverged):
-        train_student(spec, train, held_out, None, tmp_path / "c.pt")
+        trained(spec, train, held_out, None, tmp_path / "c.pt")
 
 
 # Bad input
@@ -373,7 +411,7 @@ def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_method_without_signals_names_the_command(train: ImageSet, held_out: ImageSet, method: str) -> None:
     with pytest.raises(ValueError, match=f"method {method} needs the teacher's signals.*kdig_utils signals"):
-        train_student(small(method), train, held_out)
+        trained(small(method), train, held_out)
 
 
 @pytest.mark.parametrize("change", ["fewer", "other order"])
@@ -381,17 +419,17 @@ def test_signals_of_other_images_are_refused(train: ImageSet, held_out: ImageSet
     positions = torch.arange(IMAGES // 2) if change == "fewer" else torch.arange(IMAGES - 1, -1, -1)
     others = random_signals(train.subset(positions))
     with pytest.raises(ValueError, match="signals are those of other images"):
-        train_student(small("kd"), train, held_out, others)
+        trained(small("kd"), train, held_out, others)
 
 
 def test_signals_of_another_teacher_are_refused(train: ImageSet, held_out: ImageSet, signals: TeacherSignals) -> None:
     with pytest.raises(ValueError, match="spec names teacher cdcdcdcdcdcd, the signals are of abababababab"):
-        train_student(small("kd", teacher_sha256="cd" * 32), train, held_out, signals)
+        trained(small("kd", teacher_sha256="cd" * 32), train, held_out, signals)
 
 
 def test_attention_maps_of_another_block_are_refused(train: ImageSet, held_out: ImageSet) -> None:
     with pytest.raises(ValueError, match=r"k = 17 compares block 0, the signals hold block 9"):
-        train_student(small("at"), train, held_out, random_signals(train, side=8))
+        trained(small("at"), train, held_out, random_signals(train, side=8))
 
 
 def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
@@ -410,11 +448,11 @@ def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match=r"cannot write c\.pt in .*disk is full: free some space"):
-            train_student(spec, train, held_out, None, checkpoint)
+            trained(spec, train, held_out, None, checkpoint)
     lines = []
     assert same(
-        train_student(spec, train, held_out, None, checkpoint, report=lines.append),
-        train_student(spec, train, held_out),
+        trained(spec, train, held_out, None, checkpoint, report=lines.append),
+        trained(spec, train, held_out),
     )
     assert "goes on at epoch 2" in lines[0]
     assert not list(tmp_path.glob(".*.part"))
@@ -423,11 +461,11 @@ def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
 def test_checkpoint_of_another_run_is_refused_and_kept(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
     checkpoint = tmp_path / "c.pt"
     mine = small("student")
-    train_student(mine, train, held_out, None, checkpoint)
+    trained(mine, train, held_out, None, checkpoint)
     before = checkpoint.read_bytes()
     other = small("student", seed=9)
     with pytest.raises(ValueError, match=f"is of run {mine.run_id} .*not of {other.run_id}") as caught:
-        train_student(other, train, held_out, None, checkpoint)
+        trained(other, train, held_out, None, checkpoint)
     assert str(checkpoint) in str(caught.value)
     assert checkpoint.read_bytes() == before
 
@@ -437,7 +475,7 @@ def test_damaged_checkpoint_is_named_with_a_remedy(
     train: ImageSet, held_out: ImageSet, tmp_path: Path, content: str
 ) -> None:
     checkpoint, spec = tmp_path / "c.pt", small("student", epochs=1)
-    train_student(spec, train, held_out, None, checkpoint)
+    trained(spec, train, held_out, None, checkpoint)
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(
         {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": bytes(5000)}.get(content, whole)
@@ -445,7 +483,7 @@ def test_damaged_checkpoint_is_named_with_a_remedy(
     if content == "not a checkpoint":
         torch.save({"weights": torch.zeros(1)}, checkpoint)
     with pytest.raises(ValueError, match=r"is damaged.*delete it to start the run afresh") as caught:
-        train_student(spec, train, held_out, None, checkpoint)
+        trained(spec, train, held_out, None, checkpoint)
     assert str(checkpoint) in str(caught.value)
 
 
@@ -458,15 +496,15 @@ def test_checkpoint_with_code_in_it_is_not_executed(train: ImageSet, held_out: I
 
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match="is damaged"):
-        train_student(small("student"), train, held_out, None, tmp_path / "c.pt")
+        trained(small("student"), train, held_out, None, tmp_path / "c.pt")
     assert not marker.exists()
 
 
 def test_teacher_that_starts_from_other_weights_is_refused(train: ImageSet, held_out: ImageSet) -> None:
     with pytest.raises(ValueError, match="starts from weights 0123456789ab, got none"):
-        train_teacher(TeacherSpec(initial_sha256="0123456789ab"), train, held_out)
+        trained_teacher(TeacherSpec(initial_sha256="0123456789ab"), train, held_out)
     with pytest.raises(ValueError, match="starts from weights none, got "):
-        train_teacher(TeacherSpec(), train, held_out, models.teacher())
+        trained_teacher(TeacherSpec(), train, held_out, models.teacher())
 
 
 # Who is trained on what
@@ -534,10 +572,10 @@ def test_shuffled_signals_come_from_two_permutations(train: ImageSet, signals: T
 
 def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSet) -> None:
     even = train.subset(torch.cat([torch.nonzero(train.labels == label).flatten()[:2] for label in range(10)]))
-    trained = train_student(small("student", epochs=3, validation_images=10), even, held_out)
-    curve = trained.curve
+    run = trained(small("student", epochs=3, validation_images=10), even, held_out)
+    curve = run.curve
     assert curve["epoch"].tolist() == [1, 2, 3]
-    assert not trained.model.training
+    assert not run.model.training
     assert (
         curve[["test_accuracy", "validation_accuracy"]]
         .isin([100 * i / n for n in (10, 40) for i in range(n + 1)])
@@ -545,7 +583,7 @@ def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSe
     )
     assert curve["seconds"].is_monotonic_increasing
     assert curve["train_loss"].between(0, 10).all()
-    assert curve["test_accuracy"].iloc[-1] == models.accuracy(trained.model, held_out)
+    assert curve["test_accuracy"].iloc[-1] == models.accuracy(run.model, held_out)
 
 
 def test_accuracy_is_a_percentage_by_hand(held_out: ImageSet) -> None:
