@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kdig_utils.method.checks import check_choice, check_number
 from kdig_utils.method.integrated_gradients import check_finite, integrated_gradients
 from kdig_utils.method.secants import NotASecantNetwork, SecantNetwork, derivative
 
@@ -184,10 +185,8 @@ def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Te
 
 
 def _check_settings(error: float, output: str, max_steps: int, internal_batch_size: int) -> None:
-    if not 0 < error < 1:
-        raise ValueError(f"error = {error} is not a relative error: choose one above 0 and below 1, as 0.01")
-    if output not in OUTPUTS:
-        raise ValueError(f"unknown output {output!r}: choose one of {', '.join(OUTPUTS)}")
+    check_number("error", error)
+    check_choice("output", output, OUTPUTS)
     if max_steps < 4 or internal_batch_size < 1:
         raise ValueError(f"max_steps = {max_steps}, internal_batch_size = {internal_batch_size}: use at least 4 and 1")
 

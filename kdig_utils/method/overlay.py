@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdig_utils.method.pairings import MEAN_GREY, UNMOVED, check_pairing
+from kdig_utils.method.checks import check_choice, check_number
+from kdig_utils.method.pairings import MEAN_GREY, PAIRINGS, UNMOVED
 
 PADDING = 4
 
@@ -58,7 +59,7 @@ def draw_epoch(n_images: int, overlay_probability: float, seed: int, epoch: int)
     Raises:
         ValueError: the probability lies outside [0, 1].
     """
-    check_probability(overlay_probability)
+    check_number("overlay_probability", overlay_probability)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n_images, generator=generator)
     shifts = torch.randint(0, 2 * PADDING + 1, (n_images, 2), generator=generator)
@@ -66,12 +67,6 @@ def draw_epoch(n_images: int, overlay_probability: float, seed: int, epoch: int)
     overlaid = torch.rand(n_images, generator=generator) < overlay_probability
     powers = torch.exp(torch.rand(n_images, generator=generator) * torch.log(torch.tensor(2.0)))
     return EpochDraws(order, shifts, flips, overlaid, powers)
-
-
-def check_probability(probability: float) -> None:
-    """Raise ValueError unless `probability` lies in [0, 1]."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"overlay probability {probability} is outside [0, 1]: give the fraction of images to overlay")
 
 
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -130,7 +125,7 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
     Raises:
         ValueError: unknown pairing, or images and maps of other shapes.
     """
-    check_pairing(pairing)
+    check_choice("pairing", pairing, PAIRINGS)
     if images.shape[1:] != (3, 32, 32) or maps.shape != (len(images), 32, 32):
         raise ValueError(
             f"images must be (N, 3, 32, 32) and maps (N, 32, 32), got {tuple(images.shape)} and {tuple(maps.shape)}: "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map
 
@@ -26,18 +27,12 @@ CHUNK = 2048  # images at a time: memory stays small, however many there are
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
 
-def check_pairing(pairing: str) -> None:
-    """Raise ValueError unless `pairing` is known."""
-    if pairing not in PAIRINGS:
-        raise ValueError(f"unknown pairing {pairing!r}: choose one of {', '.join(PAIRINGS)}")
-
-
 def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
     """For each image, the position of the image whose teacher signal it gets, (N,).
 
     `shuffled`: a fixed random permutation, as if the store were saved in shuffled order. All others: its own.
     """
-    check_pairing(pairing)
+    check_choice("pairing", pairing, PAIRINGS)
     if pairing != "shuffled":
         return torch.arange(n_images)
     return torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))

@@ -21,11 +21,12 @@ from torch.fx.experimental.optimization import fuse
 
 from kdig_utils.method import cifar10
 from kdig_utils.method.attribution import attribute, half_pays, secant_attributions
+from kdig_utils.method.checks import check_choice, check_number
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import (
+    BASELINES,
     attribution_map,
     baseline,
-    check_baseline,
     check_finite,
     integrated_gradients,
     quadrature,
@@ -81,15 +82,13 @@ class SignalSettings:
     storage: str = "float16"
 
     def __post_init__(self) -> None:
+        check_number("n_steps", self.n_steps)
         if self.method != SECANT:
             quadrature(self.method, self.n_steps)
-        elif self.n_steps < 1:
-            raise ValueError(f"n_steps = {self.n_steps} is too few: use at least 1")
-        check_baseline(self.baseline)
-        if self.error is not None and not 0 < self.error < 1:
-            raise ValueError(f"error = {self.error} is not a relative error: choose one above 0 and below 1, as 0.05")
-        if self.storage not in QUANTISATION_ERROR:
-            raise ValueError(f"unknown storage {self.storage!r}: choose one of {', '.join(QUANTISATION_ERROR)}")
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("storage", self.storage, QUANTISATION_ERROR)
+        if self.error is not None:
+            check_number("error", self.error)
 
     def identity(self) -> dict:
         """What a manifest keeps: every setting, but those that came later only where they differ from before."""

@@ -217,7 +217,7 @@ def test_class_names_are_torchvisions(small_archive: bytes, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("load", [cifar10.load, cifar10.load_sample])
 def test_unknown_split_is_named(load) -> None:
-    with pytest.raises(ValueError, match=r"'validation'.*train or test"):
+    with pytest.raises(ValueError, match=r"'validation'.*train, test"):
         load("validation")
 
 
