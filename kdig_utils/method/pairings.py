@@ -5,7 +5,6 @@ Each control keeps something of the overlay and takes something away: its place,
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,7 @@ from torch.nn import functional as F
 from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map
-
-if TYPE_CHECKING:
-    from kdig_utils.method.signals import TeacherSignals
+from kdig_utils.method.signals import TeacherSignals
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
 # noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey.
@@ -39,8 +36,8 @@ def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
 
 
 def paired_signals(
-    signals: "TeacherSignals", train: ImageSet, positions: Tensor, pairing: str, seed: int
-) -> "TeacherSignals":
+    signals: TeacherSignals, train: ImageSet, positions: Tensor, pairing: str, seed: int
+) -> TeacherSignals:
     """The rows of `signals` for the images at `positions` of `train` under a pairing, which draws from `seed`.
 
     The released scripts save maps in one shuffled order, logits and attention maps in another: two permutations.
