@@ -14,7 +14,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": (lambda n: n >= 1, "epochs = {} trains nothing: give at least 1"),
     "error": (lambda x: 0 < x < 1, "error = {} is not a relative error: choose one above 0 and below 1, as 0.01"),
     "gamma": (lambda x: 0 <= x < math.inf, "gamma {} is not a weight of 0 or more: the paper uses 0.8"),
+    "internal_batch_size": (lambda n: n >= 1, "internal_batch_size = {} computes nothing: use at least 1"),
     "learning_rate": (lambda x: x > 0, "learning rate {} is not above 0: the paper uses 0.001"),
+    "max_steps": (lambda n: n >= 4, "max_steps = {} is too few: use at least 4"),
     "n_steps": (lambda n: n >= 1, "n_steps = {} is too few: the paper uses 50"),
     "overlay_probability": (
         lambda x: 0 <= x <= 1,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from kdig_utils.method import cifar10
-from kdig_utils.method.attribution import attribute, half_pays, secant_attributions
+from kdig_utils.method.attribution import attribute, half_pays
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline, check_finite, integrated_gradients
 from kdig_utils.method.losses import attention_map
 from kdig_utils.method.models import Teacher, exact_float32, logits_and_features, most_at_once
+from kdig_utils.method.secant_rule import secant_attributions
 from kdig_utils.method.secants import SecantNetwork, compiles
 from kdig_utils.method.signals import (
     QUANTISATION_ERROR,

@@ -182,6 +182,7 @@ class TeacherSpec(Spec):
     k = 0
     pairing = ""
     train_fraction = 1.0
+    sample_seed: ClassVar[int | None] = None
 
     choices: ClassVar[Mapping[str, Collection[object]]] = {"precision": PRECISIONS, "schedule": SCHEDULES}
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
 from kdig_utils.method import losses, models
 from kdig_utils.method.cifar10 import ImageSet, stratified_split
@@ -59,7 +60,7 @@ def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str
         return None
     steps = spec.epochs * steps_an_epoch
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], spec.learning_rate)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+    scheduler = OneCycleLR(
         optimizer, spec.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
     )
     return torch.tensor(rates_of(optimizer, scheduler, steps)[0], device=device)
@@ -70,19 +71,13 @@ def schedule(spec: TeacherSpec, steps_an_epoch: int) -> tuple[list[float], list[
     steps, highest = spec.epochs * steps_an_epoch, spec.learning_rate
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], highest, momentum=0.9)
     if spec.schedule == "one_cycle":
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
-    else:
-        rise = max(1, round(WARM_UP_SHARE * steps))
-        up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, 1.0, rise)
-        down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))
-        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [rise])
-    rates, momenta = rates_of(optimizer, scheduler, steps)
-    return rates, momenta if spec.schedule == "one_cycle" else None
+        return rates_of(optimizer, OneCycleLR(optimizer, highest, total_steps=steps), steps)
+    rise = max(1, round(WARM_UP_SHARE * steps))
+    up, down = LinearLR(optimizer, 1 / rise, 1.0, rise), CosineAnnealingLR(optimizer, max(1, steps - rise))
+    return rates_of(optimizer, SequentialLR(optimizer, [up, down], [rise]), steps)[0], None
 
 
-def rates_of(
-    optimizer: torch.optim.SGD, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int
-) -> tuple[list[float], list[float]]:
+def rates_of(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int) -> tuple[list[float], list[float]]:
     """Learning rate and momentum of each of `steps` steps under one of PyTorch's schedulers."""
     rates, momenta, group = [], [], optimizer.param_groups[0]
     for step in range(steps):
@@ -143,7 +138,8 @@ def student_loss(
     one of an epoch is not worth compiling for.
     """
     pixels, labels = images.images(batch.order), images.labels[batch.order]
-    told = signals.rows(batch.order) if signals is not None else None
+    if signals is not None:  # there are some for each method that uses the teacher: `check_signals`
+        told = signals.rows(batch.order)
     if spec.uses("ig"):
         inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
     else:
@@ -161,8 +157,10 @@ def student_loss(
 
 
 @torch.no_grad()
-def asked(teacher: nn.Module, images: Tensor, batch: EpochDraws) -> Tensor:
+def asked(teacher: nn.Module | None, images: Tensor, batch: EpochDraws) -> Tensor:
     """The teacher's logits of the very crops that the student sees, without overlay, (N, 10)."""
+    if teacher is None:
+        raise ValueError("answers = 'online' asks the teacher about each crop: pass the teacher")
     return teacher(crop_and_flip(images, batch.shifts, batch.flips))
 
 

@@ -8,9 +8,11 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from kdig_utils.method import artifacts, cifar10
-from kdig_utils.method.attribution import OUTPUTS, attribute, expected_attribution, graded_points, secant_attributions
+from kdig_utils.method.attribution import OUTPUTS, attribute, expected_attribution
 from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
-from kdig_utils.method.secants import NotASecantNetwork, SecantNetwork, compiles
+from kdig_utils.method.secant_rule import graded_points, secant_attributions
+from kdig_utils.method.secants import SecantNetwork, compiles
+from kdig_utils.method.tracing import NotASecantNetwork
 
 
 class Formula(nn.Module):
