@@ -230,17 +230,6 @@ def load_sample(split: str) -> ImageSet:
     return ImageSet(name, torch.from_numpy(rows.copy()), labels, indices)
 
 
-def save_sample(images: ImageSet, split: str) -> None:
-    """Write `images` as the repository's sample of `split`, for `load_sample`."""
-    folder = paths.artifacts_folder() / "cifar10_sample"
-    folder.mkdir(parents=True, exist_ok=True)
-    grid = images.pixels.numpy().reshape(-1, SAMPLE_COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2)
-    sheet = Image.fromarray(grid.reshape(-1, SAMPLE_COLUMNS * 32, 3))
-    sheet.save(folder / f"{split}.webp", lossless=True, quality=100, method=6)
-    labels, indices = images.labels.numpy().astype(np.uint8), images.indices.numpy().astype(np.uint16)
-    np.savez_compressed(folder / f"{split}.npz", labels=labels, indices=indices)
-
-
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     """Positions of the first `count` images of each class, in the data set's order."""
     chosen = [torch.nonzero(labels == label).flatten()[:count] for label in labels.unique()]

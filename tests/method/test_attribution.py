@@ -222,7 +222,7 @@ def test_a_set_of_baselines_gives_the_mean() -> None:
 
 
 def test_real_teacher_against_captum_at_300_steps(real) -> None:
-    teacher, images, baselines, labels = real
+    teacher, images, baselines, labels = (part[-1:] if isinstance(part, Tensor) else part for part in real)
     found = attribute(teacher, images, baselines, labels, error=0.02)
     captum = IntegratedGradients(teacher).attribute(images, baselines, labels, n_steps=300, internal_batch_size=32)
     assert found.rule == "secant"
@@ -231,6 +231,7 @@ def test_real_teacher_against_captum_at_300_steps(real) -> None:
     assert float(found.completeness.max()) < 0.01
 
 
+@pytest.mark.slow
 def test_real_teacher_against_double_precision(real) -> None:
     """The gradients of the reference are in float64: neither its sums nor a flipped ReLU6 owe anything to rounding."""
     teacher, images, baselines, labels = real

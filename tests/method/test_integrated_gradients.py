@@ -245,7 +245,7 @@ def test_swapping_input_and_baseline_turns_the_sign() -> None:
 # Captum
 
 
-@pytest.mark.parametrize("n_steps", [5, 20])
+@pytest.mark.parametrize("n_steps", [3, 8])
 @pytest.mark.parametrize("method", QUADRATURES)
 def test_equals_captum_on_the_real_architecture(method: str, n_steps: int) -> None:
     network, sample = real_network(), cifar10.load_sample("test")
