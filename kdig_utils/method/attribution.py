@@ -97,27 +97,6 @@ def attribute(
     return _refine(rule, inputs, baselines, targets, rise, error, max_steps)
 
 
-def expected_attribution(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    baseline_set: Tensor,
-    target: Tensor | int = 0,
-    error: float = 0.01,
-) -> Attribution:
-    """The mean of the attributions from every baseline of a set, (K, …): expected gradients (arXiv 1906.10670).
-
-    Arguments and errors as for `attribute`. The error is a bound by the triangle inequality from those of the K parts.
-    """
-    parts = [attribute(model, inputs, one.unsqueeze(0), target, error) for one in baseline_set]
-    mean = torch.stack([part.attributions for part in parts]).mean(0)
-    mass = mean.abs().flatten(1).sum(1).clamp_min(torch.finfo(mean.dtype).tiny)
-    weights = torch.stack([part.attributions.abs().flatten(1).sum(1) for part in parts]) / len(parts) / mass
-    reached = (torch.stack([part.error for part in parts]) * weights).sum(0)
-    completeness = (torch.stack([part.completeness for part in parts]) * weights).sum(0)
-    evaluations = torch.stack([part.evaluations for part in parts]).sum(0)
-    return Attribution(mean, reached, completeness, evaluations, reached <= error, parts[0].rule)
-
-
 def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor) -> None:
     """Raise ValueError where gradients of `model` would not be those of one function of one input."""
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():

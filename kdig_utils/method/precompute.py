@@ -146,11 +146,8 @@ def signals_of_batch(
     """What the store keeps of the images at `positions`."""
     pixels, labels = maker.loaded(images, positions)
     maps, error = maker.maps(pixels, labels, way)
-    return {
-        **answers(teacher, pixels, maker.settings.tap),
-        "maps": stored(maps, maker.settings.storage),
-        "error": error,
-    }
+    kept = {"maps": stored(maps, maker.settings.storage), "error": error}
+    return {**answers(teacher, pixels, maker.settings.tap), **kept}
 
 
 @torch.no_grad()

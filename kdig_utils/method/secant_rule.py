@@ -22,6 +22,7 @@ def graded_points(steps: int) -> Tensor:
     return points
 
 
+@torch.no_grad()
 def secant_attributions(
     network: SecantNetwork,
     inputs: Tensor,

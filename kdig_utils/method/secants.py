@@ -61,12 +61,8 @@ class SecantNetwork:
                 return position if leaving == set(step.inputs) else 0
         return 0
 
-    @torch.no_grad()
     def entrance(self, inputs: Tensor) -> Tensor:
         """The value at which the path first meets a nonlinearity; affine in `inputs`, so the path is straight there."""
-        return self._entered(inputs)
-
-    def _entered(self, inputs: Tensor) -> Tensor:
         values = {self.source: inputs}
         for step in self.steps[: self.prefix]:
             values[step.name] = step.value(values)
@@ -78,7 +74,7 @@ class SecantNetwork:
             return gradients
         with torch.enable_grad():
             leaf = inputs.detach().requires_grad_()
-            value = self._entered(leaf)
+            value = self.entrance(leaf)
             return torch.autograd.grad(value, leaf, gradients.to(value.dtype))[0]
 
     @torch.no_grad()
@@ -140,7 +136,8 @@ class SecantNetwork:
             leaves, value = tape.graphs.pop(step.name)
             return zip(leaves, torch.autograd.grad(value, list(leaves.values()), gradient.to(value.dtype)), strict=True)
         if step.name in tape.slopes:
-            gradient = _product(gradient, tape.slopes.pop(step.name))
+            slope = tape.slopes.pop(step.name)  # not needed again; the gradient may have a second reader
+            gradient = slope.mul_(gradient) if slope.dtype == gradient.dtype else gradient * slope
         elif step.name in self.adjoints:
             gradient = self.adjoints[step.name](gradient)
         return [(name, gradient) for name in step.inputs]  # a sum has two
@@ -181,7 +178,9 @@ def _secant(step: Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, T
     y, first = step.call(z), step.call(left)
     rise, run = _differences(y, first, images), _differences(z, left, images)
     if step.kind == "exact":
-        return y, _where_it_moved(rise.div_(run), step, z)
+        slope = rise.div_(run)
+        stood_still = not slope.sum().isfinite()  # some did, and their secant is 0 / 0
+        return y, torch.where(slope.isnan(), derivative(step.call, z), slope) if stood_still else slope
     middle = z - run / 2
     close = run.abs() <= torch.finfo(z.dtype).eps ** (1 / 3) * (1 + middle.abs())  # there rounding would speak
     return y, torch.where(close, derivative(step.call, middle), rise / run)
@@ -193,18 +192,6 @@ def _differences(values: Tensor, left: Tensor, images: int) -> Tensor:
     torch.sub(values[:images], left, out=out[:images])
     torch.sub(values[images:], values[:-images], out=out[images:])
     return out
-
-
-def _where_it_moved(slope: Tensor, step: Step, z: Tensor) -> Tensor:
-    """Put the derivative where a unit stood still and its secant is 0 / 0."""
-    if slope.sum().isfinite():
-        return slope
-    return torch.where(slope.isnan(), derivative(step.call, z), slope)
-
-
-def _product(gradient: Tensor, slope: Tensor) -> Tensor:
-    """Their product, in the memory of the slope, which is not needed again; a gradient may have a second reader."""
-    return slope.mul_(gradient) if slope.dtype == gradient.dtype else gradient * slope
 
 
 def _clamp_secant(z: Tensor, before: Tensor, low: float, high: float, y: Tensor, slope: Tensor) -> None:

@@ -8,7 +8,7 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from kdig_utils.method import artifacts, cifar10
-from kdig_utils.method.attribution import OUTPUTS, attribute, expected_attribution
+from kdig_utils.method.attribution import OUTPUTS, attribute
 from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
 from kdig_utils.method.secant_rule import graded_points, secant_attributions
 from kdig_utils.method.secants import SecantNetwork, compiles
@@ -210,15 +210,6 @@ def test_each_input_as_if_it_were_alone() -> None:
         alone = attribute(network, inputs[i : i + 1], baselines[i : i + 1], targets[i : i + 1])
         assert torch.allclose(alone.attributions[0], together.attributions[i], atol=1e-10)
         assert int(alone.evaluations) == int(together.evaluations[i])
-
-
-def test_a_set_of_baselines_gives_the_mean() -> None:
-    network, (inputs, baselines) = relu_network(4), pairs(9)
-    found = expected_attribution(network, inputs, baselines[:3], 2, error=0.01)
-    single = [attribute(network, inputs, baselines[k : k + 1], 2, error=0.01) for k in range(3)]
-    assert torch.allclose(found.attributions, sum(part.attributions for part in single) / 3)
-    rise = (network(inputs) - network(baselines[:3]).mean(0)).detach()[:, 2]
-    assert torch.allclose(found.attributions.sum(1), rise, atol=1e-9)
 
 
 def test_real_teacher_against_captum_at_300_steps(real) -> None:
