@@ -113,7 +113,7 @@ def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet
     if (spec.pairing == "gradient") != (signals.manifest.get("maps") == "saliency"):
         raise ValueError(
             f"pairing {spec.pairing!r} blends in {'plain gradients' if spec.pairing == 'gradient' else 'IG maps'}, the "
-            "signals hold the others: pass those that pairings.saliency_maps or signals.compute_signals make"
+            "signals hold the others: pass those that pairings.saliency_maps or precompute.compute_signals make"
         )
     if spec.uses("at") and tap != models.attention_tap(spec.k):
         raise ValueError(

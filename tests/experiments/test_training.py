@@ -2,24 +2,23 @@
 
 import dataclasses
 import errno
-import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdig_utils.experiments import runs, side_by_side
 from kdig_utils.experiments.runs import student_run, teacher_run
-from kdig_utils.experiments.side_by_side import Report, Trained, fit
-from kdig_utils.method import losses, models, overlay, pairings, training
+from kdig_utils.experiments.side_by_side import Trained, fit
+from kdig_utils.method import models, overlay, training
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
@@ -33,21 +32,6 @@ class Stop(Exception):
     pass
 
 
-def random_signals(train: ImageSet, side: int = 32) -> TeacherSignals:
-    generator, n = torch.Generator().manual_seed(0), len(train)
-    return TeacherSignals(
-        logits=4 * torch.randn(n, 10, generator=generator),
-        maps=torch.rand(n, 32, 32, generator=generator).half(),
-        attention=F.normalize(torch.rand(n, side * side, generator=generator), dim=1),
-        error=torch.zeros(n),
-        manifest={
-            "teacher_sha256": "ab" * 32,
-            "indices": train.indices.tolist(),
-            "settings": {"tap": {32: 0, 8: 9}[side]},
-        },
-    )
-
-
 @pytest.fixture(scope="module")
 def train(sample_train: ImageSet) -> ImageSet:
     return sample_train.subset(torch.arange(IMAGES))
@@ -59,7 +43,7 @@ def held_out(sample_test: ImageSet) -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def signals(train: ImageSet) -> TeacherSignals:
+def signals(train: ImageSet, random_signals) -> TeacherSignals:
     return random_signals(train)
 
 
@@ -82,13 +66,15 @@ def same(first: Trained, second: Trained) -> bool:
     )
 
 
-def trained(spec: RunSpec, *images_signals_checkpoint: object, report: Report = lambda line: None) -> Trained:
+def trained(
+    spec: RunSpec, *images_signals_checkpoint: object, report: Callable[[str], None] = lambda line: None
+) -> Trained:
     """The run of a student, trained to its end; the arguments are those of `student_run`."""
     return fit(student_run(spec, *images_signals_checkpoint), report)
 
 
 def trained_teacher(
-    spec: TeacherSpec, *images_initial_checkpoint: object, report: Report = lambda line: None
+    spec: TeacherSpec, *images_initial_checkpoint: object, report: Callable[[str], None] = lambda line: None
 ) -> Trained:
     return fit(teacher_run(spec, *images_initial_checkpoint), report)
 
@@ -128,7 +114,7 @@ def test_the_loop_to_read_and_the_engine_train_the_same_bit_for_bit(
 
 
 def test_the_loop_to_read_takes_the_same_share_of_the_images_and_asks_the_teacher_about_the_same_crops(
-    sample_train: ImageSet, held_out: ImageSet
+    sample_train: ImageSet, held_out: ImageSet, random_signals
 ) -> None:
     spec = small("kd", answers="online", train_fraction=0.05, validation_images=100, epochs=1)
     signals, teacher = random_signals(sample_train), models.teacher(1).eval()
@@ -137,61 +123,7 @@ def test_the_loop_to_read_takes_the_same_share_of_the_images_and_asks_the_teache
     assert models.weights_sha256(model) == models.weights_sha256(engine.model)
 
 
-# The loss
-
-
-def loss_by_hand(
-    model: models.Student, inputs: Tensor, labels: Tensor, teacher: TeacherSignals, spec: RunSpec
-) -> Tensor:
-    """alpha T² KL(teacher ‖ student) / batch + (1 - alpha) cross-entropy + gamma attention_loss (paper.json)."""
-    tap = models.attention_tap(spec.k)
-    features = model.features[: tap + 1](inputs)
-    logits = model.classifier(model.pool(model.features[tap + 1 :](features)))
-    alpha = spec.alpha if "kd" in spec.method else 0
-    gamma = spec.gamma if "at" in spec.method.split("_") else 0
-    p, q = ((values / spec.temperature).softmax(1) for values in (teacher.logits, logits))
-    kl = (p * (p / q).log()).sum() / len(p)
-    cross_entropy = -logits.log_softmax(1)[torch.arange(len(labels)), labels].mean()
-    attention = ((losses.attention_map(features) - teacher.attention) ** 2).mean()
-    return alpha * spec.temperature**2 * kl + (1 - alpha) * cross_entropy + gamma * attention
-
-
-@pytest.mark.parametrize("k", [5, K])
-@pytest.mark.parametrize("method", METHODS)
-def test_loss_of_each_method_equals_the_formula(train: ImageSet, method: str, k: int) -> None:
-    spec = small(method, k=k, alpha=0.3)
-    teacher_signals = random_signals(train, side=32 if k == K else 8)
-    model = models.student(k).eval()  # so that both passes use the same batch-norm statistics
-    batch = overlay.draw_epoch(len(train), spec.overlay_probability, 0, 0).batch(0, 16)
-    found = training.student_loss(model, train, teacher_signals, batch, spec)
-    chosen = teacher_signals.rows(batch.order)
-    images = train.images(batch.order)
-    inputs = overlay.crop_and_flip(images, batch.shifts, batch.flips)
-    if "ig" in method:
-        inputs = overlay.overlay(images, chosen.maps.float(), batch)
-    assert torch.allclose(found, loss_by_hand(model, inputs, train.labels[batch.order], chosen, spec), rtol=1e-5)
-
-
-def test_untrained_student_knows_nothing(train: ImageSet) -> None:
-    """Its loss is near ln 10, that of ten equal probabilities."""
-    batch = overlay.draw_epoch(len(train), 0.0, 0, 0).batch(0, IMAGES)
-    loss = training.student_loss(models.student(5), train, None, batch, small("student", k=5))
-    assert float(loss.detach()) == pytest.approx(math.log(10), abs=0.3)
-
-
-def test_a_few_steps_reduce_the_loss_on_a_fixed_batch(train: ImageSet) -> None:
-    spec, model = small("kd_ig_at", k=5), models.student(5)
-    teacher_signals = random_signals(train, side=8)
-    batch = overlay.draw_epoch(len(train), spec.overlay_probability, 0, 0).batch(0, 16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    values = []
-    for _step in range(12):
-        loss = training.student_loss(model, train, teacher_signals, batch, spec)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(float(loss.detach()))
-    assert values[-1] < 0.6 * values[0]
+# The compiled network
 
 
 def test_a_network_that_cannot_be_compiled_is_called_as_it_is(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +160,9 @@ def test_only_full_batches_go_through_the_compiled_network(train: ImageSet) -> N
     assert sizes == [spec.batch_size] * (2 * (len(train) // spec.batch_size))
 
 
-def test_one_compiled_network_serves_all_methods(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compiled_network_serves_all_methods(
+    train: ImageSet, monkeypatch: pytest.MonkeyPatch, random_signals
+) -> None:
     """Captured by PyTorch's own compiler front end, without the back end that takes a minute: the same losses."""
     compile_, signals = torch.compile, random_signals(train)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
@@ -237,15 +171,7 @@ def test_one_compiled_network_serves_all_methods(train: ImageSet, monkeypatch: p
     for method in METHODS:
         arguments = (models.student(K), train, signals, batch, small(method))
         found = training.student_loss(*arguments, network=network)
-        assert float(found) == pytest.approx(float(training.student_loss(*arguments)), rel=1e-5)
-
-
-def test_loss_touches_neither_images_nor_signals(train: ImageSet, signals: TeacherSignals) -> None:
-    before = train.pixels.clone(), [value.clone() for value in signals.tensors()]
-    batch = overlay.draw_epoch(len(train), 1.0, 0, 0).batch(0, 16)
-    training.student_loss(models.student(K), train, signals, batch, small()).backward()
-    assert torch.equal(train.pixels, before[0])
-    assert all(torch.equal(now, then) for now, then in zip(signals.tensors(), before[1], strict=True))
+        assert torch.allclose(found, training.student_loss(*arguments), rtol=1e-5)
 
 
 # Resume
@@ -405,31 +331,13 @@ def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
         trained(spec, train, held_out, None, tmp_path / "c.pt")
 
 
-# Bad input
+# Signals, checkpoints and weights that do not fit
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_method_without_signals_names_the_command(train: ImageSet, held_out: ImageSet, method: str) -> None:
-    with pytest.raises(ValueError, match=f"method {method} needs the teacher's signals.*kdig_utils signals"):
-        trained(small(method), train, held_out)
-
-
-@pytest.mark.parametrize("change", ["fewer", "other order"])
-def test_signals_of_other_images_are_refused(train: ImageSet, held_out: ImageSet, change: str) -> None:
-    positions = torch.arange(IMAGES // 2) if change == "fewer" else torch.arange(IMAGES - 1, -1, -1)
-    others = random_signals(train.subset(positions))
+def test_a_run_refuses_signals_of_other_images(train: ImageSet, held_out: ImageSet, random_signals) -> None:
+    others = random_signals(train.subset(torch.arange(IMAGES // 2)))
     with pytest.raises(ValueError, match="signals are those of other images"):
-        trained(small("kd"), train, held_out, others)
-
-
-def test_signals_of_another_teacher_are_refused(train: ImageSet, held_out: ImageSet, signals: TeacherSignals) -> None:
-    with pytest.raises(ValueError, match="spec names teacher cdcdcdcdcdcd, the signals are of abababababab"):
-        trained(small("kd", teacher_sha256="cd" * 32), train, held_out, signals)
-
-
-def test_attention_maps_of_another_block_are_refused(train: ImageSet, held_out: ImageSet) -> None:
-    with pytest.raises(ValueError, match=r"k = 17 compares block 0, the signals hold block 9"):
-        trained(small("at"), train, held_out, random_signals(train, side=8))
+        student_run(small("kd"), train, held_out, others)
 
 
 def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
@@ -507,67 +415,7 @@ def test_teacher_that_starts_from_other_weights_is_refused(train: ImageSet, held
         trained_teacher(TeacherSpec(), train, held_out, models.teacher())
 
 
-# Who is trained on what
-
-
-def test_validation_images_are_held_out_stratified_and_the_same_for_every_run(sample_train: ImageSet) -> None:
-    positions, validation = training.training_positions(sample_train.labels, RunSpec("kd", validation_images=100))
-    assert sample_train.labels[validation].bincount().tolist() == [10] * 10
-    assert torch.cat([positions, validation]).sort().values.equal(torch.arange(1000))
-    for other in (RunSpec("student", seed=5, validation_images=100), TeacherSpec(seed=2, validation_images=100)):
-        assert training.training_positions(sample_train.labels, other)[1].equal(validation)
-
-
-def test_train_fraction_is_drawn_stratified_and_fresh_for_each_seed(sample_train: ImageSet) -> None:
-    first, other = (
-        training.training_positions(
-            sample_train.labels, RunSpec("kd", train_fraction=0.8, seed=seed, validation_images=100)
-        )
-        for seed in (0, 1)
-    )
-    for positions, validation in (first, other):
-        assert (
-            sample_train.labels[positions].bincount().tolist() == [72] * 10
-        )  # 0.8 of the 90 that are left of each class
-        assert not set(positions.tolist()) & set(validation.tolist())
-        assert len(positions.unique()) == len(positions)
-    assert not first[0].equal(other[0])
-
-
-def test_seed_and_draw_of_images_can_be_told_apart(sample_train: ImageSet) -> None:
-    def drawn(seed: int, sample_seed: int | None) -> set[int]:
-        spec = RunSpec("kd", train_fraction=0.8, seed=seed, sample_seed=sample_seed)
-        return set(training.training_positions(sample_train.labels, spec)[0].tolist())
-
-    assert drawn(1, 5) == drawn(2, 5) == drawn(5, None)
-    assert drawn(1, 5) != drawn(1, 6)
-
-
-def test_all_images_are_trained_on_by_default(sample_train: ImageSet) -> None:
-    positions, validation = training.training_positions(sample_train.labels, RunSpec("kd"))
-    assert positions.equal(torch.arange(1000))
-    assert len(validation) == 0
-
-
-def test_matched_signals_are_rows_of_the_images_themselves(train: ImageSet, signals: TeacherSignals) -> None:
-    positions = torch.tensor([7, 3, 50])
-    found = pairings.paired_signals(signals, train, positions, "matched", 0)
-    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), signals.rows(positions).tensors(), strict=True))
-
-
-def test_shuffled_signals_come_from_two_permutations(train: ImageSet, signals: TeacherSignals) -> None:
-    found = pairings.paired_signals(signals, train, torch.arange(IMAGES), "shuffled", 0)
-    sources = [
-        [int(torch.nonzero((whole == row).flatten(1).all(1))) for row in part]
-        for part, whole in (
-            (found.maps, signals.maps),
-            (found.logits, signals.logits),
-            (found.attention, signals.attention),
-        )
-    ]
-    assert all(sorted(source) == list(range(IMAGES)) for source in sources)
-    assert sources[0] != sources[1]
-    assert sources[1] == sources[2]
+# What comes out
 
 
 def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSet) -> None:
@@ -584,15 +432,3 @@ def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSe
     assert curve["seconds"].is_monotonic_increasing
     assert curve["train_loss"].between(0, 10).all()
     assert curve["test_accuracy"].iloc[-1] == models.accuracy(run.model, held_out)
-
-
-def test_accuracy_is_a_percentage_by_hand(held_out: ImageSet) -> None:
-    class Answers(torch.nn.Module):
-        """Right about all images but the first ten."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            answers = held_out.labels.clone()
-            answers[:10] = (answers[:10] + 1) % 10
-            return F.one_hot(answers, 10).float()
-
-    assert models.accuracy(Answers(), held_out) == 75.0
