@@ -399,17 +399,17 @@ def test_asking_for_an_error_gives_nearly_the_maps_of_many_steps_in_bytes(
     teacher: models.Teacher, images: ImageSet, tmp_path: Path
 ) -> None:
     few = images.subset(torch.arange(2))
-    settings = SignalSettings(error=0.05, storage="uint8")
+    settings = SignalSettings(error=0.1, storage="uint8")
     found = compute_signals(teacher, few, tmp_path, settings)
     fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(150, "riemann_middle"))
     assert (tmp_path / "maps.npy").stat().st_size < 2 * 32 * 32 + 200
     assert found.maps.dtype == torch.float16
-    assert found.manifest["settings"]["error"] == 0.05
+    assert found.manifest["settings"]["error"] == 0.1
     apart = (found.maps.float() - fine.maps.float()).flatten(1).norm(dim=1) / fine.maps.float().flatten(1).norm(dim=1)
-    assert float(apart.max()) < 0.05 + 0.03  # what was asked for, and by how much 150 gradients are off here
+    assert float(apart.max()) < 0.1 + 0.03  # what was asked for, and by how much 150 gradients are off here
     assert float((found.maps[0].float() - fine.maps[1].float()).norm() / fine.maps[1].float().norm()) > 0.5
-    assert float(found.error.max()) <= 0.05
-    with pytest.raises(ValueError, match=r"error = 0\.05 instead of None"):
+    assert float(found.error.max()) <= 0.1
+    with pytest.raises(ValueError, match=r"error = 0\.1 instead of None"):
         open_signals(teacher, few, tmp_path, SignalSettings())
 
 
