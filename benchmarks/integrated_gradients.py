@@ -26,9 +26,10 @@ from torch.fx.experimental.optimization import fuse
 
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts
-from kdig_utils.method.attribution import attribute, half_pays, secant_attributions
+from kdig_utils.method.attribution import attribute, half_pays
 from kdig_utils.method.cifar10 import load_sample
 from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
+from kdig_utils.method.secant_rule import secant_attributions
 from kdig_utils.method.secants import SecantNetwork
 
 with warnings.catch_warnings():

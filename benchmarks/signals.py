@@ -22,7 +22,8 @@ from kdig_utils import machine
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts
 from kdig_utils.method.cifar10 import ImageSet, load_sample
-from kdig_utils.method.signals import SignalSettings, compute_signals
+from kdig_utils.method.precompute import compute_signals
+from kdig_utils.method.signals import SignalSettings
 from kdig_utils.paths import replacing
 
 RESULTS = Path(__file__).parent / "results" / "signals.json"

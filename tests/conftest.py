@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 from kdig_utils.method import cifar10
 from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.signals import TeacherSignals
 
 sys.path.append(str(Path(__file__).parent))  # for `ledgers`, which tests in every folder import
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +51,24 @@ def full_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cifar10")
     subprocess.run([sys.executable, unpack, root], check=True, stdout=subprocess.DEVNULL)
     return root
+
+
+@pytest.fixture(scope="session")
+def random_signals() -> Callable[..., TeacherSignals]:
+    """Makes signals of a set of images, drawn from one seed, with attention maps of `side` × `side`."""
+
+    def signals_of(train: ImageSet, side: int = 32) -> TeacherSignals:
+        generator, n = torch.Generator().manual_seed(0), len(train)
+        return TeacherSignals(
+            logits=4 * torch.randn(n, 10, generator=generator),
+            maps=torch.rand(n, 32, 32, generator=generator).half(),
+            attention=F.normalize(torch.rand(n, side * side, generator=generator), dim=1),
+            error=torch.zeros(n),
+            manifest={
+                "teacher_sha256": "ab" * 32,
+                "indices": train.indices.tolist(),
+                "settings": {"tap": {32: 0, 8: 9}[side]},
+            },
+        )
+
+    return signals_of

@@ -19,7 +19,7 @@ from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import models
-from kdig_utils.method.signals import SignalsNotFinished
+from kdig_utils.method.precompute import SignalsNotFinished
 from kdig_utils.method.spec import MAIN_METHODS, RunSpec
 
 CAMPAIGN = "next"  # the queue's name in the ledger and on the command line

@@ -21,7 +21,7 @@ from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.reports import Report, print_line
 from kdig_utils.experiments.runs import Run, compiled_network, student_run, teacher_run
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, Way, train_together
-from kdig_utils.method import artifacts, cifar10, models, pairings, signals, training
+from kdig_utils.method import artifacts, cifar10, models, pairings, precompute, training
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.models import Student, Teacher, exact_float32
 from kdig_utils.method.signals import SignalSettings, TeacherSignals
@@ -136,8 +136,8 @@ class Study:
         settings = SignalSettings(n_steps=self.n_steps, tap=tap)
         folder = self.folder / "signals" / f"{models.weights_sha256(self.teacher)[:12]}_{self.n_steps}_{tap}"
         teacher = self.teacher.to(self.device)
-        report = signals.print_progress(1000)
-        return signals.compute_signals(teacher, self.train, folder, settings, None, report, deadline, print_line)
+        report = precompute.print_progress(1000)
+        return precompute.compute_signals(teacher, self.train, folder, settings, None, report, deadline, print_line)
 
     def with_saliency(self, found: TeacherSignals) -> TeacherSignals:
         """The same signals with the teacher's plain gradients in place of IG maps, computed now or earlier."""

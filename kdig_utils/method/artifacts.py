@@ -87,8 +87,7 @@ def publish(name: str, model: torch.nn.Module, half: bool, **facts: object) -> N
         "precision": "float16" if half else "float32",
         **facts,
     }
-    with replacing(artifacts_folder() / "manifest.json") as part:
-        part.write_text(json.dumps({**manifest(), name: entry}, indent=1, sort_keys=True) + "\n")
+    _write_manifest({**manifest(), name: entry})
 
 
 def rename(old: str, new: str) -> None:
@@ -97,8 +96,12 @@ def rename(old: str, new: str) -> None:
     entry = known.pop(old)
     file = f"{new}.safetensors"
     os.replace(artifacts_folder() / entry["file"], artifacts_folder() / file)
+    _write_manifest({**known, new: {**entry, "file": file}})
+
+
+def _write_manifest(entries: dict[str, dict]) -> None:
     with replacing(artifacts_folder() / "manifest.json") as part:
-        part.write_text(json.dumps({**known, new: {**entry, "file": file}}, indent=1, sort_keys=True) + "\n")
+        part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
 
 def load(name: str) -> torch.nn.Module:

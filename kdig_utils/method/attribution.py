@@ -7,15 +7,19 @@ that was measured. Completeness alone would not do: the secant rule is complete 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kdig_utils.method.checks import check_choice, check_number
 from kdig_utils.method.integrated_gradients import check_finite, integrated_gradients
-from kdig_utils.method.secants import NotASecantNetwork, SecantNetwork, derivative
+from kdig_utils.method.secant_rule import output_of, picked, secant_attributions, with_batch
+from kdig_utils.method.secants import SecantNetwork
+from kdig_utils.method.tracing import NotASecantNetwork
 
 OUTPUTS = ("logit", "log_probability", "probability")
-GRADING = 0.2  # the points' density falls as 1 / (a + GRADING); tried on the teacher (chapter 04), harmless elsewhere
 RISE_FLOOR = 1e-3
 CHECK_REPEATS = 8
 HALF_ERROR = 0.01  # the smallest error for which products in bfloat16 are exact enough
@@ -70,86 +74,27 @@ def attribute(
         output: one of `OUTPUTS`; the last two are of the softmax over the classes.
         max_steps: steps after which an input is given up and marked as not converged.
         internal_batch_size: points of the path in one forward and backward pass; bounds the memory.
-        compiled: let torch.compile fuse elementwise work of the secant rule; the first call then takes seconds longer,
-            so it pays from some hundred images on. See `secants.compiles`.
+        compiled: as for `SecantNetwork`; pays from some hundred images on.
 
     Raises:
         ValueError: batch norm in training mode, active dropout, an output that is not deterministic or depends on the
             rest of the batch, inputs, baselines or outputs that are not finite, or a setting out of range.
     """
-    _check_settings(error, output, max_steps, internal_batch_size)
+    check_number("error", error)
+    check_choice("output", output, OUTPUTS)
+    check_number("max_steps", max_steps)
+    check_number("internal_batch_size", internal_batch_size)
     check_finite(inputs, "inputs")
-    baselines = _with_batch(torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device), inputs)
+    baselines = with_batch(torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device), inputs)
     check_finite(baselines, "baselines")
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     check_model(model, inputs, baselines, targets)
     rule = _rule(model, inputs, output, error, internal_batch_size, compiled)
-    ends = (
-        _values(model, points, targets, output, internal_batch_size) for points in (inputs, baselines.expand_as(inputs))
-    )
-    rise = next(ends) - next(ends)
+    ends = inputs, baselines.expand_as(inputs)
+    high, low = (_values(model, points, targets, output, internal_batch_size) for points in ends)
+    rise = high - low
     check_finite(rise.unsqueeze(1), "outputs")
     return _refine(rule, inputs, baselines, targets, rise, error, max_steps)
-
-
-def expected_attribution(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    baseline_set: Tensor,
-    target: Tensor | int = 0,
-    error: float = 0.01,
-    **settings: object,
-) -> Attribution:
-    """The mean of the attributions from every baseline of a set, (K, …): expected gradients (arXiv 1906.10670).
-
-    The settings are those of `attribute`. The error is a bound by the triangle inequality from those of the K parts.
-    """
-    parts = [attribute(model, inputs, one.unsqueeze(0), target, error, **settings) for one in baseline_set]
-    mean = torch.stack([part.attributions for part in parts]).mean(0)
-    mass = mean.abs().flatten(1).sum(1).clamp_min(torch.finfo(mean.dtype).tiny)
-    weights = torch.stack([part.attributions.abs().flatten(1).sum(1) for part in parts]) / len(parts) / mass
-    reached, completeness = (
-        (torch.stack([getattr(part, name) for part in parts]) * weights).sum(0) for name in ("error", "completeness")
-    )
-    evaluations = torch.stack([part.evaluations for part in parts]).sum(0)
-    return Attribution(mean, reached, completeness, evaluations, reached <= error, parts[0].rule)
-
-
-def graded_points(steps: int) -> Tensor:
-    """Ends of `steps` intervals of [0, 1], float64 of shape (steps + 1,), denser near the baseline.
-
-    Their density is proportional to 1 / (a + `GRADING`): a step changes the contrast by the same factor.
-    """
-    exponents = torch.arange(steps + 1, dtype=torch.float64) / steps
-    points = GRADING * ((1 + 1 / GRADING) ** exponents - 1)
-    points[-1] = 1
-    return points
-
-
-def secant_attributions(
-    network: SecantNetwork,
-    inputs: Tensor,
-    baselines: Tensor,
-    targets: Tensor,
-    steps: int,
-    output: str = "logit",
-    internal_batch_size: int = 48,
-) -> Tensor:
-    """Integrated Gradients by the secants of `steps` graded intervals, the shape of `inputs`.
-
-    Args:
-        baselines: broadcasts to `inputs`; one for all of them is evaluated only once.
-    """
-    baselines = _with_batch(baselines.to(inputs), inputs)
-    points, found = graded_points(steps), torch.empty_like(inputs)
-    chunk = min(steps, internal_batch_size)
-    shared = _start(network, baselines) if len(baselines) == 1 else None
-    for part in torch.arange(len(inputs)).split(max(1, internal_batch_size // chunk)):
-        start = shared or _start(network, baselines[part])
-        total = _along(network, network.entrance(inputs[part]), start, targets[part], points, output, chunk)
-        origin = baselines if len(baselines) == 1 else baselines[part]
-        found[part] = (inputs[part] - origin) * network.entrance_vjp(inputs[part], total)
-    return found
 
 
 def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor) -> None:
@@ -183,67 +128,35 @@ def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Te
         )
 
 
-def _check_settings(error: float, output: str, max_steps: int, internal_batch_size: int) -> None:
-    if not 0 < error < 1:
-        raise ValueError(f"error = {error} is not a relative error: choose one above 0 and below 1, as 0.01")
-    if output not in OUTPUTS:
-        raise ValueError(f"unknown output {output!r}: choose one of {', '.join(OUTPUTS)}")
-    if max_steps < 4 or internal_batch_size < 1:
-        raise ValueError(f"max_steps = {max_steps}, internal_batch_size = {internal_batch_size}: use at least 4 and 1")
-
-
 def half_pays(device: torch.device) -> bool:
     """Whether bfloat16 products are faster on `device` and tried there: processors with AVX512-BF16."""
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-class _SecantRule:
-    name = "secant"
-
-    def __init__(self, network: SecantNetwork, output: str, internal_batch_size: int) -> None:
-        self.network, self.output, self.internal_batch_size = network, output, internal_batch_size
-
-    def __call__(self, inputs: Tensor, baselines: Tensor, targets: Tensor, steps: int) -> Tensor:
-        return secant_attributions(
-            self.network, inputs, baselines, targets, steps, self.output, self.internal_batch_size
-        )
-
-
-class _GradientRule:
-    name = "gradient"
-
-    def __init__(self, model: Callable[[Tensor], Tensor], output: str, internal_batch_size: int) -> None:
-        self.function = lambda points: _output(model(points), output)
-        self.internal_batch_size = internal_batch_size
-
-    def __call__(self, inputs: Tensor, baselines: Tensor, targets: Tensor, steps: int) -> Tensor:
-        return integrated_gradients(
-            self.function, inputs, baselines, targets, steps, internal_batch_size=self.internal_batch_size
-        )
+class _Rule(NamedTuple):
+    name: str
+    attributions: Callable[[Tensor, Tensor, Tensor, int], Tensor]  # of inputs, baselines, targets and steps
 
 
 def _rule(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    output: str,
-    error: float,
-    internal_batch_size: int,
-    compiled: bool,
-) -> _SecantRule | _GradientRule:
+    model: Callable[[Tensor], Tensor], inputs: Tensor, output: str, error: float, batch_size: int, compiled: bool
+) -> _Rule:
+    """Secants, if the network has them and then gives the same answer; else gradients."""
     try:
         half = half_pays(inputs.device) and inputs.dtype == torch.float32 and error >= HALF_ERROR
         network = SecantNetwork(model, half, compiled)
         with torch.no_grad():
             expected, found = model(inputs[:1].clone()), network.values(network.entrance(inputs[:1]))[0]
         if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
-            return _SecantRule(network, output, internal_batch_size)
+            return _Rule("secant", partial(secant_attributions, network, output=output, internal_batch_size=batch_size))
     except NotASecantNetwork:
         pass
-    return _GradientRule(model, output, internal_batch_size)
+    gradients = partial(integrated_gradients, lambda points: output_of(model(points), output))
+    return _Rule("gradient", partial(gradients, internal_batch_size=batch_size))
 
 
 def _refine(
-    rule: _SecantRule | _GradientRule,
+    rule: _Rule,
     inputs: Tensor,
     baselines: Tensor,
     targets: Tensor,
@@ -255,12 +168,12 @@ def _refine(
     n, steps = len(inputs), min(_first_guess(error), max_steps // 2)
     result, reached = torch.zeros_like(inputs), inputs.new_full((n,), math.inf)
     completeness, evaluations = reached.clone(), torch.full((n,), steps, device=inputs.device)
-    open_, shared = torch.arange(n, device=inputs.device), _shared(baselines, inputs)
-    origins = baselines if shared else baselines.expand_as(inputs)
-    coarse = rule(inputs, origins, targets, steps)
+    open_, shared = torch.arange(n, device=inputs.device), len(baselines) == 1
+    coarse = rule.attributions(inputs, baselines, targets, steps)
     while len(open_) and 2 * steps <= max_steps:
         steps *= 2
-        fine = rule(inputs[open_], origins if shared else origins[open_], targets[open_], steps)
+        origins = baselines if shared else baselines[open_]
+        fine = rule.attributions(inputs[open_], origins, targets[open_], steps)
         result[open_], evaluations[open_] = fine, evaluations[open_] + steps
         completeness[open_], reached[open_] = _errors(fine, coarse, rise[open_])
         keep = reached[open_] > error
@@ -282,81 +195,7 @@ def _first_guess(error: float) -> int:
     return max(2, math.ceil(4 * (0.055 / error) ** (1 / _ORDER)))
 
 
-@dataclass
-class _Start:
-    """The baselines, seen from inside the network."""
-
-    entrance: Tensor
-    outputs: Tensor
-    left: dict[str, Tensor]
-
-
-def _start(network: SecantNetwork, baselines: Tensor) -> _Start:
-    entrance = network.entrance(baselines)
-    return _Start(entrance, *network.values(entrance))
-
-
-def _along(
-    network: SecantNetwork, end: Tensor, start: _Start, targets: Tensor, points: Tensor, output: str, chunk: int
-) -> Tensor:
-    """The average of the multipliers at the entrance over the path, for images (n, …); `chunk` steps at a time."""
-    n, total = len(end), torch.zeros_like(end)
-    left, before = dict(start.left), start.outputs.expand(n, -1)
-    layout = torch.channels_last if end.dim() == 4 else torch.contiguous_format
-    for steps in torch.arange(1, len(points)).split(chunk):
-        alpha = points[steps].to(end).view(-1, *[1] * end.dim())
-        rows = (start.entrance + alpha * (end - start.entrance)).flatten(0, 1).contiguous(memory_format=layout)
-        outputs, tape = network.advance(rows, left, n)
-        above = torch.cat([before, outputs[:-n]])
-        multipliers = network.multipliers(tape, _output_multipliers(above, outputs, targets.repeat(len(steps)), output))
-        widths = (points[steps] - points[steps - 1]).to(end).view(-1, *[1] * end.dim())
-        total += (widths * multipliers.to(end.dtype).view(len(steps), *end.shape)).sum(0)
-        before = outputs[-n:]
-    return total
-
-
-def _output_multipliers(before: Tensor, after: Tensor, targets: Tensor, output: str) -> Tensor:
-    """What each logit's move contributes to the output's, (rows, classes); their sum over the moves is exact."""
-    if output == "logit":
-        return torch.zeros_like(after).scatter_(1, targets.unsqueeze(1), 1)
-    moved = after - before
-    mean = integrated_gradients(
-        lambda logits: _output(logits, output), after, before, targets, 8, internal_batch_size=len(after) * 8
-    )
-    # What the quadrature leaves of the exact rise goes where the logits moved most, unless it is but rounding.
-    ends = [_picked(logits, targets, output) for logits in (before, after)]
-    rest = ends[1] - ends[0] - mean.sum(1)
-    rounding = 8 * torch.finfo(moved.dtype).eps * torch.maximum(ends[0].abs(), ends[1].abs())
-    rest = torch.where(rest.abs() <= rounding, 0, rest)
-    mean = mean + (moved**2 / (moved**2).sum(1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)) * rest[:, None]
-    still = moved == 0
-    slopes = derivative(lambda logits: _picked(logits, targets, output), before + moved / 2)
-    return torch.where(still, slopes, mean / torch.where(still, 1, moved))
-
-
-def _output(logits: Tensor, output: str) -> Tensor:
-    if output == "log_probability":
-        return logits.log_softmax(1)
-    return logits.softmax(1) if output == "probability" else logits
-
-
-def _picked(logits: Tensor, targets: Tensor, output: str) -> Tensor:
-    return _output(logits, output).gather(1, targets.unsqueeze(1)).squeeze(1)
-
-
 def _values(model: Callable[[Tensor], Tensor], points: Tensor, targets: Tensor, output: str, batch_size: int) -> Tensor:
     with torch.no_grad():
         parts = zip(points.split(batch_size), targets.split(batch_size), strict=True)
-        return torch.cat([_picked(model(rows.clone()), classes, output) for rows, classes in parts])
-
-
-def _with_batch(baselines: Tensor, inputs: Tensor) -> Tensor:
-    """(1, …) if the baseline is one for all inputs, else (N, …)."""
-    if baselines.dim() == inputs.dim() and len(baselines) > 1:
-        same = bool((baselines == baselines[:1]).all())
-        return baselines[:1] if same else baselines.expand_as(inputs)
-    return baselines.expand(len(baselines) if baselines.dim() == inputs.dim() else 1, *inputs.shape[1:])
-
-
-def _shared(baselines: Tensor, inputs: Tensor) -> bool:
-    return baselines.dim() == inputs.dim() and len(baselines) == 1
+        return torch.cat([picked(model(rows.clone()), classes, output) for rows, classes in parts])

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from kdig_utils import paths
+from kdig_utils.method.checks import check_choice
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # The channel statistics of the training images that the paper normalises with.
@@ -92,8 +93,7 @@ def class_index(name: str) -> int:
     Raises:
         ValueError: CIFAR-10 has no such class.
     """
-    if name not in CLASSES:
-        raise ValueError(f"unknown class {name!r}: CIFAR-10 has {', '.join(CLASSES)}")
+    check_choice("class", name, CLASSES)
     return CLASSES.index(name)
 
 
@@ -188,7 +188,7 @@ def load(split: str, root: Path | None = None) -> ImageSet:
         ValueError: unknown split.
         FileNotFoundError: a batch file is missing or damaged.
     """
-    _check_split(split)
+    check_choice("split", split, SPLIT_NAMES)
     root = root or data_root()
     try:
         official = CIFAR10(root, train=split == "train")
@@ -215,7 +215,7 @@ def load_sample(split: str) -> ImageSet:
         ValueError: unknown split.
         FileNotFoundError: a file of the sample is missing or damaged.
     """
-    _check_split(split)
+    check_choice("split", split, SPLIT_NAMES)
     folder = paths.artifacts_folder() / "cifar10_sample"
     try:
         table = np.load(folder / f"{split}.npz")
@@ -228,17 +228,6 @@ def load_sample(split: str) -> ImageSet:
     labels, indices = (torch.from_numpy(table[key].astype(np.int64)) for key in ("labels", "indices"))
     name = f"{len(rows):,} of the {SPLIT_NAMES[split]} images"
     return ImageSet(name, torch.from_numpy(rows.copy()), labels, indices)
-
-
-def save_sample(images: ImageSet, split: str) -> None:
-    """Write `images` as the repository's sample of `split`, for `load_sample`."""
-    folder = paths.artifacts_folder() / "cifar10_sample"
-    folder.mkdir(parents=True, exist_ok=True)
-    grid = images.pixels.numpy().reshape(-1, SAMPLE_COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2)
-    sheet = Image.fromarray(grid.reshape(-1, SAMPLE_COLUMNS * 32, 3))
-    sheet.save(folder / f"{split}.webp", lossless=True, quality=100, method=6)
-    labels, indices = images.labels.numpy().astype(np.uint8), images.indices.numpy().astype(np.uint16)
-    np.savez_compressed(folder / f"{split}.npz", labels=labels, indices=indices)
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
@@ -265,8 +254,3 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
         members = torch.nonzero(labels == label).flatten()
         drawn[members[torch.randperm(len(members), generator=generator)[:each]]] = True
     return torch.nonzero(drawn).flatten(), torch.nonzero(~drawn).flatten()
-
-
-def _check_split(split: str) -> None:
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: choose train or test")

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdig_utils.method.checks import check_choice
+
 QUADRATURES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
 BASELINES = ("black", "mean_colour", "white", "blurred", "uniform")
 
@@ -81,13 +83,12 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
         ValueError: unknown `method`, or fewer steps than the rule needs (1; the trapezoid needs 2).
     """
     least = 2 if method == "riemann_trapezoid" else 1
-    if method not in QUADRATURES:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(QUADRATURES)}")
+    check_choice("method", method, QUADRATURES)
     if n_steps < least:
         raise ValueError(f"n_steps = {n_steps} is too few for {method}: use at least {least}")
     if method == "gausslegendre":
-        points, weights = np.polynomial.legendre.leggauss(n_steps)
-        return torch.from_numpy((points + 1) / 2), torch.from_numpy(weights / 2)
+        nodes, shares = np.polynomial.legendre.leggauss(n_steps)
+        return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(shares / 2)
     weights = torch.full((n_steps,), 1 / n_steps, dtype=torch.float64)
     if method == "riemann_trapezoid":
         weights = torch.full((n_steps,), 1 / (n_steps - 1), dtype=torch.float64)
@@ -110,7 +111,7 @@ def baseline(name: str, images: Tensor, mean: tuple[float, ...] = (0.4914, 0.482
     Raises:
         ValueError: unknown `name`.
     """
-    check_baseline(name)
+    check_choice("baseline", name, BASELINES)
     if name == "mean_colour":
         return torch.tensor(mean, device=images.device).view(1, -1, 1, 1).expand_as(images).clone()
     if name == "blurred":
@@ -119,12 +120,6 @@ def baseline(name: str, images: Tensor, mean: tuple[float, ...] = (0.4914, 0.482
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(images.shape, generator=generator).to(images.device)
     return torch.full_like(images, 0.0 if name == "black" else 1.0)
-
-
-def check_baseline(name: str) -> None:
-    """Raise ValueError unless `name` is one of `BASELINES`."""
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}: choose one of {', '.join(BASELINES)}")
 
 
 def _blurred(images: Tensor, sigma: float = 4.0) -> Tensor:

@@ -4,10 +4,10 @@ r"""The losses of the eight methods (paper, section 3; Hinton et al., arXiv 1503
               + (1 - \alpha) \, \mathrm{CE}(y, p_\text{student}) + \gamma \, L_\text{AT}
 """
 
-import math
-
 from torch import Tensor
 from torch.nn import functional as F
+
+from kdig_utils.method.checks import check_number
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -23,7 +23,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     Raises:
         ValueError: temperature ≤ 0.
     """
-    check_temperature(temperature)
+    check_number("temperature", temperature)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
@@ -37,21 +37,3 @@ def attention_map(features: Tensor) -> Tensor:
 def attention_loss(student_features: Tensor, teacher_attention: Tensor) -> Tensor:
     """Mean squared difference between the student's attention map and the teacher's, (N, H·W)."""
     return F.mse_loss(attention_map(student_features), teacher_attention)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless `temperature` is above 0 and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature {temperature} is not above 0 and finite: the paper uses 2.5")
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError unless the distillation weight lies in [0, 1]."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha {alpha} is outside [0, 1]: it is the share of the distillation loss")
-
-
-def check_gamma(gamma: float) -> None:
-    """Raise ValueError unless the attention weight is finite and not negative."""
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma {gamma} is not a weight of 0 or more: the paper uses 0.8")

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.models import MobileNetV2
 
 from kdig_utils import machine
+from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, STD, ImageSet
 
 # t: expansion, c: channels, n: blocks, s: stride of the first block (arXiv 1801.04381, table 2, fitted to CIFAR-10).
@@ -37,6 +38,9 @@ CPU_AT_ONCE, MOST_AT_ONCE = 64, 2048  # images in one forward and backward pass
 
 class Normalise(nn.Module):
     """(pixel - mean) / std per channel, as a first layer: pixels in [0, 1] go in, so no caller can forget it."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> None:
         super().__init__()
@@ -77,10 +81,7 @@ class Student(nn.Module):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if k not in REMOVABLE_BLOCKS:
-            raise ValueError(
-                f"k = {k!r} feature blocks cannot be removed: choose one of {', '.join(map(str, REMOVABLE_BLOCKS))}"
-            )
+        check_choice("k", k, REMOVABLE_BLOCKS)
         self.k = k
         self.normalise = nn.Identity()
         self.features = Teacher().features[: FEATURE_BLOCKS - k]
@@ -147,29 +148,27 @@ def layer_calls(
         kinds: as for `isinstance`.
     """
     calls: list[LayerCall] = []
+    names = {layer: name for name, layer in model.named_modules() if issubclass(type(layer), kinds)}
 
-    def watch(name: str, layer: nn.Module) -> RemovableHandle:
-        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            calls.append(LayerCall(name, layer, inputs[0][0].numel(), output[0].numel()))
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if layer in names:
+            calls.append(LayerCall(names[layer], layer, inputs[0][0].numel(), output[0].numel()))
 
-        return layer.register_forward_hook(add)
-
-    hooks = [watch(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
-    was_training = model.training
+    hook, was_training = register_module_forward_hook(add), model.training
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return calls
 
 
 def count_macs(model: nn.Module, input_shape: tuple[int, ...] = (3, 32, 32)) -> int:
     """Multiply-accumulates of the convolutions and linear layers for one input of `input_shape`."""
     calls = layer_calls(model, nn.Conv2d | nn.Linear, input_shape)
-    return sum(call.layer.weight[0].numel() * call.outputs for call in calls)  # weights that meet in one output value
+    # The weights that meet in one output value, times the output values.
+    return sum(call.layer.get_parameter("weight")[0].numel() * call.outputs for call in calls)
 
 
 def kept_bytes(model: Callable[[Tensor], Tensor], input_shape: tuple[int, ...], device: torch.device) -> int:
@@ -198,12 +197,11 @@ def most_at_once(model: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Load a state dict, with torchvision's names or those of the authors' students with attention transfer.
+    """Load a state dict with torchvision's names.
 
     Raises:
         ValueError: the state dict is that of another architecture; the message names the first differences.
     """
-    state = {torchvision_name(name): value for name, value in state.items()}
     expected = model.state_dict()
     wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
     wrong += [name for name in state if name not in expected]
@@ -214,19 +212,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         )
     model.load_state_dict(state)
     return model
-
-
-def torchvision_name(name: str) -> str:
-    """The torchvision name of a tensor of the authors' students, whose features are split around block 9."""
-    part, _, rest = name.partition(".")
-    if part == "middle_layer":
-        return f"features.9.{rest}"
-    if part == "front_layers":
-        return f"features.{rest}"
-    if part == "end_layers":
-        block, _, rest = rest.partition(".")
-        return f"features.{int(block) + 10}.{rest}"
-    return name
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -4,12 +4,14 @@ Every random number of an epoch is drawn first, by `draw_epoch`; applying them i
 Crop and flip are applied to the image and, the same, to its map.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kdig_utils.method.pairings import MEAN_GREY, UNMOVED, check_pairing
+from kdig_utils.method.checks import check_choice, check_number
+from kdig_utils.method.pairings import MEAN_GREY, PAIRINGS, UNMOVED
 
 PADDING = 4
 
@@ -36,6 +38,10 @@ class EpochDraws:
         """The rows from `start` on, at most `size` of them."""
         return EpochDraws(*(values[start : start + size] for values in vars(self).values()))
 
+    def batches(self, size: int) -> Iterator["EpochDraws"]:
+        """The epoch in batches of `size`, the last of what is left."""
+        return (self.batch(start, size) for start in range(0, len(self.order), size))
+
     def rows(self, places: Tensor) -> "EpochDraws":
         """The rows at `places`, a tensor on the device of the draws: no host needs to know where an epoch stands."""
         return EpochDraws(*(values[places] for values in vars(self).values()))
@@ -53,7 +59,7 @@ def draw_epoch(n_images: int, overlay_probability: float, seed: int, epoch: int)
     Raises:
         ValueError: the probability lies outside [0, 1].
     """
-    check_probability(overlay_probability)
+    check_number("overlay_probability", overlay_probability)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n_images, generator=generator)
     shifts = torch.randint(0, 2 * PADDING + 1, (n_images, 2), generator=generator)
@@ -61,12 +67,6 @@ def draw_epoch(n_images: int, overlay_probability: float, seed: int, epoch: int)
     overlaid = torch.rand(n_images, generator=generator) < overlay_probability
     powers = torch.exp(torch.rand(n_images, generator=generator) * torch.log(torch.tensor(2.0)))
     return EpochDraws(order, shifts, flips, overlaid, powers)
-
-
-def check_probability(probability: float) -> None:
-    """Raise ValueError unless `probability` lies in [0, 1]."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"overlay probability {probability} is outside [0, 1]: give the fraction of images to overlay")
 
 
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
     Raises:
         ValueError: unknown pairing, or images and maps of other shapes.
     """
-    check_pairing(pairing)
+    check_choice("pairing", pairing, PAIRINGS)
     if images.shape[1:] != (3, 32, 32) or maps.shape != (len(images), 32, 32):
         raise ValueError(
             f"images must be (N, 3, 32, 32) and maps (N, 32, 32), got {tuple(images.shape)} and {tuple(maps.shape)}: "

@@ -5,17 +5,15 @@ Each control keeps something of the overlay and takes something away: its place,
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map
-
-if TYPE_CHECKING:
-    from kdig_utils.method.signals import TeacherSignals
+from kdig_utils.method.signals import TeacherSignals
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
 # noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey.
@@ -26,26 +24,20 @@ CHUNK = 2048  # images at a time: memory stays small, however many there are
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
 
-def check_pairing(pairing: str) -> None:
-    """Raise ValueError unless `pairing` is known."""
-    if pairing not in PAIRINGS:
-        raise ValueError(f"unknown pairing {pairing!r}: choose one of {', '.join(PAIRINGS)}")
-
-
 def signal_positions(n_images: int, pairing: str, seed: int) -> Tensor:
     """For each image, the position of the image whose teacher signal it gets, (N,).
 
     `shuffled`: a fixed random permutation, as if the store were saved in shuffled order. All others: its own.
     """
-    check_pairing(pairing)
+    check_choice("pairing", pairing, PAIRINGS)
     if pairing != "shuffled":
         return torch.arange(n_images)
     return torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
 
 
 def paired_signals(
-    signals: "TeacherSignals", train: ImageSet, positions: Tensor, pairing: str, seed: int
-) -> "TeacherSignals":
+    signals: TeacherSignals, train: ImageSet, positions: Tensor, pairing: str, seed: int
+) -> TeacherSignals:
     """The rows of `signals` for the images at `positions` of `train` under a pairing, which draws from `seed`.
 
     The released scripts save maps in one shuffled order, logits and attention maps in another: two permutations.

@@ -8,48 +8,17 @@ the baseline to the input is DeepLIFT's rescale rule (Shrikumar et al., arXiv 17
 1711.06104); many are Integrated Gradients by a rule that knows where the ReLUs switch.
 """
 
-import copy
 import functools
-import math
-import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Monotone with slopes 0 and 1 only: the secant of rounded values is as exact as they are, however close they lie.
-_EXACT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-_SMOOTH = (nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid)
-_SMOOTH += (nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Tanhshrink)
-_AFFINE = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-_AFFINE += (nn.Identity, nn.Flatten, nn.Unflatten, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_AFFINE += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad2d)
-_EXACT_NAMES = {"relu", "relu6", "hardtanh", "clamp"}
-_SMOOTH_NAMES = {"leaky_relu", "elu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "exp"}
-_SMOOTH_NAMES |= {"hardswish", "hardsigmoid", "logsigmoid", "sin", "cos"}
-_AFFINE_NAMES = {"add", "sub", "flatten", "reshape", "view", "mean", "sum", "neg", "permute", "transpose", "contiguous"}
-_AFFINE_NAMES |= {"adaptive_avg_pool2d", "avg_pool2d", "dropout", "cat", "squeeze", "unsqueeze", "getitem", "pad"}
-_SCALING_NAMES = {"mul", "truediv", "div"}  # affine if one factor is a constant
-_SHAPE_NAMES = {"size", "getattr"}
-
-
-class NotASecantNetwork(ValueError):
-    """The network has an operation for which there is no secant; gradients work for it."""
-
-
-@dataclass
-class _Step:
-    kind: str  # "affine", "exact", "smooth" or "shape"
-    name: str
-    call: Callable
-    args: tuple
-    kwargs: dict
-    inputs: list[str]  # the tensors that it depends on and that depend on the path
-    bounds: tuple[float, float] | None = None  # of a layer that is a clamp
+from kdig_utils.method.tracing import Step, trace
 
 
 @dataclass
@@ -73,47 +42,31 @@ class SecantNetwork:
         NotASecantNetwork: it cannot be traced, or has an operation that is neither affine nor elementwise.
     """
 
-    def __init__(self, model: nn.Module, half: bool = False, compiled: bool = False) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], half: bool = False, compiled: bool = False) -> None:
         self.half, self.compiled = half, compiled
-        self.graph = _folded(model)
-        modules = dict(self.graph.named_modules())
-        users = Counter(argument for node in self.graph.graph.nodes for argument in node.all_input_nodes)
-        self.steps: list[_Step] = []
-        varying: set[str] = set()
-        for node in self.graph.graph.nodes:
-            if node.op == "placeholder":
-                if varying:
-                    raise NotASecantNetwork(f"it takes more than one input ({node.name})")
-                self.source = node.name
-                varying.add(node.name)
-            elif node.op == "output":
-                (self.result,) = _one(node.args, "output")
-            elif any(argument.name in varying for argument in node.all_input_nodes):
-                step = _step(node, modules, varying, users)
-                self.steps.append(step)
-                if step.kind != "shape":
-                    varying.add(node.name)
-            else:
-                self.steps.append(_step(node, modules, varying, users))
-        self.uses = Counter(name for step in self.steps for name in _names(step)) + Counter([self.result])
-        self.adjoints = {step.name: _Adjoint(step.call) for step in self.steps if half and _Adjoint.serves(step.call)}
+        self.steps, self.source, self.result = trace(model)
+        self.uses = Counter(name for step in self.steps for name in step.reads) + Counter([self.result])
+        layers = {step.name: step.call for step in self.steps if half}
+        self.adjoints = {name: _Adjoint(call) for name, call in layers.items() if _has_adjoint(call)}
+        # The first steps, through which the path stays a straight line, and the one value that leaves them.
         self.prefix = self._affine_prefix()
+        self.entry = self.steps[self.prefix].inputs[0] if self.prefix else self.source
 
     def _affine_prefix(self) -> int:
-        """Number of first steps through which the path stays a straight line, if only one value leaves them."""
+        """Number of steps before the first nonlinearity, if only one value leaves them; else 0."""
         for position, step in enumerate(self.steps):
-            if step.kind in ("exact", "smooth"):
+            if step.nonlinear:
                 inner = {self.source, *(earlier.name for earlier in self.steps[:position])}
-                leaving = {name for later in self.steps[position:] for name in _names(later) if name in inner}
+                leaving = {name for later in self.steps[position:] for name in later.reads if name in inner}
                 return position if leaving == set(step.inputs) else 0
         return 0
 
     def entrance(self, inputs: Tensor) -> Tensor:
         """The value at which the path first meets a nonlinearity; affine in `inputs`, so the path is straight there."""
-        if not self.prefix:
-            return inputs
-        with torch.no_grad():
-            return self._run(self.steps[: self.prefix], {self.source: inputs})[self._entrance_name]
+        values = {self.source: inputs}
+        for step in self.steps[: self.prefix]:
+            values[step.name] = step.value(values)
+        return values[self.entry]
 
     def entrance_vjp(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         """Pull multipliers at the entrance back to the inputs; linear, so done once for a weighted sum of them."""
@@ -121,27 +74,17 @@ class SecantNetwork:
             return gradients
         with torch.enable_grad():
             leaf = inputs.detach().requires_grad_()
-            value = self._run(self.steps[: self.prefix], {self.source: leaf})[self._entrance_name]
+            value = self.entrance(leaf)
             return torch.autograd.grad(value, leaf, gradients.to(value.dtype))[0]
 
-    @property
-    def _entrance_name(self) -> str:
-        return self.steps[self.prefix].inputs[0] if self.prefix else self.source
-
-    def _run(self, steps: list[_Step], values: dict) -> dict:
-        for step in steps:
-            values[step.name] = step.call(*_filled(step.args, values), **_filled(step.kwargs, values))
-        return values
-
+    @torch.no_grad()
     def values(self, entrance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Outputs (N, classes), and each nonlinearity's input, for points given at the entrance."""
-        kept: dict[str, Tensor] = {}
-        with torch.no_grad():
-            values = {self._entrance_name: entrance}
-            for step in self.steps[self.prefix :]:
-                if step.kind in ("exact", "smooth"):
-                    kept[step.name] = values[step.inputs[0]]
-                values[step.name] = step.call(*_filled(step.args, values), **_filled(step.kwargs, values))
+        kept, values = {}, {self.entry: entrance}
+        for step in self.steps[self.prefix :]:
+            if step.nonlinear:
+                kept[step.name] = values[step.inputs[0]]
+            values[step.name] = step.value(values)
         return values[self.result], kept
 
     def advance(self, entrance: Tensor, left: dict[str, Tensor], images: int) -> tuple[Tensor, _Tape]:
@@ -151,26 +94,25 @@ class SecantNetwork:
             entrance: points, step by step: the first `images` rows are the first step of each image, and so on.
             left: the nonlinearities' inputs one step before the first, of `images` rows or of one for all.
         """
-        tape, left_uses = _Tape(), dict(self.uses)
-        values = {self._entrance_name: entrance}
+        tape, uses_left, values = _Tape(), dict(self.uses), {self.entry: entrance}
         for step in self.steps[self.prefix :]:
-            if step.kind in ("exact", "smooth"):
+            if step.nonlinear:
                 z = values[step.inputs[0]].detach()
                 with torch.no_grad():
                     values[step.name], tape.slopes[step.name] = self._secant(step, z, left[step.name], images)
                 left[step.name] = z[-images:].clone()
-            elif step.kind == "shape" or step.name in self.adjoints or _is_sum(step, values):
+            elif step.kind == "shape" or step.name in self.adjoints or step.is_sum(values):
                 with torch.no_grad():
-                    values[step.name] = step.call(*_filled(step.args, values), **_filled(step.kwargs, values))
+                    values[step.name] = step.value(values)
             else:
                 values[step.name], tape.graphs[step.name] = _recorded(step, values)
-            for name in _names(step):  # free each value after its last use
-                left_uses[name] -= 1
-                if not left_uses[name]:
+            for name in step.reads:  # free each value after its last use
+                uses_left[name] -= 1
+                if not uses_left[name]:
                     del values[name]
         return values[self.result].detach(), tape
 
-    def _secant(self, step: _Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    def _secant(self, step: Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if self.half else z.dtype
         if self.compiled and step.bounds:
             return _fused_secant(z, left, images, *step.bounds, dtype)
@@ -183,19 +125,22 @@ class SecantNetwork:
         for step in reversed(self.steps[self.prefix :]):
             if not step.inputs or step.kind == "shape" or step.name not in gradients:
                 continue
-            gradient, names = gradients.pop(step.name), step.inputs
-            if step.name in tape.slopes:
-                parts = [_product(gradient, tape.slopes.pop(step.name))]
-            elif step.name in self.adjoints:
-                parts = [self.adjoints[step.name](gradient)]
-            elif step.name in tape.graphs:
-                names, value = tape.graphs.pop(step.name)
-                parts = torch.autograd.grad(value, list(names.values()), gradient.to(value.dtype))
-            else:  # a sum
-                parts = [gradient] * len(step.inputs)
-            for name, part in zip(names, parts, strict=True):
+            gradient = gradients.pop(step.name)
+            for name, part in self._transposed(step, tape, gradient):
                 gradients[name] = gradients[name] + part if name in gradients else part
-        return gradients[self._entrance_name]
+        return gradients[self.entry]
+
+    def _transposed(self, step: Step, tape: _Tape, gradient: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """What the gradient of a step's result means for each of its inputs."""
+        if step.name in tape.graphs:
+            leaves, value = tape.graphs.pop(step.name)
+            return zip(leaves, torch.autograd.grad(value, list(leaves.values()), gradient.to(value.dtype)), strict=True)
+        if step.name in tape.slopes:
+            slope = tape.slopes.pop(step.name)  # not needed again; the gradient may have a second reader
+            gradient = slope.mul_(gradient) if slope.dtype == gradient.dtype else gradient * slope
+        elif step.name in self.adjoints:
+            gradient = self.adjoints[step.name](gradient)
+        return [(name, gradient) for name in step.inputs]  # a sum has two
 
 
 class _Adjoint:
@@ -209,16 +154,6 @@ class _Adjoint:
         )
         self.padding, self.groups = layer.padding, layer.groups
 
-    @staticmethod
-    def serves(layer: Callable) -> bool:
-        """Pointwise convolutions, and depthwise ones that keep the size."""
-        if type(layer) is not nn.Conv2d or layer.stride != (1, 1) or layer.dilation != (1, 1):
-            return False
-        if layer.kernel_size == (1, 1) and layer.groups == 1:
-            return layer.padding == (0, 0)
-        same = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True) if p != "same")
-        return layer.groups == layer.in_channels == layer.out_channels and same and layer.padding_mode == "zeros"
-
     def __call__(self, gradient: Tensor) -> Tensor:
         gradient = gradient.bfloat16()
         if self.depthwise:
@@ -228,12 +163,24 @@ class _Adjoint:
         return flat.view(rows, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _secant(step: _Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
+def _has_adjoint(layer: Callable[..., Tensor]) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a pointwise convolution, or a depthwise one that keeps the size."""
+    if type(layer) is not nn.Conv2d or layer.stride != (1, 1) or layer.dilation != (1, 1):
+        return False
+    if layer.kernel_size == (1, 1) and layer.groups == 1:
+        return layer.padding == (0, 0)
+    same = layer.padding == tuple((k - 1) / 2 for k in layer.kernel_size)
+    return layer.groups == layer.in_channels == layer.out_channels and same and layer.padding_mode == "zeros"
+
+
+def _secant(step: Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """The nonlinearity's values at `z`, and the slope of its secant from the point before to each."""
     y, first = step.call(z), step.call(left)
     rise, run = _differences(y, first, images), _differences(z, left, images)
     if step.kind == "exact":
-        return y, _where_it_moved(rise.div_(run), step, z)
+        slope = rise.div_(run)
+        stood_still = not slope.sum().isfinite()  # some did, and their secant is 0 / 0
+        return y, torch.where(slope.isnan(), derivative(step.call, z), slope) if stood_still else slope
     middle = z - run / 2
     close = run.abs() <= torch.finfo(z.dtype).eps ** (1 / 3) * (1 + middle.abs())  # there rounding would speak
     return y, torch.where(close, derivative(step.call, middle), rise / run)
@@ -245,18 +192,6 @@ def _differences(values: Tensor, left: Tensor, images: int) -> Tensor:
     torch.sub(values[:images], left, out=out[:images])
     torch.sub(values[images:], values[:-images], out=out[images:])
     return out
-
-
-def _where_it_moved(slope: Tensor, step: _Step, z: Tensor) -> Tensor:
-    """Put the derivative where a unit stood still and its secant is 0 / 0."""
-    if slope.sum().isfinite():
-        return slope
-    return torch.where(slope.isnan(), derivative(step.call, z), slope)
-
-
-def _product(gradient: Tensor, slope: Tensor) -> Tensor:
-    """Their product, in the memory of the slope, which is not needed again; a gradient may have a second reader."""
-    return slope.mul_(gradient) if slope.dtype == gradient.dtype else gradient * slope
 
 
 def _clamp_secant(z: Tensor, before: Tensor, low: float, high: float, y: Tensor, slope: Tensor) -> None:
@@ -316,116 +251,9 @@ def derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         return torch.autograd.grad(function(leaf).sum(), leaf)[0]
 
 
-def _recorded(step: _Step, values: dict) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
+def _recorded(step: Step, values: dict[str, Tensor]) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
     """The value of an affine step, and the little graph through which autograd transposes it."""
     with torch.enable_grad():
-        leaves = {name: values[name].detach().requires_grad_() for name in dict.fromkeys(step.inputs)}
-        known = {**values, **leaves}
-        value = step.call(*_filled(step.args, known), **_filled(step.kwargs, known))
+        leaves = {name: values[name].detach().requires_grad_() for name in step.inputs}
+        value = step.value({**values, **leaves})
     return value.detach(), (leaves, value)
-
-
-def _folded(model: nn.Module) -> fx.GraphModule:
-    if not isinstance(model, nn.Module):
-        raise NotASecantNetwork(f"a {type(model).__name__} is not a torch.nn.Module, whose operations can be read")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False
-    try:
-        folded = fuse(model)
-    except Exception as error:  # whatever a module does that symbols cannot follow
-        raise NotASecantNetwork(f"it cannot be traced by torch.fx ({error})") from error
-    if any(isinstance(module, nn.Conv2d) for module in folded.modules()):
-        folded = folded.to(memory_format=torch.channels_last)
-    return folded
-
-
-def _step(node: fx.Node, modules: dict[str, nn.Module], varying: set[str], users: Counter) -> _Step:
-    kwargs = dict(node.kwargs)
-    if kwargs.pop("inplace", False) and users[node.all_input_nodes[0]] > 1:
-        raise NotASecantNetwork(f"{node.name} overwrites a value that is used again")
-    inputs = [argument.name for argument in _flat_nodes(node.args, node.kwargs) if argument.name in varying]
-    if node.op == "call_module":
-        module = modules[node.target]
-        kind = "exact" if isinstance(module, _EXACT) else "smooth" if isinstance(module, _SMOOTH) else ""
-        kind = kind or ("affine" if isinstance(module, _AFFINE) else "")
-        what, call = type(module).__name__, module
-    elif node.op == "get_attr":
-        value = operator.attrgetter(node.target)(modules[""])
-        kind, what, call = "shape", node.target, lambda: value
-        return _Step(kind, node.name, call, (), {}, [])
-    else:
-        what = node.target if isinstance(node.target, str) else node.target.__name__
-        call = _method(node.target) if isinstance(node.target, str) else node.target
-        kind = _kind_of_function(what, inputs)
-    if not inputs:
-        return _Step("shape", node.name, call, node.args, kwargs, [])
-    if not kind or _moves_the_batch(what, node.args[1:]):
-        raise NotASecantNetwork(f"{what} is neither affine nor elementwise")
-    if kind in ("exact", "smooth"):
-        return _elementwise(node, kind, call, kwargs, inputs)
-    return _Step(kind, node.name, call, node.args, kwargs, [] if kind == "shape" else inputs)
-
-
-def _elementwise(node: fx.Node, kind: str, call: Callable, kwargs: dict, inputs: list[str]) -> _Step:
-    rest = node.args[1:]
-    if len(inputs) != 1 or not node.args or getattr(node.args[0], "name", None) != inputs[0]:
-        raise NotASecantNetwork(f"{node.name} takes more than one value that moves along the path")
-    if any(isinstance(argument, fx.Node) for argument in (*rest, *kwargs.values())):
-        raise NotASecantNetwork(f"{node.name} has a computed parameter")
-    bounds = None
-    if isinstance(call, nn.ReLU | nn.Hardtanh):  # ReLU6 is a Hardtanh
-        bounds = (0.0, math.inf) if isinstance(call, nn.ReLU) else (float(call.min_val), float(call.max_val))
-    return _Step(kind, node.name, lambda z: call(z, *rest, **kwargs), node.args[:1], {}, inputs, bounds)
-
-
-def _kind_of_function(name: str, inputs: list[str]) -> str:
-    if name in _SHAPE_NAMES:
-        return "shape"
-    if name in _EXACT_NAMES:
-        return "exact"
-    if name in _SMOOTH_NAMES:
-        return "smooth"
-    return "affine" if name in _AFFINE_NAMES or (name in _SCALING_NAMES and len(inputs) == 1) else ""
-
-
-def _moves_the_batch(name: str, rest: tuple) -> bool:
-    """Whether the first dimension, the intervals', goes elsewhere, or another attribute than a shape is read."""
-    dimensions = rest[0] if rest and isinstance(rest[0], tuple | list) else rest
-    if name == "getattr":
-        return rest[0] not in ("shape", "ndim", "dtype", "device")
-    return (name == "permute" and dimensions[0] != 0) or (name == "transpose" and 0 in dimensions)
-
-
-def _method(name: str) -> Callable:
-    name = "reshape" if name == "view" else name  # the folded network's layout may be another
-    return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
-
-
-def _is_sum(step: _Step, values: dict) -> bool:
-    """Whether it adds two values of one shape, whose multipliers are then the sum's."""
-    if step.call not in (operator.add, torch.add) or len(step.inputs) != 2 or step.kwargs:
-        return False
-    first, second = (values[name].shape for name in step.inputs)
-    return first == second
-
-
-def _flat_nodes(*structures: object) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(structures, lambda node: found.append(node) or node)
-    return found
-
-
-def _names(step: _Step) -> list[str]:
-    return [node.name for node in _flat_nodes(step.args, step.kwargs)]
-
-
-def _filled(structure: object, values: dict) -> object:
-    return fx.node.map_arg(structure, lambda node: values[node.name])
-
-
-def _one(arguments: tuple, what: str) -> tuple[str]:
-    if len(arguments) != 1 or not isinstance(arguments[0], fx.Node):
-        raise NotASecantNetwork(f"it has more than one {what}")
-    return (arguments[0].name,)

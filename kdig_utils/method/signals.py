@@ -1,38 +1,26 @@
-"""Teacher signals: logits, IG maps and attention maps of a whole image set, computed once, checked, memory-mapped.
+"""Teacher signals: logits, IG maps and attention maps of a whole image set, checked and memory-mapped.
 
 A store is a folder: one `.npy` file a signal, `done.npy` with a flag an image, and `manifest.json`, which names the
 teacher (SHA-256), the data (MD5) and the settings. Each row is the signal of the image at the same position.
+`precompute` fills it.
 """
 
-import copy
 import json
 import math
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
-from kdig_utils.method import cifar10
-from kdig_utils.method.attribution import attribute, half_pays, secant_attributions
+from kdig_utils.method.checks import check_choice, check_number
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.integrated_gradients import (
-    attribution_map,
-    baseline,
-    check_baseline,
-    check_finite,
-    integrated_gradients,
-    quadrature,
-)
-from kdig_utils.method.losses import attention_map
-from kdig_utils.method.models import Teacher, exact_float32, logits_and_features, most_at_once, weights_sha256
-from kdig_utils.method.secants import SecantNetwork, compiles
+from kdig_utils.method.integrated_gradients import BASELINES, quadrature
+from kdig_utils.method.models import weights_sha256
 from kdig_utils.paths import check_writable, replacing
 
 SIGNALS = ("logits", "maps", "attention", "error")
@@ -40,20 +28,9 @@ SIGNALS = ("logits", "maps", "attention", "error")
 # (a uint8 is read as float16, which rounds once more).
 QUANTISATION_ERROR = {"float16": 2**-12, "uint8": 1 / 510 + 2**-12}
 SECANT = "secant"
-COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
-CHOOSE_FROM = 4000  # images whose time outweighs the seconds that a GPU takes to try its ways
+LATER_SETTINGS = {"error": None, "storage": "float16"}  # a manifest names them only where they differ from this
 
-
-class SignalsNotFinished(RuntimeError):
-    """Time was over before the last image; what is done is stored, and the next call goes on from there."""
-
-
-class MapWay(NamedTuple):
-    """How maps are computed: the convolutions' layout, whether a GPU may round to TF32, secants compiled or not."""
-
-    layout: torch.memory_format = torch.channels_last
-    tf32: bool = False
-    compiled: bool = False
+Arrays = dict[str, np.memmap]
 
 
 @dataclass(frozen=True)
@@ -81,20 +58,18 @@ class SignalSettings:
     storage: str = "float16"
 
     def __post_init__(self) -> None:
+        check_number("n_steps", self.n_steps)
         if self.method != SECANT:
             quadrature(self.method, self.n_steps)
-        elif self.n_steps < 1:
-            raise ValueError(f"n_steps = {self.n_steps} is too few: use at least 1")
-        check_baseline(self.baseline)
-        if self.error is not None and not 0 < self.error < 1:
-            raise ValueError(f"error = {self.error} is not a relative error: choose one above 0 and below 1, as 0.05")
-        if self.storage not in QUANTISATION_ERROR:
-            raise ValueError(f"unknown storage {self.storage!r}: choose one of {', '.join(QUANTISATION_ERROR)}")
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("storage", self.storage, QUANTISATION_ERROR)
+        if self.error is not None:
+            check_number("error", self.error)
 
-    def identity(self) -> dict:
-        """What a manifest keeps: every setting, but those that came later only where they differ from before."""
-        later = {"error": None, "storage": "float16"}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+    def identity(self) -> dict[str, object]:
+        """What a manifest keeps."""
+        as_before = LATER_SETTINGS.items()
+        return {name: value for name, value in asdict(self).items() if (name, value) not in as_before}
 
 
 @dataclass(frozen=True)
@@ -114,121 +89,22 @@ class TeacherSignals:
     maps: Tensor
     attention: Tensor
     error: Tensor
-    manifest: dict
+    manifest: dict[str, Any]
 
     def to(self, device: torch.device | str) -> "TeacherSignals":
         """The same signals on `device`."""
-        return TeacherSignals(*(value.to(device) for value in self.tensors()), self.manifest)
+        return replace(self, **{name: getattr(self, name).to(device) for name in SIGNALS})
 
     def rows(self, positions: Tensor) -> "TeacherSignals":
         """The signals of the images at `positions`, in this order, in memory."""
-        return TeacherSignals(*(value[positions] for value in self.tensors()), self.manifest)
+        return replace(self, **{name: getattr(self, name)[positions] for name in SIGNALS})
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.logits, self.maps, self.attention, self.error
 
 
-@exact_float32()
-def compute_signals(
-    teacher: Teacher,
-    images: ImageSet,
-    folder: Path,
-    settings: SignalSettings = SignalSettings(),
-    batch_size: int | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None,
-    deadline: float = math.inf,
-    say: Callable[[str], None] = lambda line: None,
-) -> TeacherSignals:
-    """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
-
-    Args:
-        batch_size: images between two flushes; None takes what suits the device (`batch_sizes`).
-        report: called after each batch with the number of images done and in all; `print_progress` makes one.
-        deadline: on the clock of `time.monotonic`; no batch begins that, at the pace of the one before, ends later.
-        say: told which way a GPU computes the maps, where it had a choice.
-
-    Raises:
-        SignalsNotFinished: time was over.
-        ValueError: the folder holds the signals of another teacher, other images or other settings.
-    """
-    manifest = _manifest(teacher, images, settings)
-    teacher = copy.deepcopy(teacher).eval()
-    # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
-    folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
-    arrays = _open_store(folder, _shapes(teacher, len(images), settings), manifest)
-    remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
-    device = next(teacher.parameters()).device
-    images_a_batch, points = batch_sizes(folded, device)
-
-    def loaded(positions: Tensor) -> tuple[Tensor, Tensor]:
-        return images.images(positions).to(device), images.labels[positions].to(device)
-
-    few, allowed = remaining[: 1 + 2 * points // settings.n_steps], QUANTISATION_ERROR[settings.storage]
-    ways = ways_for(device, settings, len(images), len(remaining))
-    way = fastest_way(ways, lambda way: _maps(folded, *loaded(few), settings, points, way), allowed, deadline)
-    if len(ways) > 1:
-        say(f"maps are computed by {way}")
-    batches, pace = remaining.split(batch_size or images_a_batch), 0.0
-    for positions in batches if len(remaining) else ():  # split makes one empty part of nothing
-        started = time.monotonic()
-        if started + pace >= deadline:
-            done = f"{int(arrays['done'].sum()):,} of {len(images):,} images"
-            raise SignalsNotFinished(f"time is over, {done} have signals in {folder}: run the same again to go on")
-        rows = _signals_of_batch(teacher, folded, *loaded(positions), settings, points, way)
-        for name, values in rows.items():
-            arrays[name][positions.numpy()] = values.cpu().numpy()  # NumPy takes a tensor of one for a number
-            arrays[name].flush()
-        arrays["done"][positions.numpy()] = True  # last, and flushed after the rows: a row marked done is whole
-        arrays["done"].flush()
-        pace = time.monotonic() - started
-        report(int(arrays["done"].sum()), len(images))
-    return open_signals(teacher, images, folder, settings)
-
-
-def ways_for(device: torch.device, settings: SignalSettings, images: int, remaining: int) -> list[MapWay]:
-    """The ways to try, the reference first: a choice on a GPU only, where much remains to be done.
-
-    None for secants: their layout is their own, and their error would be told by the same rounded convolutions.
-    """
-    if settings.error is not None or settings.method == SECANT:
-        return [MapWay(compiled=images >= COMPILE_FROM and device.type == "cpu" and compiles())]
-    if device.type != "cuda" or remaining < CHOOSE_FROM:
-        return [MapWay()]
-    return [MapWay(layout, tf32) for tf32 in (False, True) for layout in (torch.channels_last, torch.contiguous_format)]
-
-
-def fastest_way(
-    ways: list[MapWay], compute: Callable[[MapWay], tuple[Tensor, Tensor]], allowed: float, deadline: float = math.inf
-) -> MapWay:
-    """The fastest way, once warm, whose maps differ from the first's by no more than `allowed`.
-
-    That is the median, over the images, of a map's largest difference: rounding switches some ReLUs, so that a single
-    map differs by more between any two orders of adding. Nor may the median completeness error be larger by more. What
-    is not tried by `deadline` is not chosen.
-    """
-    seconds, reference = {}, ()
-    for way in ways if len(ways) > 1 else ():
-        if time.monotonic() >= deadline:
-            break
-        compute(way)
-        started = time.monotonic()
-        maps, errors = (values.cpu() for values in compute(way))  # a GPU is waited for
-        took, reference = time.monotonic() - started, reference or (maps, errors)
-        apart = (maps - reference[0]).abs().flatten(1).amax(1).median()
-        worse = errors.median() - reference[1].median()
-        if apart <= allowed and worse <= allowed:
-            seconds[way] = took
-    return min(seconds, key=seconds.get, default=ways[0])
-
-
-def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Images a batch, and points of the path in one pass: a CPU wants its caches to hold them, a GPU wants many."""
-    points = most_at_once(model, (3, 32, 32), device)
-    return points, points if device.type == "cuda" else points // 2
-
-
 def open_signals(
-    teacher: Teacher, images: ImageSet, folder: Path, settings: SignalSettings = SignalSettings()
+    teacher: nn.Module, images: ImageSet, folder: Path, settings: SignalSettings = SignalSettings()
 ) -> TeacherSignals:
     """Open a finished store, memory-mapped; maps stored as uint8 are turned into float16 in memory.
 
@@ -238,10 +114,9 @@ def open_signals(
     """
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"no teacher signals in {folder}: compute them with `python -m kdig_utils signals`")
-    manifest = _checked_manifest(folder, _manifest(teacher, images, settings))
+    manifest = _checked_manifest(folder, manifest_of(teacher, images, settings))
     arrays = _mapped(folder, (*SIGNALS, "done"), "c")
-    done = arrays.pop("done")
-    if missing := int((~done).sum()):
+    if missing := int((~arrays.pop("done")).sum()):
         raise FileNotFoundError(
             f"{missing} of {len(images)} images have no signals in {folder}: run `python -m kdig_utils signals` again"
         )
@@ -251,83 +126,13 @@ def open_signals(
     return TeacherSignals(**tensors, manifest=manifest)
 
 
-@torch.no_grad()
-def _signals_of_batch(
-    teacher: Teacher,
-    folded: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    settings: SignalSettings,
-    points: int,
-    way: MapWay,
-) -> dict[str, Tensor]:
-    logits, features = logits_and_features(teacher, images, settings.tap)
-    check_finite(logits, "rows of logits")
-    maps, error = _maps(folded, images, labels, settings, points, way)
-    return {
-        "logits": logits,
-        "maps": _stored(maps, settings.storage),
-        "attention": attention_map(features),
-        "error": error,
-    }
-
-
-@torch.no_grad()
-def _maps(
-    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, points: int, way: MapWay
-) -> tuple[Tensor, Tensor]:
-    """Maps of a batch, in [0, 1], and the error of each."""
-    attributions, error = _attributions(folded.to(memory_format=way.layout), images, labels, settings, points, way)
-    check_finite(attributions, "attributions")
-    maps = attribution_map(attributions)
-    return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny), error
-
-
-def _attributions(
-    folded: nn.Module, images: Tensor, labels: Tensor, settings: SignalSettings, points: int, way: MapWay
-) -> tuple[Tensor, Tensor]:
-    """Attributions of a batch, and the error of each."""
-    baselines = baseline(settings.baseline, images, cifar10.MEAN)
-    if settings.error is not None:
-        cost = {"internal_batch_size": points, "compiled": way.compiled}
-        found = attribute(folded, images, baselines, labels, settings.error, **cost)
-        return found.attributions, found.error
-    if settings.method == SECANT:
-        network = SecantNetwork(folded, half_pays(images.device), way.compiled)
-        attributions = secant_attributions(network, images, baselines, labels, settings.n_steps, "logit", points)
-    else:
-        rule = settings.n_steps, settings.method
-        with exact_float32():  # which puts the setting back
-            torch.backends.cudnn.allow_tf32 = way.tf32
-            attributions = integrated_gradients(folded, images, baselines, labels, *rule, points)
-    rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
-    return attributions, (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
-
-
-def _stored(maps: Tensor, storage: str) -> Tensor:
+def stored(maps: Tensor, storage: str) -> Tensor:
+    """Maps in [0, 1] as the store keeps them."""
     return (maps * 255).round().to(torch.uint8) if storage == "uint8" else maps.half()
 
 
-def print_progress(step: int = 1000, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
-    """A report for `compute_signals`: a line about each `step` images, with the speed and the time that is left."""
-    started = clock()
-    state = {"first": None, "printed": 0}
-
-    def report(done: int, total: int) -> None:
-        begins = state["first"] is None
-        if begins:  # the first batch may hold rows of an earlier call, so that it tells no speed
-            state["first"] = (done, clock())
-        if done == total or (not begins and done // step > state["printed"] // step):
-            before, since = (0, started) if begins else state["first"]
-            speed = (done - before) / max(clock() - since, 1e-9)
-            minutes, seconds = divmod(round((total - done) / speed), 60)
-            print(f"{done:,} of {total:,} images, {speed:.1f} images/s, {minutes} min {seconds:02d} s left", flush=True)
-            state["printed"] = done
-
-    return report
-
-
-def _manifest(teacher: nn.Module, images: ImageSet, settings: SignalSettings) -> dict:
+def manifest_of(teacher: nn.Module, images: ImageSet, settings: SignalSettings) -> dict[str, Any]:
+    """What tells a store from those of other teachers, images and settings."""
     return {
         "teacher_sha256": weights_sha256(teacher),
         "data_md5": images.md5,
@@ -336,26 +141,27 @@ def _manifest(teacher: nn.Module, images: ImageSet, settings: SignalSettings) ->
     }
 
 
-def _shapes(teacher: Teacher, n: int, settings: SignalSettings) -> dict[str, tuple[tuple[int, ...], type]]:
-    device = next(teacher.parameters()).device
-    with torch.inference_mode():
-        _logits, features = logits_and_features(teacher, torch.zeros(1, 3, 32, 32, device=device), settings.tap)
-    return {
+def open_store(folder: Path, manifest: dict[str, Any], attention_size: int, storage: str) -> Arrays:
+    """The arrays of a store, to be written to: as they are, or all zeros if there is none yet.
+
+    Raises:
+        ValueError: the store has another manifest, or is damaged.
+        OSError: the disk does not hold it.
+    """
+    n = len(manifest["indices"])
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {
         "logits": ((n, 10), np.float32),
-        "maps": ((n, 32, 32), np.uint8 if settings.storage == "uint8" else np.float16),
-        "attention": ((n, features[0, 0].numel()), np.float32),
+        "maps": ((n, 32, 32), np.uint8 if storage == "uint8" else np.float16),
+        "attention": ((n, attention_size), np.float32),
         "error": ((n,), np.float32),
         "done": ((n,), np.bool_),
     }
-
-
-def _open_store(folder: Path, shapes: dict[str, tuple], manifest: dict) -> dict[str, np.memmap]:
     if (folder / "manifest.json").is_file():
         _checked_manifest(folder, manifest)
         return _mapped(folder, shapes, "r+")
     # Asked for beforehand: a memory-mapped write to a full disk ends the process without an error.
     check_writable(folder, sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values()))
-    arrays = {
+    arrays: Arrays = {
         name: open_memmap(folder / f"{name}.npy", mode="w+", shape=shape, dtype=dtype)
         for name, (shape, dtype) in shapes.items()
     }
@@ -364,7 +170,15 @@ def _open_store(folder: Path, shapes: dict[str, tuple], manifest: dict) -> dict[
     return arrays
 
 
-def _mapped(folder: Path, names: Iterable[str], mode: str) -> dict[str, np.memmap]:
+def write_rows(arrays: Arrays, positions: Tensor, rows: Mapping[str, Tensor]) -> None:
+    """Put the signals of the images at `positions` into the store."""
+    done = torch.ones(len(positions), dtype=torch.bool)
+    for name, values in {**rows, "done": done}.items():  # flushed in this order: a row marked done is whole
+        arrays[name][positions.numpy()] = values.cpu().numpy()  # NumPy takes a tensor of one for a number
+        arrays[name].flush()
+
+
+def _mapped(folder: Path, names: Iterable[str], mode: Literal["r+", "c"]) -> Arrays:
     try:
         return {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in names}
     except (OSError, ValueError) as error:
@@ -377,7 +191,7 @@ def _damaged(folder: Path, error: Exception) -> ValueError:
     )
 
 
-def _checked_manifest(folder: Path, expected: dict) -> dict:
+def _checked_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     try:
         found = json.loads((folder / "manifest.json").read_text())
     except ValueError as error:

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import Field, asdict, dataclass, fields, replace
+from typing import Any, ClassVar
 
-from kdig_utils.method import losses, models, overlay, pairings
+from kdig_utils.method.checks import RANGES, check_choice, check_number
+from kdig_utils.method.models import REMOVABLE_BLOCKS
+from kdig_utils.method.pairings import PAIRINGS
 
 SCHEDULES = ("one_cycle", "cosine")  # of a teacher's learning rate
 STUDENT_SCHEDULES = ("constant", "one_cycle")
@@ -12,7 +16,6 @@ ANSWERS = ("stored", "online")
 PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 MAIN_METHODS = ("student", "kd", "ig", "kd_ig")  # the paper's main comparison, and its sizes of the student
-
 
 # Fields that are no setting, and those that set something only in methods with one of these parts.
 NO_SETTING = ("method", "seed", "data_md5", "teacher_sha256")
@@ -28,7 +31,22 @@ READ_BY = {
 
 
 class Spec:
-    """What the specs of teachers and students share: an identity, and an answer to "are two runs alike?"."""
+    """What the specs of teachers and students share: an identity, and an answer to "are two runs alike?".
+
+    Attributes:
+        choices: what a field may be, if it is one of a few.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    choices: ClassVar[Mapping[str, Collection[object]]]
+    method: str
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in self.choices:
+                check_choice(name, value, self.choices[name])
+            elif name in RANGES:
+                check_number(name, value)
 
     @property
     def run_id(self) -> str:
@@ -56,7 +74,7 @@ class Spec:
     @property
     def bare_id(self) -> str:
         """The identity that the run would have without teacher and images: that of a campaign's spec."""
-        bare = {"data_md5": "", **({"teacher_sha256": ""} if hasattr(self, "teacher_sha256") else {})}
+        bare = {name: "" for name in ("data_md5", "teacher_sha256") if name in vars(self)}
         return replace(self, **bare).run_id
 
 
@@ -110,31 +128,14 @@ class RunSpec(Spec):
     sample_seed: int | None = None
     schedule: str = "constant"
 
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.k not in models.REMOVABLE_BLOCKS:
-            raise ValueError(
-                f"k = {self.k!r} is out of range: choose one of {', '.join(map(str, models.REMOVABLE_BLOCKS))}"
-            )
-        losses.check_temperature(self.temperature)
-        losses.check_alpha(self.alpha)
-        overlay.check_probability(self.overlay_probability)
-        pairings.check_pairing(self.pairing)
-        losses.check_gamma(self.gamma)
-        check_schedule(self.epochs, self.batch_size, self.learning_rate)
-        check_validation(self.validation_images)
-        check_precision(self.precision)
-        if self.schedule not in STUDENT_SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(STUDENT_SCHEDULES)}")
-        if self.answers not in ANSWERS:
-            raise ValueError(f"unknown answers {self.answers!r}: choose one of {', '.join(ANSWERS)}")
-        if self.n_steps < 1:
-            raise ValueError(f"n_steps = {self.n_steps} is too few: the paper uses 50")
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(
-                f"train_fraction {self.train_fraction} is outside (0, 1]: give the share of images to train on"
-            )
+    choices: ClassVar[Mapping[str, Collection[object]]] = {
+        "method": METHODS,
+        "k": REMOVABLE_BLOCKS,
+        "pairing": PAIRINGS,
+        "precision": PRECISIONS,
+        "answers": ANSWERS,
+        "schedule": STUDENT_SCHEDULES,
+    }
 
     def uses(self, part: str) -> bool:
         """Whether the method contains `part`: `kd`, `ig` or `at`."""
@@ -181,36 +182,11 @@ class TeacherSpec(Spec):
     k = 0
     pairing = ""
     train_fraction = 1.0
+    sample_seed: ClassVar[int | None] = None
+
+    choices: ClassVar[Mapping[str, Collection[object]]] = {"precision": PRECISIONS, "schedule": SCHEDULES}
 
     def __post_init__(self) -> None:
-        check_schedule(self.epochs, self.batch_size, self.learning_rate)
-        check_validation(self.validation_images)
-        check_precision(self.precision)
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if not 0 <= self.cutout <= 32:
-            raise ValueError(f"cutout = {self.cutout} is no side of a square in an image of 32 pixels: give 0 to 32")
+        super().__post_init__()
         if self.recipe != " ".join(self.recipe.split()):
             raise ValueError(f"recipe {self.recipe!r} is not one line of words: take out line breaks and double spaces")
-
-
-def check_schedule(epochs: int, batch_size: int, learning_rate: float) -> None:
-    """Raise ValueError unless epochs ≥ 1, batch size ≥ 2 (batch norm needs two images) and learning rate > 0."""
-    if epochs < 1:
-        raise ValueError(f"epochs = {epochs} trains nothing: give at least 1")
-    if batch_size < 2:
-        raise ValueError(f"batch size {batch_size} is too small for batch norm: give at least 2")
-    if not learning_rate > 0:
-        raise ValueError(f"learning rate {learning_rate} is not above 0: the paper uses 0.001")
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless the precision is known."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-
-
-def check_validation(images: int) -> None:
-    """Raise ValueError unless the number of held-out images is not negative."""
-    if images < 0:
-        raise ValueError(f"validation_images = {images} is negative: give 0 to train on all images")

@@ -1,12 +1,19 @@
-"""What a run trains: student and teacher, their losses, and the images and signals that they see."""
+"""How a student is trained, to be read: the loop, its loss, its rates, and the images and signals that it sees.
+
+`experiments.side_by_side` trains the same, resumable and many at once; a test compares the two, bit for bit on a CPU.
+"""
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
 from kdig_utils.method import losses, models
 from kdig_utils.method.cifar10 import ImageSet, stratified_split
-from kdig_utils.method.overlay import EpochDraws, crop_and_flip, overlay
+from kdig_utils.method.overlay import EpochDraws, crop_and_flip, draw_epoch, overlay
+from kdig_utils.method.pairings import paired_signals
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
@@ -14,13 +21,46 @@ VALIDATION_SEED = 0  # the 5,000 validation images are the same for every run
 WARM_UP_SHARE = 0.05  # of the steps, in the cosine schedule
 
 
-def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str) -> Tensor | None:
+def train_student(
+    spec: RunSpec, train: ImageSet, signals: TeacherSignals | None = None, teacher: nn.Module | None = None
+) -> tuple[models.Student, list[float]]:
+    """The student that `spec` describes, trained on the CPU, and the mean loss of each epoch (paper, section 3).
+
+    Args:
+        train: the training images; `spec` takes its share of them.
+        signals: the teacher's signals of `train`, row by row; not needed for the method `student`.
+        teacher: asked about each crop if the spec's answers are `online`.
+    """
+    check_signals(spec, signals, train)
+    positions, _validation = training_positions(train.labels, spec)
+    images, steps = train.subset(positions), math.ceil(len(positions) / spec.batch_size)
+    if signals is not None:
+        signals = paired_signals(signals, train, positions, spec.pairing, spec.seed)
+    model = models.student(spec.k, spec.seed).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(model.parameters(), spec.learning_rate, fused=True)
+    rates = student_rates(spec, steps)
+    epoch_losses = []
+    for epoch in range(spec.epochs):
+        draws, total = draw_epoch(len(images), spec.overlay_probability, spec.seed, epoch), torch.zeros(())
+        for step, batch in enumerate(draws.batches(spec.batch_size), start=epoch * steps):
+            if rates is not None:
+                optimizer.param_groups[0]["lr"] = rates[step]
+            loss = student_loss(model, images, signals, batch, spec, teacher)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch.order)
+        epoch_losses.append(float(total) / len(images))
+    return model.eval(), epoch_losses
+
+
+def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str = "cpu") -> Tensor | None:
     """The learning rate of each step of a student's run on `device`; None where it stays what it is."""
     if spec.schedule == "constant":
         return None
     steps = spec.epochs * steps_an_epoch
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], spec.learning_rate)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+    scheduler = OneCycleLR(
         optimizer, spec.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
     )
     return torch.tensor(rates_of(optimizer, scheduler, steps)[0], device=device)
@@ -31,19 +71,13 @@ def schedule(spec: TeacherSpec, steps_an_epoch: int) -> tuple[list[float], list[
     steps, highest = spec.epochs * steps_an_epoch, spec.learning_rate
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], highest, momentum=0.9)
     if spec.schedule == "one_cycle":
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
-    else:
-        rise = max(1, round(WARM_UP_SHARE * steps))
-        up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, 1.0, rise)
-        down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))
-        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [rise])
-    rates, momenta = rates_of(optimizer, scheduler, steps)
-    return rates, momenta if spec.schedule == "one_cycle" else None
+        return rates_of(optimizer, OneCycleLR(optimizer, highest, total_steps=steps), steps)
+    rise = max(1, round(WARM_UP_SHARE * steps))
+    up, down = LinearLR(optimizer, 1 / rise, 1.0, rise), CosineAnnealingLR(optimizer, max(1, steps - rise))
+    return rates_of(optimizer, SequentialLR(optimizer, [up, down], [rise]), steps)[0], None
 
 
-def rates_of(
-    optimizer: torch.optim.SGD, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int
-) -> tuple[list[float], list[float]]:
+def rates_of(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int) -> tuple[list[float], list[float]]:
     """Learning rate and momentum of each of `steps` steps under one of PyTorch's schedulers."""
     rates, momenta, group = [], [], optimizer.param_groups[0]
     for step in range(steps):
@@ -79,7 +113,7 @@ def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet
     if (spec.pairing == "gradient") != (signals.manifest.get("maps") == "saliency"):
         raise ValueError(
             f"pairing {spec.pairing!r} blends in {'plain gradients' if spec.pairing == 'gradient' else 'IG maps'}, the "
-            "signals hold the others: pass those that pairings.saliency_maps or signals.compute_signals make"
+            "signals hold the others: pass those that pairings.saliency_maps or precompute.compute_signals make"
         )
     if spec.uses("at") and tap != models.attention_tap(spec.k):
         raise ValueError(
@@ -104,7 +138,8 @@ def student_loss(
     one of an epoch is not worth compiling for.
     """
     pixels, labels = images.images(batch.order), images.labels[batch.order]
-    told = signals.rows(batch.order) if signals is not None else None
+    if signals is not None:  # there are some for each method that uses the teacher: `check_signals`
+        told = signals.rows(batch.order)
     if spec.uses("ig"):
         inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
     else:
@@ -122,8 +157,10 @@ def student_loss(
 
 
 @torch.no_grad()
-def asked(teacher: nn.Module, images: Tensor, batch: EpochDraws) -> Tensor:
+def asked(teacher: nn.Module | None, images: Tensor, batch: EpochDraws) -> Tensor:
     """The teacher's logits of the very crops that the student sees, without overlay, (N, 10)."""
+    if teacher is None:
+        raise ValueError("answers = 'online' asks the teacher about each crop: pass the teacher")
     return teacher(crop_and_flip(images, batch.shifts, batch.flips))
 
 

@@ -2,23 +2,23 @@
 
 import dataclasses
 import errno
-import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kdig_utils.experiments import runs, side_by_side
-from kdig_utils.experiments.runs import Trained, train_student, train_teacher
-from kdig_utils.method import losses, models, overlay, pairings, training
+from kdig_utils.experiments import runs, steps
+from kdig_utils.experiments.runs import Trained, student_run, teacher_run
+from kdig_utils.experiments.side_by_side import fit
+from kdig_utils.method import models, overlay, training
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
@@ -32,21 +32,6 @@ class Stop(Exception):
     pass
 
 
-def random_signals(train: ImageSet, side: int = 32) -> TeacherSignals:
-    generator, n = torch.Generator().manual_seed(0), len(train)
-    return TeacherSignals(
-        logits=4 * torch.randn(n, 10, generator=generator),
-        maps=torch.rand(n, 32, 32, generator=generator).half(),
-        attention=F.normalize(torch.rand(n, side * side, generator=generator), dim=1),
-        error=torch.zeros(n),
-        manifest={
-            "teacher_sha256": "ab" * 32,
-            "indices": train.indices.tolist(),
-            "settings": {"tap": {32: 0, 8: 9}[side]},
-        },
-    )
-
-
 @pytest.fixture(scope="module")
 def train(sample_train: ImageSet) -> ImageSet:
     return sample_train.subset(torch.arange(IMAGES))
@@ -58,15 +43,15 @@ def held_out(sample_test: ImageSet) -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def signals(train: ImageSet) -> TeacherSignals:
+def signals(train: ImageSet, random_signals) -> TeacherSignals:
     return random_signals(train)
 
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the loss and save after every step."""
-    monkeypatch.setattr(side_by_side, "CHECK_EVERY", 1)
-    monkeypatch.setattr(side_by_side, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "CHECK_EVERY", 1)
+    monkeypatch.setattr(steps, "SAVE_EVERY_SECONDS", 0.0)
 
 
 def small(method: str = "kd_ig_at", **changed: object) -> RunSpec:
@@ -79,6 +64,19 @@ def same(first: Trained, second: Trained) -> bool:
     return models.weights_sha256(first.model) == models.weights_sha256(second.model) and next(curves).equals(
         next(curves)
     )
+
+
+def trained(
+    spec: RunSpec, *images_signals_checkpoint: object, report: Callable[[str], None] = lambda line: None
+) -> Trained:
+    """The run of a student, trained to its end; the arguments are those of `student_run`."""
+    return fit(student_run(spec, *images_signals_checkpoint), report)
+
+
+def trained_teacher(
+    spec: TeacherSpec, *images_initial_checkpoint: object, report: Callable[[str], None] = lambda line: None
+) -> Trained:
+    return fit(teacher_run(spec, *images_initial_checkpoint), report)
 
 
 def stop_after(lines: int):
@@ -94,65 +92,38 @@ def stop_after(lines: int):
 
 def test_a_shorter_run_of_a_student_is_the_beginning_of_a_longer_one(train: ImageSet, held_out: ImageSet) -> None:
     """The learning rate is constant and the draws depend on seed and epoch alone, so epochs can be added later."""
-    short, long = (train_student(small("student", epochs=n), train, held_out).curve for n in (1, 2))
+    short, long = (trained(small("student", epochs=n), train, held_out).curve for n in (1, 2))
     assert short.drop(columns="seconds").equals(long.drop(columns="seconds").head(1))
 
 
-# The loss
+# The loop to read
 
 
-def loss_by_hand(
-    model: models.Student, inputs: Tensor, labels: Tensor, teacher: TeacherSignals, spec: RunSpec
-) -> Tensor:
-    """alpha T² KL(teacher ‖ student) / batch + (1 - alpha) cross-entropy + gamma attention_loss (paper.json)."""
-    tap = models.attention_tap(spec.k)
-    features = model.features[: tap + 1](inputs)
-    logits = model.classifier(model.pool(model.features[tap + 1 :](features)))
-    alpha = spec.alpha if "kd" in spec.method else 0
-    gamma = spec.gamma if "at" in spec.method.split("_") else 0
-    p, q = ((values / spec.temperature).softmax(1) for values in (teacher.logits, logits))
-    kl = (p * (p / q).log()).sum() / len(p)
-    cross_entropy = -logits.log_softmax(1)[torch.arange(len(labels)), labels].mean()
-    attention = ((losses.attention_map(features) - teacher.attention) ** 2).mean()
-    return alpha * spec.temperature**2 * kl + (1 - alpha) * cross_entropy + gamma * attention
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+@pytest.mark.parametrize("method", ["student", "kd", "ig", "kd_ig_at"])
+def test_the_loop_to_read_and_the_engine_train_the_same_bit_for_bit(
+    train: ImageSet, held_out: ImageSet, signals: TeacherSignals, method: str, schedule: str
+) -> None:
+    spec = small(method, schedule=schedule, pairing="shuffled", seed=3)
+    assert IMAGES % spec.batch_size  # the last batch is a smaller one
+    model, epoch_losses = training.train_student(spec, train, signals)
+    engine = trained(spec, train, held_out, signals)
+    assert models.weights_sha256(model) == models.weights_sha256(engine.model)
+    assert epoch_losses == engine.curve["train_loss"].tolist()
+    assert not model.training
 
 
-@pytest.mark.parametrize("k", [5, K])
-@pytest.mark.parametrize("method", METHODS)
-def test_loss_of_each_method_equals_the_formula(train: ImageSet, method: str, k: int) -> None:
-    spec = small(method, k=k, alpha=0.3)
-    teacher_signals = random_signals(train, side=32 if k == K else 8)
-    model = models.student(k).eval()  # so that both passes use the same batch-norm statistics
-    batch = overlay.draw_epoch(len(train), spec.overlay_probability, 0, 0).batch(0, 16)
-    found = training.student_loss(model, train, teacher_signals, batch, spec)
-    chosen = teacher_signals.rows(batch.order)
-    images = train.images(batch.order)
-    inputs = overlay.crop_and_flip(images, batch.shifts, batch.flips)
-    if "ig" in method:
-        inputs = overlay.overlay(images, chosen.maps.float(), batch)
-    assert torch.allclose(found, loss_by_hand(model, inputs, train.labels[batch.order], chosen, spec), rtol=1e-5)
+def test_the_loop_to_read_takes_the_same_share_of_the_images_and_asks_the_teacher_about_the_same_crops(
+    sample_train: ImageSet, held_out: ImageSet, random_signals
+) -> None:
+    spec = small("kd", answers="online", train_fraction=0.05, validation_images=100, epochs=1)
+    signals, teacher = random_signals(sample_train), models.teacher(1).eval()
+    model, _losses = training.train_student(spec, sample_train, signals, teacher)
+    engine = fit(student_run(spec, sample_train, held_out, signals, teacher=teacher))
+    assert models.weights_sha256(model) == models.weights_sha256(engine.model)
 
 
-def test_untrained_student_knows_nothing(train: ImageSet) -> None:
-    """Its loss is near ln 10, that of ten equal probabilities."""
-    batch = overlay.draw_epoch(len(train), 0.0, 0, 0).batch(0, IMAGES)
-    loss = training.student_loss(models.student(5), train, None, batch, small("student", k=5))
-    assert float(loss.detach()) == pytest.approx(math.log(10), abs=0.3)
-
-
-def test_a_few_steps_reduce_the_loss_on_a_fixed_batch(train: ImageSet) -> None:
-    spec, model = small("kd_ig_at", k=5), models.student(5)
-    teacher_signals = random_signals(train, side=8)
-    batch = overlay.draw_epoch(len(train), spec.overlay_probability, 0, 0).batch(0, 16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    values = []
-    for _step in range(12):
-        loss = training.student_loss(model, train, teacher_signals, batch, spec)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(float(loss.detach()))
-    assert values[-1] < 0.6 * values[0]
+# The compiled network
 
 
 def test_a_network_that_cannot_be_compiled_is_called_as_it_is(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +139,9 @@ def test_a_network_that_cannot_be_compiled_is_called_as_it_is(train: ImageSet, m
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     network = runs.compiled_network(lines.append)
-    run = runs.student_run(small("student"), train, train, network=network)
-    plain = runs.student_run(small("student"), train, train)
-    assert models.weights_sha256(side_by_side.fit(run).model) == models.weights_sha256(side_by_side.fit(plain).model)
+    run = student_run(small("student"), train, train, network=network)
+    plain = student_run(small("student"), train, train)
+    assert models.weights_sha256(fit(run).model) == models.weights_sha256(fit(plain).model)
     assert len(asked) == len(lines) == 1  # what failed once is not tried again
     assert "no working C++ compiler" in lines[0]
 
@@ -184,12 +155,14 @@ def test_only_full_batches_go_through_the_compiled_network(train: ImageSet) -> N
         return models.logits_and_features(model, images, tap)
 
     spec = small("student", epochs=2)
-    side_by_side.fit(runs.student_run(spec, train, train, network=network))
+    fit(student_run(spec, train, train, network=network))
     assert len(train) % spec.batch_size  # there is a smaller one
     assert sizes == [spec.batch_size] * (2 * (len(train) // spec.batch_size))
 
 
-def test_one_compiled_network_serves_all_methods(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compiled_network_serves_all_methods(
+    train: ImageSet, monkeypatch: pytest.MonkeyPatch, random_signals
+) -> None:
     """Captured by PyTorch's own compiler front end, without the back end that takes a minute: the same losses."""
     compile_, signals = torch.compile, random_signals(train)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
@@ -198,15 +171,7 @@ def test_one_compiled_network_serves_all_methods(train: ImageSet, monkeypatch: p
     for method in METHODS:
         arguments = (models.student(K), train, signals, batch, small(method))
         found = training.student_loss(*arguments, network=network)
-        assert float(found) == pytest.approx(float(training.student_loss(*arguments)), rel=1e-5)
-
-
-def test_loss_touches_neither_images_nor_signals(train: ImageSet, signals: TeacherSignals) -> None:
-    before = train.pixels.clone(), [value.clone() for value in signals.tensors()]
-    batch = overlay.draw_epoch(len(train), 1.0, 0, 0).batch(0, 16)
-    training.student_loss(models.student(K), train, signals, batch, small()).backward()
-    assert torch.equal(train.pixels, before[0])
-    assert all(torch.equal(now, then) for now, then in zip(signals.tensors(), before[1], strict=True))
+        assert torch.allclose(found, training.student_loss(*arguments), rtol=1e-5)
 
 
 # Resume
@@ -217,13 +182,13 @@ def test_stopped_anywhere_and_resumed_ends_bit_for_bit(
     train: ImageSet, held_out: ImageSet, signals: TeacherSignals, tmp_path: Path, often: None, method: str
 ) -> None:
     spec = small(method)
-    whole = train_student(spec, train, held_out, signals)
+    whole = trained(spec, train, held_out, signals)
     for lines in range(1, 10):  # 4 steps and 1 line at the end of each of 2 epochs
         checkpoint = tmp_path / f"{lines}.pt"
         with pytest.raises(Stop):
-            train_student(spec, train, held_out, signals, checkpoint, report=stop_after(lines))
+            trained(spec, train, held_out, signals, checkpoint, report=stop_after(lines))
         lines_of_resume = []
-        resumed = train_student(spec, train, held_out, signals, checkpoint, report=lines_of_resume.append)
+        resumed = trained(spec, train, held_out, signals, checkpoint, report=lines_of_resume.append)
         assert "goes on" in lines_of_resume[0]
         assert same(whole, resumed), f"stopped after {lines} reports"
     print("9 places to stop, seed 0")
@@ -235,12 +200,12 @@ def test_stopped_again_and_again_ends_bit_for_bit(
     spec, stops = small(), 0
     while True:
         try:
-            resumed = train_student(spec, train, held_out, signals, tmp_path / "c.pt", report=stop_after(2))
+            resumed = trained(spec, train, held_out, signals, tmp_path / "c.pt", report=stop_after(2))
             break
         except Stop:
             stops += 1
     assert stops >= 3
-    assert same(train_student(spec, train, held_out, signals), resumed)
+    assert same(trained(spec, train, held_out, signals), resumed)
 
 
 def test_teacher_stopped_and_resumed_ends_bit_for_bit(
@@ -249,36 +214,36 @@ def test_teacher_stopped_and_resumed_ends_bit_for_bit(
     """Dropout, momentum and the one-cycle schedule go on as if nothing had happened."""
     few, initial = train.subset(torch.arange(24)), models.teacher(5)
     spec = TeacherSpec(epochs=2, batch_size=8, initial_sha256=models.weights_sha256(initial))
-    whole = train_teacher(spec, few, held_out, initial)
+    whole = trained_teacher(spec, few, held_out, initial)
     with pytest.raises(Stop):
-        train_teacher(spec, few, held_out, initial, tmp_path / "t.pt", report=stop_after(2))
-    assert same(whole, train_teacher(spec, few, held_out, initial, tmp_path / "t.pt"))
+        trained_teacher(spec, few, held_out, initial, tmp_path / "t.pt", report=stop_after(2))
+    assert same(whole, trained_teacher(spec, few, held_out, initial, tmp_path / "t.pt"))
 
 
 def test_finished_run_that_is_called_again_only_loads(
     train: ImageSet, held_out: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = small("student")
-    first = train_student(spec, train, held_out, None, tmp_path / "c.pt")
-    monkeypatch.setattr(side_by_side.Steps, "step", lambda *_arguments: pytest.fail("trained again"))
-    assert same(first, train_student(spec, train, held_out, None, tmp_path / "c.pt"))
+    first = trained(spec, train, held_out, None, tmp_path / "c.pt")
+    monkeypatch.setattr(steps.Steps, "step", lambda *_arguments: pytest.fail("trained again"))
+    assert same(first, trained(spec, train, held_out, None, tmp_path / "c.pt"))
 
 
 CHILD = """
     import sys, time, torch
     from pathlib import Path
-    from kdig_utils.experiments import runs, side_by_side
+    from kdig_utils.experiments import runs, side_by_side, steps
     from kdig_utils.method import cifar10, models
     from kdig_utils.method.spec import RunSpec
     torch.set_num_threads({threads})
-    side_by_side.CHECK_EVERY, side_by_side.SAVE_EVERY_SECONDS = 1, 0.0
+    steps.CHECK_EVERY, steps.SAVE_EVERY_SECONDS = 1, 0.0
     train = cifar10.load_sample("train").subset(torch.arange({images}))
     test = cifar10.load_sample("test").subset(torch.arange(40))
     spec = RunSpec("student", k={k}, epochs=2, batch_size=16, overlay_probability=0.5, seed=int(sys.argv[1]))
     def report(line):
         print(line, flush=True)
         time.sleep(float(sys.argv[3]))
-    trained = runs.train_student(spec, train, test, None, Path(sys.argv[2]), report=report)
+    trained = side_by_side.fit(runs.student_run(spec, train, test, None, Path(sys.argv[2])), report)
     print(models.weights_sha256(trained.model), flush=True)
 """
 
@@ -294,14 +259,14 @@ def test_killed_process_and_another_process_end_bit_for_bit(
     train: ImageSet, held_out: ImageSet, tmp_path: Path
 ) -> None:
     """One process runs through, one is killed mid-epoch and resumed here; this process ends the same without a stop."""
-    whole = train_student(small("student"), train, held_out)
+    whole = trained(small("student"), train, held_out)
     other, victim = child(tmp_path / "other.pt"), child(tmp_path / "victim.pt", pause=3.0)
     try:
         for _line in range(2):
             assert victim.stdout.readline()
         victim.send_signal(signal.SIGKILL)
         assert victim.wait(LONGEST_WAIT) == -signal.SIGKILL
-        resumed = train_student(small("student"), train, held_out, None, tmp_path / "victim.pt")
+        resumed = trained(small("student"), train, held_out, None, tmp_path / "victim.pt")
         output, _errors = other.communicate(timeout=LONGEST_WAIT)
     finally:
         for process in (other, victim):
@@ -318,7 +283,7 @@ def test_killed_process_and_another_process_end_bit_for_bit(
 def test_same_seed_is_the_same_run_and_another_is_another(
     train: ImageSet, held_out: ImageSet, signals: TeacherSignals
 ) -> None:
-    first, again, other = (train_student(small(seed=seed), train, held_out, signals) for seed in (1, 1, 2))
+    first, again, other = (trained(small(seed=seed), train, held_out, signals) for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
 
@@ -327,20 +292,18 @@ def test_a_run_depends_on_no_global_generator_and_leaves_it(train: ImageSet, hel
     few, spec = train.subset(torch.arange(16)), TeacherSpec(epochs=1, batch_size=8)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = train_teacher(spec, few, held_out)
+    first = trained_teacher(spec, few, held_out)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert same(first, train_teacher(spec, few, held_out))
+    assert same(first, trained_teacher(spec, few, held_out))
 
 
 # A loss that is not finite
 
 
 def test_huge_learning_rate_stops_with_its_value(train: ImageSet, held_out: ImageSet, often: None) -> None:
-    with pytest.raises(
-        side_by_side.TrainingDiverged, match=r"the loss is (nan|inf) in epoch \d.*learning rate \(1e\+30\)"
-    ):
-        train_student(small("student", learning_rate=1e30, epochs=5), train, held_out)
+    with pytest.raises(steps.TrainingDiverged, match=r"the loss is (nan|inf) in epoch \d.*learning rate \(1e\+30\)"):
+        trained(small("student", learning_rate=1e30, epochs=5), train, held_out)
 
 
 def test_nan_map_stops_the_run_and_the_last_checkpoint_goes_on(
@@ -351,10 +314,10 @@ def test_nan_map_stops_the_run_and_the_last_checkpoint_goes_on(
     only_later = set(second.order[second.overlaid].tolist()) - set(first.order[first.overlaid].tolist())
     maps = signals.maps.clone()
     maps[min(only_later)] = float("nan")
-    with pytest.raises(side_by_side.TrainingDiverged, match=r"the loss is nan in epoch 2.*check the teacher's signals"):
-        train_student(spec, train, held_out, dataclasses.replace(signals, maps=maps), tmp_path / "c.pt")
-    repaired = train_student(spec, train, held_out, signals, tmp_path / "c.pt")
-    assert same(repaired, train_student(spec, train, held_out, signals))
+    with pytest.raises(steps.TrainingDiverged, match=r"the loss is nan in epoch 2.*check the teacher's signals"):
+        trained(spec, train, held_out, dataclasses.replace(signals, maps=maps), tmp_path / "c.pt")
+    repaired = trained(spec, train, held_out, signals, tmp_path / "c.pt")
+    assert same(repaired, trained(spec, train, held_out, signals))
 
 
 def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
@@ -362,35 +325,17 @@ def test_weights_that_burst_in_the_last_step_do_not_count_as_trained(
 ) -> None:
     """The last loss was finite, the step after it was not survived."""
     spec = small("student", epochs=1, batch_size=IMAGES, learning_rate=1e38)
-    with pytest.raises(side_by_side.TrainingDiverged):
-        train_student(spec, train, held_out, None, tmp_path / "c.pt")
+    with pytest.raises(steps.TrainingDiverged):
+        trained(spec, train, held_out, None, tmp_path / "c.pt")
 
 
-# Bad input
+# Signals, checkpoints and weights that do not fit
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_method_without_signals_names_the_command(train: ImageSet, held_out: ImageSet, method: str) -> None:
-    with pytest.raises(ValueError, match=f"method {method} needs the teacher's signals.*kdig_utils signals"):
-        train_student(small(method), train, held_out)
-
-
-@pytest.mark.parametrize("change", ["fewer", "other order"])
-def test_signals_of_other_images_are_refused(train: ImageSet, held_out: ImageSet, change: str) -> None:
-    positions = torch.arange(IMAGES // 2) if change == "fewer" else torch.arange(IMAGES - 1, -1, -1)
-    others = random_signals(train.subset(positions))
+def test_a_run_refuses_signals_of_other_images(train: ImageSet, held_out: ImageSet, random_signals) -> None:
+    others = random_signals(train.subset(torch.arange(IMAGES // 2)))
     with pytest.raises(ValueError, match="signals are those of other images"):
-        train_student(small("kd"), train, held_out, others)
-
-
-def test_signals_of_another_teacher_are_refused(train: ImageSet, held_out: ImageSet, signals: TeacherSignals) -> None:
-    with pytest.raises(ValueError, match="spec names teacher cdcdcdcdcdcd, the signals are of abababababab"):
-        train_student(small("kd", teacher_sha256="cd" * 32), train, held_out, signals)
-
-
-def test_attention_maps_of_another_block_are_refused(train: ImageSet, held_out: ImageSet) -> None:
-    with pytest.raises(ValueError, match=r"k = 17 compares block 0, the signals hold block 9"):
-        train_student(small("at"), train, held_out, random_signals(train, side=8))
+        student_run(small("kd"), train, held_out, others)
 
 
 def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
@@ -409,11 +354,11 @@ def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match=r"cannot write c\.pt in .*disk is full: free some space"):
-            train_student(spec, train, held_out, None, checkpoint)
+            trained(spec, train, held_out, None, checkpoint)
     lines = []
     assert same(
-        train_student(spec, train, held_out, None, checkpoint, report=lines.append),
-        train_student(spec, train, held_out),
+        trained(spec, train, held_out, None, checkpoint, report=lines.append),
+        trained(spec, train, held_out),
     )
     assert "goes on at epoch 2" in lines[0]
     assert not list(tmp_path.glob(".*.part"))
@@ -422,11 +367,11 @@ def test_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(
 def test_checkpoint_of_another_run_is_refused_and_kept(train: ImageSet, held_out: ImageSet, tmp_path: Path) -> None:
     checkpoint = tmp_path / "c.pt"
     mine = small("student")
-    train_student(mine, train, held_out, None, checkpoint)
+    trained(mine, train, held_out, None, checkpoint)
     before = checkpoint.read_bytes()
     other = small("student", seed=9)
     with pytest.raises(ValueError, match=f"is of run {mine.run_id} .*not of {other.run_id}") as caught:
-        train_student(other, train, held_out, None, checkpoint)
+        trained(other, train, held_out, None, checkpoint)
     assert str(checkpoint) in str(caught.value)
     assert checkpoint.read_bytes() == before
 
@@ -436,7 +381,7 @@ def test_damaged_checkpoint_is_named_with_a_remedy(
     train: ImageSet, held_out: ImageSet, tmp_path: Path, content: str
 ) -> None:
     checkpoint, spec = tmp_path / "c.pt", small("student", epochs=1)
-    train_student(spec, train, held_out, None, checkpoint)
+    trained(spec, train, held_out, None, checkpoint)
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(
         {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": bytes(5000)}.get(content, whole)
@@ -444,7 +389,7 @@ def test_damaged_checkpoint_is_named_with_a_remedy(
     if content == "not a checkpoint":
         torch.save({"weights": torch.zeros(1)}, checkpoint)
     with pytest.raises(ValueError, match=r"is damaged.*delete it to start the run afresh") as caught:
-        train_student(spec, train, held_out, None, checkpoint)
+        trained(spec, train, held_out, None, checkpoint)
     assert str(checkpoint) in str(caught.value)
 
 
@@ -457,86 +402,26 @@ def test_checkpoint_with_code_in_it_is_not_executed(train: ImageSet, held_out: I
 
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match="is damaged"):
-        train_student(small("student"), train, held_out, None, tmp_path / "c.pt")
+        trained(small("student"), train, held_out, None, tmp_path / "c.pt")
     assert not marker.exists()
 
 
 def test_teacher_that_starts_from_other_weights_is_refused(train: ImageSet, held_out: ImageSet) -> None:
     with pytest.raises(ValueError, match="starts from weights 0123456789ab, got none"):
-        train_teacher(TeacherSpec(initial_sha256="0123456789ab"), train, held_out)
+        trained_teacher(TeacherSpec(initial_sha256="0123456789ab"), train, held_out)
     with pytest.raises(ValueError, match="starts from weights none, got "):
-        train_teacher(TeacherSpec(), train, held_out, models.teacher())
+        trained_teacher(TeacherSpec(), train, held_out, models.teacher())
 
 
-# Who is trained on what
-
-
-def test_validation_images_are_held_out_stratified_and_the_same_for_every_run(sample_train: ImageSet) -> None:
-    positions, validation = training.training_positions(sample_train.labels, RunSpec("kd", validation_images=100))
-    assert sample_train.labels[validation].bincount().tolist() == [10] * 10
-    assert torch.cat([positions, validation]).sort().values.equal(torch.arange(1000))
-    for other in (RunSpec("student", seed=5, validation_images=100), TeacherSpec(seed=2, validation_images=100)):
-        assert training.training_positions(sample_train.labels, other)[1].equal(validation)
-
-
-def test_train_fraction_is_drawn_stratified_and_fresh_for_each_seed(sample_train: ImageSet) -> None:
-    first, other = (
-        training.training_positions(
-            sample_train.labels, RunSpec("kd", train_fraction=0.8, seed=seed, validation_images=100)
-        )
-        for seed in (0, 1)
-    )
-    for positions, validation in (first, other):
-        assert (
-            sample_train.labels[positions].bincount().tolist() == [72] * 10
-        )  # 0.8 of the 90 that are left of each class
-        assert not set(positions.tolist()) & set(validation.tolist())
-        assert len(positions.unique()) == len(positions)
-    assert not first[0].equal(other[0])
-
-
-def test_seed_and_draw_of_images_can_be_told_apart(sample_train: ImageSet) -> None:
-    def drawn(seed: int, sample_seed: int | None) -> set[int]:
-        spec = RunSpec("kd", train_fraction=0.8, seed=seed, sample_seed=sample_seed)
-        return set(training.training_positions(sample_train.labels, spec)[0].tolist())
-
-    assert drawn(1, 5) == drawn(2, 5) == drawn(5, None)
-    assert drawn(1, 5) != drawn(1, 6)
-
-
-def test_all_images_are_trained_on_by_default(sample_train: ImageSet) -> None:
-    positions, validation = training.training_positions(sample_train.labels, RunSpec("kd"))
-    assert positions.equal(torch.arange(1000))
-    assert len(validation) == 0
-
-
-def test_matched_signals_are_rows_of_the_images_themselves(train: ImageSet, signals: TeacherSignals) -> None:
-    positions = torch.tensor([7, 3, 50])
-    found = pairings.paired_signals(signals, train, positions, "matched", 0)
-    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), signals.rows(positions).tensors(), strict=True))
-
-
-def test_shuffled_signals_come_from_two_permutations(train: ImageSet, signals: TeacherSignals) -> None:
-    found = pairings.paired_signals(signals, train, torch.arange(IMAGES), "shuffled", 0)
-    sources = [
-        [int(torch.nonzero((whole == row).flatten(1).all(1))) for row in part]
-        for part, whole in (
-            (found.maps, signals.maps),
-            (found.logits, signals.logits),
-            (found.attention, signals.attention),
-        )
-    ]
-    assert all(sorted(source) == list(range(IMAGES)) for source in sources)
-    assert sources[0] != sources[1]
-    assert sources[1] == sources[2]
+# What comes out
 
 
 def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSet) -> None:
     even = train.subset(torch.cat([torch.nonzero(train.labels == label).flatten()[:2] for label in range(10)]))
-    trained = train_student(small("student", epochs=3, validation_images=10), even, held_out)
-    curve = trained.curve
+    run = trained(small("student", epochs=3, validation_images=10), even, held_out)
+    curve = run.curve
     assert curve["epoch"].tolist() == [1, 2, 3]
-    assert not trained.model.training
+    assert not run.model.training
     assert (
         curve[["test_accuracy", "validation_accuracy"]]
         .isin([100 * i / n for n in (10, 40) for i in range(n + 1)])
@@ -544,16 +429,4 @@ def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSe
     )
     assert curve["seconds"].is_monotonic_increasing
     assert curve["train_loss"].between(0, 10).all()
-    assert curve["test_accuracy"].iloc[-1] == models.accuracy(trained.model, held_out)
-
-
-def test_accuracy_is_a_percentage_by_hand(held_out: ImageSet) -> None:
-    class Answers(torch.nn.Module):
-        """Right about all images but the first ten."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            answers = held_out.labels.clone()
-            answers[:10] = (answers[:10] + 1) % 10
-            return F.one_hot(answers, 10).float()
-
-    assert models.accuracy(Answers(), held_out) == 75.0
+    assert curve["test_accuracy"].iloc[-1] == models.accuracy(run.model, held_out)

@@ -8,9 +8,11 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from kdig_utils.method import artifacts, cifar10
-from kdig_utils.method.attribution import OUTPUTS, attribute, expected_attribution, graded_points, secant_attributions
+from kdig_utils.method.attribution import OUTPUTS, attribute
 from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
-from kdig_utils.method.secants import NotASecantNetwork, SecantNetwork, compiles
+from kdig_utils.method.secant_rule import graded_points, secant_attributions
+from kdig_utils.method.secants import SecantNetwork, compiles
+from kdig_utils.method.tracing import NotASecantNetwork
 
 
 class Formula(nn.Module):
@@ -210,17 +212,8 @@ def test_each_input_as_if_it_were_alone() -> None:
         assert int(alone.evaluations) == int(together.evaluations[i])
 
 
-def test_a_set_of_baselines_gives_the_mean() -> None:
-    network, (inputs, baselines) = relu_network(4), pairs(9)
-    found = expected_attribution(network, inputs, baselines[:3], 2, error=0.01)
-    single = [attribute(network, inputs, baselines[k : k + 1], 2, error=0.01) for k in range(3)]
-    assert torch.allclose(found.attributions, sum(part.attributions for part in single) / 3)
-    rise = (network(inputs) - network(baselines[:3]).mean(0)).detach()[:, 2]
-    assert torch.allclose(found.attributions.sum(1), rise, atol=1e-9)
-
-
 def test_real_teacher_against_captum_at_300_steps(real) -> None:
-    teacher, images, baselines, labels = real
+    teacher, images, baselines, labels = (part[-1:] if isinstance(part, Tensor) else part for part in real)
     found = attribute(teacher, images, baselines, labels, error=0.02)
     captum = IntegratedGradients(teacher).attribute(images, baselines, labels, n_steps=300, internal_batch_size=32)
     assert found.rule == "secant"
@@ -229,6 +222,7 @@ def test_real_teacher_against_captum_at_300_steps(real) -> None:
     assert float(found.completeness.max()) < 0.01
 
 
+@pytest.mark.slow
 def test_real_teacher_against_double_precision(real) -> None:
     """The gradients of the reference are in float64: neither its sums nor a flipped ReLU6 owe anything to rounding."""
     teacher, images, baselines, labels = real

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdig_utils.method.losses import attention_loss, attention_map, check_alpha, distillation_loss
+from kdig_utils.method.losses import attention_loss, attention_map, distillation_loss
 
 CASES = 100
 
@@ -81,12 +81,6 @@ def test_temperature_not_above_zero_is_refused(temperature: float) -> None:
     student, teacher = logits(0)
     with pytest.raises(ValueError, match=f"temperature {temperature}"):
         distillation_loss(student, teacher, temperature)
-
-
-@pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan")])
-def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match=f"alpha {alpha}"):
-        check_alpha(alpha)
 
 
 def test_attention_map_is_the_mean_squared_activation_of_unit_length() -> None:

@@ -13,9 +13,10 @@ import torch
 from captum.attr import IntegratedGradients
 from torch import nn
 
-from kdig_utils.method import artifacts, cifar10, losses, models, signals
+from kdig_utils.method import artifacts, cifar10, losses, models, precompute, signals
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.signals import MapWay, SignalSettings, SignalsNotFinished, compute_signals, open_signals
+from kdig_utils.method.precompute import MapWay, SignalsNotFinished, compute_signals
+from kdig_utils.method.signals import SignalSettings, open_signals
 
 SETTINGS = SignalSettings(n_steps=3)
 GPU = torch.device("cuda")
@@ -92,22 +93,24 @@ def test_maps_are_computed_without_tf32(teacher: models.Teacher, images: ImageSe
 
 
 def test_only_a_gpu_with_much_to_do_has_a_choice_and_its_reference_is_what_a_cpu_does() -> None:
-    ways = signals.ways_for(GPU, SETTINGS, 50_000, 50_000)
+    ways = precompute.ways_for(GPU, SETTINGS, 50_000, 50_000)
     assert len(set(ways)) == 4
     assert {way.tf32 for way in ways if way.layout == torch.channels_last} == {False, True}
     for device, remaining in ((torch.device("cpu"), 50_000), (GPU, 1000)):
         assert (
-            signals.ways_for(device, SETTINGS, 50_000, remaining) == [ways[0]] == [MapWay(torch.channels_last, False)]
+            precompute.ways_for(device, SETTINGS, 50_000, remaining)
+            == [ways[0]]
+            == [MapWay(torch.channels_last, False)]
         )
     for settings in (SignalSettings(method="secant"), SignalSettings(error=0.05)):
-        assert signals.ways_for(GPU, settings, 50_000, 50_000) == [MapWay()]
+        assert precompute.ways_for(GPU, settings, 50_000, 50_000) == [MapWay()]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The clock of `signals`, which stands still unless a test moves `now`."""
     hands = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: hands.now))
+    monkeypatch.setattr(precompute, "time", SimpleNamespace(monotonic=lambda: hands.now))
     return hands
 
 
@@ -140,12 +143,12 @@ def test_the_fastest_way_within_the_contract_is_chosen(
         warm.add(way)
         return found[way][1:]
 
-    assert signals.fastest_way(list(found), compute, allowed, deadline) == chosen
+    assert precompute.fastest_way(list(found), compute, allowed, deadline) == chosen
     assert clock.now < deadline + 16  # one way more at most
 
 
 def test_a_lone_way_is_not_timed() -> None:
-    assert signals.fastest_way(["only"], lambda _way: pytest.fail("computed"), 0.0) == "only"
+    assert precompute.fastest_way(["only"], lambda _way: pytest.fail("computed"), 0.0) == "only"
 
 
 def test_a_chosen_way_is_told_stays_within_the_maps_and_leaves_settings_and_identity(
@@ -153,9 +156,9 @@ def test_a_chosen_way_is_told_stays_within_the_maps_and_leaves_settings_and_iden
 ) -> None:
     """Here TF32 and layout change nothing but the order of sums; the half-done store of one way is ended by another."""
     before, along, beside, tried, lines = torch.backends.cudnn.allow_tf32, [], [], [], []
-    network, ways = copy.deepcopy(teacher), signals.ways_for(GPU, SETTINGS, 50_000, 50_000)
+    network, ways = copy.deepcopy(teacher), precompute.ways_for(GPU, SETTINGS, 50_000, 50_000)
     network.classifier.register_forward_hook(lambda *_arguments: beside.append(torch.backends.cudnn.allow_tf32))
-    integrate, fastest = signals.integrated_gradients, signals.fastest_way
+    integrate, fastest = precompute.integrated_gradients, precompute.fastest_way
 
     def watched(*arguments) -> torch.Tensor:
         along.append(torch.backends.cudnn.allow_tf32)
@@ -169,9 +172,9 @@ def test_a_chosen_way_is_told_stays_within_the_maps_and_leaves_settings_and_iden
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "integrated_gradients", watched)
-        patch.setattr(signals, "ways_for", lambda *_arguments: ways)
-        patch.setattr(signals, "fastest_way", last_way)
+        patch.setattr(precompute, "integrated_gradients", watched)
+        patch.setattr(precompute, "ways_for", lambda *_arguments: ways)
+        patch.setattr(precompute, "fastest_way", last_way)
         with pytest.raises(Stop):
             compute_signals(network, images, tmp_path, SETTINGS, BATCH, stop, say=lines.append)
     assert along == [False, False, False, False, True, True, True, True, True]  # four ways twice, one batch
@@ -259,13 +262,13 @@ def test_a_deadline_is_kept_to_within_one_batch_and_the_next_call_goes_on(
     batches: int,
 ) -> None:
     """A batch takes a second here; only the first, whose pace is not known yet, may end after the deadline."""
-    compute = signals._signals_of_batch
+    compute = precompute.signals_of_batch
 
     def in_a_second(*arguments) -> dict[str, torch.Tensor]:
         clock.now += 1
         return compute(*arguments)
 
-    monkeypatch.setattr(signals, "_signals_of_batch", in_a_second)
+    monkeypatch.setattr(precompute, "signals_of_batch", in_a_second)
     with pytest.raises(
         SignalsNotFinished, match=f"{batches * BATCH} of {IMAGES} images .*run the same again"
     ) as caught:
@@ -385,7 +388,7 @@ def test_wrong_accuracy_and_storage_are_refused(wrong: dict) -> None:
 def test_quantisation_stays_within_the_stated_error() -> None:
     maps = torch.rand(4, 32, 32, generator=torch.Generator().manual_seed(0))
     maps[0, 0, :2] = torch.tensor([0.0, 1.0])
-    half, byte = (signals._stored(maps, storage) for storage in ("float16", "uint8"))
+    half, byte = (signals.stored(maps, storage) for storage in ("float16", "uint8"))
     assert float((half.float() - maps).abs().max()) <= signals.QUANTISATION_ERROR["float16"]
     decoded = (byte.float() / 255).half().float()
     assert float((decoded - maps).abs().max()) <= signals.QUANTISATION_ERROR["uint8"]
@@ -396,23 +399,23 @@ def test_asking_for_an_error_gives_nearly_the_maps_of_many_steps_in_bytes(
     teacher: models.Teacher, images: ImageSet, tmp_path: Path
 ) -> None:
     few = images.subset(torch.arange(2))
-    settings = SignalSettings(error=0.05, storage="uint8")
+    settings = SignalSettings(error=0.1, storage="uint8")
     found = compute_signals(teacher, few, tmp_path, settings)
-    fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(300, "riemann_middle"))
+    fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(150, "riemann_middle"))
     assert (tmp_path / "maps.npy").stat().st_size < 2 * 32 * 32 + 200
     assert found.maps.dtype == torch.float16
-    assert found.manifest["settings"]["error"] == 0.05
+    assert found.manifest["settings"]["error"] == 0.1
     apart = (found.maps.float() - fine.maps.float()).flatten(1).norm(dim=1) / fine.maps.float().flatten(1).norm(dim=1)
-    assert float(apart.max()) < 0.05 + 0.03  # what was asked for, and by how much 300 gradients are off here
+    assert float(apart.max()) < 0.1 + 0.03  # what was asked for, and by how much 150 gradients are off here
     assert float((found.maps[0].float() - fine.maps[1].float()).norm() / fine.maps[1].float().norm()) > 0.5
-    assert float(found.error.max()) <= 0.05
-    with pytest.raises(ValueError, match=r"error = 0\.05 instead of None"):
+    assert float(found.error.max()) <= 0.1
+    with pytest.raises(ValueError, match=r"error = 0\.1 instead of None"):
         open_signals(teacher, few, tmp_path, SignalSettings())
 
 
 def test_maps_by_secants_need_fewer_evaluations_than_by_gradients(sample_train: ImageSet, tmp_path: Path) -> None:
-    teacher, few = artifacts.load("teacher"), sample_train.subset(torch.arange(3))
-    fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(300, "riemann_middle")).maps.float()
+    teacher, few = artifacts.load("teacher"), sample_train.subset(torch.arange(2))
+    fine = compute_signals(teacher, few, tmp_path / "fine", SignalSettings(200, "riemann_middle")).maps.float()
     secant, gauss = (
         compute_signals(teacher, few, tmp_path / method, SignalSettings(n_steps, method)).maps.float()
         for n_steps, method in ((12, "secant"), (24, "gausslegendre"))
@@ -426,7 +429,7 @@ def test_maps_by_secants_need_fewer_evaluations_than_by_gradients(sample_train: 
 
 def test_progress_after_a_resume_tells_only_the_speed_of_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([0.0, 10.0, 20.0])
-    report = signals.print_progress(100, clock=lambda: next(times))
+    report = precompute.print_progress(100, clock=lambda: next(times))
     report(30_064, 50_000)  # 30,000 were there
     report(30_164, 50_000)
     assert capsys.readouterr().out.splitlines() == ["30,164 of 50,000 images, 10.0 images/s, 33 min 04 s left"]
@@ -434,7 +437,7 @@ def test_progress_after_a_resume_tells_only_the_speed_of_what_is_new(capsys: pyt
 
 def test_progress_tells_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([0.0, 10.0, 20.0, 20.0, 30.0])
-    report = signals.print_progress(100, clock=lambda: next(times))
+    report = precompute.print_progress(100, clock=lambda: next(times))
     report(100, 1000)
     report(200, 1000)
     assert "200 of 1,000 images, 10.0 images/s, 1 min 20 s left" in capsys.readouterr().out

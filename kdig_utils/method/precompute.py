@@ -1,0 +1,228 @@
+"""The teacher's signals of a whole image set, computed once into a store (`signals`)."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from kdig_utils.method import cifar10
+from kdig_utils.method.attribution import attribute, half_pays
+from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.integrated_gradients import attribution_map, baseline, check_finite, integrated_gradients
+from kdig_utils.method.losses import attention_map
+from kdig_utils.method.models import Teacher, exact_float32, logits_and_features, most_at_once
+from kdig_utils.method.secant_rule import secant_attributions
+from kdig_utils.method.secants import SecantNetwork, compiles
+from kdig_utils.method.signals import (
+    QUANTISATION_ERROR,
+    SECANT,
+    SignalSettings,
+    TeacherSignals,
+    manifest_of,
+    open_signals,
+    open_store,
+    stored,
+    write_rows,
+)
+
+COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
+CHOOSE_FROM = 4000  # images whose time outweighs the seconds that a GPU takes to try its ways
+
+
+class SignalsNotFinished(RuntimeError):
+    """Time was over before the last image; what is done is stored, and the next call goes on from there."""
+
+
+class MapWay(NamedTuple):
+    """How maps are computed: the convolutions' layout, whether a GPU may round to TF32, secants compiled or not."""
+
+    layout: torch.memory_format = torch.channels_last
+    tf32: bool = False
+    compiled: bool = False
+
+
+class MapMaker(NamedTuple):
+    """Makes maps of images by `settings`, in one of several ways; `points` of their paths in one pass."""
+
+    network: nn.Module  # the teacher, folded
+    settings: SignalSettings
+    points: int
+    device: torch.device
+
+    def loaded(self, images: ImageSet, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1] and labels, on the device."""
+        return images.images(positions).to(self.device), images.labels[positions].to(self.device)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, labels: Tensor, way: MapWay) -> tuple[Tensor, Tensor]:
+        """Maps of a batch, in [0, 1], and the error of each."""
+        self.network.to(memory_format=way.layout)
+        attributions, error = self.attributions(images, labels, way)
+        check_finite(attributions, "attributions")
+        maps = attribution_map(attributions)
+        return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny), error
+
+    def attributions(self, images: Tensor, labels: Tensor, way: MapWay) -> tuple[Tensor, Tensor]:
+        """Attributions of a batch, and the error of each."""
+        folded, settings, points, _device = self
+        baselines = baseline(settings.baseline, images, cifar10.MEAN)
+        if settings.error is not None:
+            found = attribute(
+                folded, images, baselines, labels, settings.error, internal_batch_size=points, compiled=way.compiled
+            )
+            return found.attributions, found.error
+        if settings.method == SECANT:
+            network = SecantNetwork(folded, half_pays(images.device), way.compiled)
+            attributions = secant_attributions(network, images, baselines, labels, settings.n_steps, "logit", points)
+        else:
+            rule = settings.n_steps, settings.method
+            with exact_float32():  # which puts the setting back
+                torch.backends.cudnn.allow_tf32 = way.tf32
+                attributions = integrated_gradients(folded, images, baselines, labels, *rule, points)
+        rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
+        return attributions, (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
+
+
+@exact_float32()
+def compute_signals(
+    teacher: Teacher,
+    images: ImageSet,
+    folder: Path,
+    settings: SignalSettings = SignalSettings(),
+    batch_size: int | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    deadline: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
+) -> TeacherSignals:
+    """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
+
+    Args:
+        batch_size: images between two flushes; None takes what suits the device.
+        report: called after each batch with the number of images done and in all; `print_progress` makes one.
+        deadline: on the clock of `time.monotonic`; no batch begins that, at the pace of the one before, ends later.
+        say: told which way a GPU computes the maps, where it had a choice.
+
+    Raises:
+        SignalsNotFinished: time was over.
+        ValueError: the folder holds the signals of another teacher, other images or other settings.
+    """
+    manifest, teacher = manifest_of(teacher, images, settings), copy.deepcopy(teacher).eval()
+    maker, images_a_batch = map_maker(teacher, settings)
+    side = answers(teacher, torch.zeros(1, 3, 32, 32, device=maker.device), settings.tap)["attention"].shape[1]
+    arrays = open_store(folder, manifest, side, settings.storage)
+    remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
+    way = chosen_way(maker, images, remaining, deadline, say)
+    pace = 0.0
+    for positions in remaining.split(batch_size or images_a_batch) if len(remaining) else ():
+        started = time.monotonic()
+        if started + pace >= deadline:
+            done = f"{int(arrays['done'].sum()):,} of {len(images):,} images"
+            raise SignalsNotFinished(f"time is over, {done} have signals in {folder}: run the same again to go on")
+        write_rows(arrays, positions, signals_of_batch(teacher, maker, images, positions, way))
+        pace = time.monotonic() - started
+        report(int(arrays["done"].sum()), len(images))
+    return open_signals(teacher, images, folder, settings)
+
+
+def map_maker(teacher: Teacher, settings: SignalSettings) -> tuple[MapMaker, int]:
+    """A maker of maps, and images a batch: a CPU wants its caches to hold them, a GPU wants many."""
+    # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
+    folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
+    device = next(teacher.parameters()).device
+    at_once = most_at_once(folded, (3, 32, 32), device)
+    return MapMaker(folded, settings, at_once if device.type == "cuda" else at_once // 2, device), at_once
+
+
+def signals_of_batch(
+    teacher: Teacher, maker: MapMaker, images: ImageSet, positions: Tensor, way: MapWay
+) -> dict[str, Tensor]:
+    """What the store keeps of the images at `positions`."""
+    pixels, labels = maker.loaded(images, positions)
+    maps, error = maker.maps(pixels, labels, way)
+    kept = {"maps": stored(maps, maker.settings.storage), "error": error}
+    return {**answers(teacher, pixels, maker.settings.tap), **kept}
+
+
+@torch.no_grad()
+def answers(teacher: Teacher, pixels: Tensor, tap: int) -> dict[str, Tensor]:
+    """Logits and attention maps."""
+    logits, features = logits_and_features(teacher, pixels, tap)
+    check_finite(logits, "rows of logits")
+    return {"logits": logits, "attention": attention_map(features)}
+
+
+def chosen_way(
+    maker: MapMaker, images: ImageSet, remaining: Tensor, deadline: float, say: Callable[[str], None]
+) -> MapWay:
+    """The fastest way on some of the remaining images; `say` is told where there was a choice."""
+    ways = ways_for(maker.device, maker.settings, len(images), len(remaining))
+    few = remaining[: 1 + 2 * maker.points // maker.settings.n_steps]
+    allowed = QUANTISATION_ERROR[maker.settings.storage]
+    way = fastest_way(ways, lambda way: maker.maps(*maker.loaded(images, few), way), allowed, deadline)
+    if len(ways) > 1:
+        say(f"maps are computed by {way}")
+    return way
+
+
+def ways_for(device: torch.device, settings: SignalSettings, images: int, remaining: int) -> list[MapWay]:
+    """The ways to try, the reference first: a choice on a GPU only, where much remains to be done.
+
+    None for secants: their layout is their own, and their error would be told by the same rounded convolutions.
+    """
+    if settings.error is not None or settings.method == SECANT:
+        return [MapWay(compiled=images >= COMPILE_FROM and device.type == "cpu" and compiles())]
+    if device.type != "cuda" or remaining < CHOOSE_FROM:
+        return [MapWay()]
+    return [MapWay(layout, tf32) for tf32 in (False, True) for layout in (torch.channels_last, torch.contiguous_format)]
+
+
+def fastest_way(
+    ways: list[MapWay], compute: Callable[[MapWay], tuple[Tensor, Tensor]], allowed: float, deadline: float = math.inf
+) -> MapWay:
+    """The fastest way, once warm, whose maps differ from the first's by no more than `allowed`.
+
+    That is the median, over the images, of a map's largest difference: rounding switches some ReLUs, so that a single
+    map differs by more between any two orders of adding. Nor may the median completeness error be larger by more. What
+    is not tried by `deadline` is not chosen.
+    """
+    seconds: dict[MapWay, float] = {}
+    reference: tuple[Tensor, Tensor] | None = None
+    for way in ways if len(ways) > 1 else ():
+        if time.monotonic() >= deadline:
+            break
+        compute(way)
+        started = time.monotonic()
+        maps, errors = (values.cpu() for values in compute(way))  # a GPU is waited for
+        took = time.monotonic() - started
+        reference = reference or (maps, errors)
+        apart = (maps - reference[0]).abs().flatten(1).amax(1).median()
+        worse = errors.median() - reference[1].median()
+        if apart <= allowed and worse <= allowed:
+            seconds[way] = took
+    return min(seconds, key=seconds.__getitem__, default=ways[0])
+
+
+def print_progress(step: int = 1000, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """A report for `compute_signals`: a line about each `step` images, with the speed and the time that is left."""
+    started, printed = clock(), 0
+    first: tuple[int, float] | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal first, printed
+        # The first batch may hold rows of an earlier call, so that it tells no speed.
+        before, since = first or (0, started)
+        if done == total or (first and done // step > printed // step):
+            speed = (done - before) / max(clock() - since, 1e-9)
+            minutes, seconds = divmod(round((total - done) / speed), 60)
+            print(f"{done:,} of {total:,} images, {speed:.1f} images/s, {minutes} min {seconds:02d} s left", flush=True)
+            printed = done
+        first = first or (done, clock())
+
+    return report
