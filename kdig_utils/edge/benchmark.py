@@ -48,9 +48,9 @@ def run(student: str, patience: float, json_path: Path | None) -> None:
     rows = [{**found, "artifact": names[found["model"]]} for found in latency_rows(networks, test, patience=patience)]
     print(report.table(rows))
     print(
-        f"accuracy on as many of {test.name}; times in ms, speed-up against the teacher in eager PyTorch, bytes of the"
+        f"accuracy in % of so many images of {test.name}; times in ms, speed-up against the teacher in eager PyTorch,"
     )
-    print("file, peak memory in MB of a process that opens it for one image")
+    print("bytes of the file, peak memory in MB of a process that opens it for one image")
     if json_path:
         report.write(rows, json_path)
         print(f"{len(rows)} rows in {json_path}")
@@ -74,39 +74,28 @@ def latency_rows(
         tell: is told what is being done.
 
     Returns:
-        Rows with the keys `timing.COLUMNS`, None where there is no figure: artifact (named by `run`), k (blocks
-        removed) and weights (first digits of `models.weights_sha256`), p50_ms, p95_ms, p99_ms (settled calls, as far
-        as `LEAST_CALLS` allow), cold_ms (median call after other networks ran), calls, speedup with speedup_low and
-        speedup_high (against the eager teacher at the same batch and threads), predicted_macs_ms, predicted_ms
-        (roofline), accuracy and accuracy_images, max_difference and agreement (of logits and predictions with the same
-        network in eager PyTorch), bytes (of the file), import_ms (of the runtime's Python package), load_ms (of the
-        file), first_ms, peak_mb (of the fresh process, opened for one image and one thread), status (`ok`, or what is
-        missing and why), and the machine's facts.
+        Rows with the keys `timing.COLUMNS`, None where there is no figure.
     """
     start, counts = time.monotonic(), threads or tuple(sorted({1, usable_cpus()}))
     ends = {part: start + share * patience for part, share in SHARES.items()}
-    settings = [(batch, count) for count in counts for batch in batches]
+    # Every other time from the last number of threads to the first: fewer files are opened anew.
+    settings = [(batch, count) for turn, batch in enumerate(batches) for count in counts[:: -1 if turn % 2 else 1]]
     tables = {name: roofline.layers(network) for name, network in networks.items()}
     peaks, words = roofline.peaks(list(tables.values()), settings, ends["peaks"])
     facts = report.machine_facts(words)
     tell(f"exporting {', '.join(networks)}")
     candidates = exported(networks, ends["exports"])
-    times = _heard(candidates, test, _there_and_back(counts, batches), ends, MEASURING * patience, tell)
+    times = _heard(candidates, test, settings, ends, MEASURING * patience, tell)
     shared = {name: {"weights": models.weights_sha256(network)[:12], **facts} for name, network in networks.items()}
     outputs = {each.name: compared(each, candidates, test) for each in candidates}
 
     def row(each: Candidate, batch: int, count: int) -> dict:
         peak = peaks.get((batch, count))
         least = roofline.predicted(tables[each.model], each.precision, batch, peak) if peak else {}
-        timed = statistics(times[(times["batch_size"] == batch) & (times["threads"] == count)], each.name)
+        timed = statistics(times[batch, count], each.name)
         return whole(each, batch, count, {**shared[each.model], **timed, **least, **outputs[each.name]})
 
     return [row(each, batch, count) for batch, count in settings for each in candidates]
-
-
-def _there_and_back(counts: tuple[int, ...], batches: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Batch sizes and threads, every other time from the last number of threads: fewer files are opened."""
-    return [(batch, count) for turn, batch in enumerate(batches) for count in counts[:: -1 if turn % 2 else 1]]
 
 
 def _heard(
@@ -116,9 +105,9 @@ def _heard(
     ends: Mapping[str, float],
     seconds: float,
     tell: Callable[[str], None],
-) -> pd.DataFrame:
-    """The calls of all candidates at all settings (`measured`); their logits are left with them."""
-    times = []
+) -> dict[tuple[int, int], pd.DataFrame]:
+    """The calls of all candidates by setting (`measured`); their logits are left with them."""
+    times = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         pixels = Path(folder) / "pixels.npy"
         np.save(pixels, test.pixels.numpy())
@@ -126,25 +115,24 @@ def _heard(
         with opened(candidates, pixels, ends["opening"], ends["answers"]):
             for batch, threads in settings:
                 tell(f"measuring batch {batch} with {threads} thread{'s' * (threads > 1)}")
-                times.append(measured(candidates, batch, threads, seconds, ends["measuring"]))
+                times[batch, threads] = measured(candidates, batch, threads, seconds, ends["measuring"])
             tell("classifying test images")
             classify(candidates, len(test), max(batch for batch, _threads in settings), ends["classifying"])
-    return pd.concat(times, ignore_index=True)
+    return times
 
 
 def statistics(times: pd.DataFrame, name: str) -> dict[str, float]:
-    """What a row says of the calls of one setting: percentiles of the settled calls of `name`, as far as there are
-    enough; the median of the first calls of each block; the speed-up with its interval."""
+    """Percentiles of the settled calls of `name`, cold_ms of the first of each block, speed-up with its interval."""
     own = times[times["network"] == name]
     if own.empty:
         return {}
     steady = timing.settled(own)["ms"]
-    enough = {quantile: least for quantile, least in LEAST_CALLS.items() if len(steady) >= least}
-    found = {f"p{quantile}_ms": float(np.percentile(steady, quantile)) for quantile in enough}
+    enough = [percent for percent, least in LEAST_CALLS.items() if len(steady) >= least]
+    found = {f"p{percent}_ms": float(np.percentile(steady, percent)) for percent in enough}
     found |= {"cold_ms": float(own[own["call"] == 0]["ms"].median()), "calls": len(steady)}
     if (times["network"] == f"teacher {EXACT}").any():
-        setting = times[["batch_size", "threads"]].iloc[0]
-        ratio = timing.speedup(timing.settled(times), f"teacher {EXACT}", name, *setting)
+        batch, threads = times[["batch_size", "threads"]].iloc[0]
+        ratio = timing.speedup(timing.settled(times), f"teacher {EXACT}", name, batch, threads)
         found |= {"speedup": ratio.value, "speedup_low": ratio.low, "speedup_high": ratio.high}
     return found
 

@@ -6,10 +6,11 @@ What is lost on the way loses its own figures only, and says why.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ WARM_UP = 4  # calls at the least, as `timing.warm_up` makes them
 FEW_IMAGES = 500  # to compare the outputs of a file that takes one image at a time
 ONE_COMPILATION = "left out: each further batch size and number of threads costs another compilation"
 NO_TIME = "left out: there was no time left to measure it; --patience SECONDS gives more"
-NO_CALLS = pd.DataFrame({"batch_size": [], "threads": [], "network": [], "ms": []}, dtype=float)
+NO_CALLS = pd.DataFrame(columns=["round", "network", "call", "ms", "batch_size", "threads"])
 
 
 @dataclass
@@ -62,32 +63,24 @@ class Candidate:
         """The entry of its runtime in the table."""
         return RUNTIMES[self.runtime]
 
-    @property
-    def running(self) -> Process:
-        """Its process.
-
-        Raises:
-            Lost: there is none.
-        """
-        if self.process is None:
-            raise Lost(self.missing, self.name)
-        return self.process
-
     def open(self, pixels: Path, opening: float, answers: float) -> None:
-        """Start its process and open its file by `opening`, a moment of `time.monotonic`; what it is asked then has
-        until `answers`."""
+        """Start its process and open its file; moments of `time.monotonic` end this, and what it is asked later."""
         try:
             self.process = Process(self.name, opening)
-            opener, packages = name_of(self.entry.open), self.entry.packages
-            file = {"path": str(self.file), "k": self.k, "pixels": str(pixels)}
-            self.loaded = self.process.ask("open", opener=opener, packages=packages, **file)
+            runtime = {"opener": name_of(self.entry.open), "packages": self.entry.packages}
+            self.loaded = self.ask("open", **runtime, path=str(self.file), k=self.k, pixels=str(pixels))
             self.process.end = answers
-        except (Lost, OSError) as error:
+        except (RuntimeError, OSError) as error:
             self.give_up(error)
+
+    def ask(self, do: str, **arguments: object) -> Any:
+        """As `Process.ask`."""
+        assert self.process is not None, self.missing
+        return self.process.ask(do, **arguments)
 
     def times(self, calls: int) -> Sequence[float]:
         """Milliseconds of so many calls in a row."""
-        return self.running.ask("times", calls=calls)
+        return self.ask("times", calls=calls)
 
     def status(self, batch: int, threads: int) -> str:
         """Why there is no figure for this setting; empty if nothing speaks against it."""
@@ -96,7 +89,7 @@ class Candidate:
 
     def lose(self, lost: Lost, batch: int, threads: int) -> None:
         """Go on without it: at this setting if it has refused, at all that follow if its process is dead."""
-        if self.running.is_alive():
+        if self.process and self.process.is_alive():
             self.left_out[batch, threads] = in_words(str(lost), self.entry.extra)
         else:
             self.give_up(lost)
@@ -137,21 +130,23 @@ def opened(candidates: list[Candidate], pixels: Path, opening: float, answers: f
             candidate.close()
 
 
-def _at_once(ask: Callable[[Candidate], None], candidates: list[Candidate]) -> None:
+def _at_once(ask: Callable[[Candidate], object], candidates: Iterable[Candidate]) -> None:
     """Ask all candidates, as many at a time as there are CPUs."""
     with ThreadPoolExecutor(usable_cpus()) as pool:
         list(pool.map(ask, candidates))
 
 
 def measured(candidates: list[Candidate], batch: int, threads: int, seconds: float, end: float) -> pd.DataFrame:
-    """The calls of all at one setting: round, network, call, ms, batch_size, threads.
+    """The calls of all at one setting, with one thread on one CPU: round, network, call, ms, batch_size, threads.
 
-    Who is lost is told why, and the others are measured again.
+    Who is lost says why, and the others are measured again.
 
     Args:
         seconds: for all of them together, without opening and warming up.
         end: the moment of `time.monotonic` by which it must have ended; else nothing is measured.
     """
+    cpus = usable_cpu_numbers()
+    used = [machine.fastest_cpu(cpus)] if threads == 1 else cpus
     calls, least = (timing.BLOCK_CALLS, timing.LEAST_ROUNDS) if batch == 1 else (LARGE_CALLS, LARGE_ROUNDS)
     while present := {each.name: each for each in candidates if not each.status(batch, threads)}:
         every = batch * sum(each.loaded["each_ms"] for each in present.values()) / 1e3
@@ -160,7 +155,7 @@ def measured(candidates: list[Candidate], batch: int, threads: int, seconds: flo
                 each.left_out[batch, threads] = NO_TIME
             break
         try:
-            prepare(list(present.values()), batch, threads)
+            _at_once(lambda each: each.ask("ready", batch=batch, threads=threads, cpus=used), present.values())
             timed = {name: each.times for name, each in present.items()}
             left = min(seconds, end - time.monotonic())
             found = timing.interleave(timed, left, calls, least, seconds / len(timed))
@@ -168,23 +163,6 @@ def measured(candidates: list[Candidate], batch: int, threads: int, seconds: flo
         except Lost as lost:
             present[lost.name].lose(lost, batch, threads)
     return NO_CALLS
-
-
-def prepare(candidates: list[Candidate], batch: int, threads: int) -> None:
-    """Let all networks be open for this setting; with one thread, on one CPU.
-
-    Raises:
-        Lost: a network cannot be.
-    """
-    cpus = usable_cpu_numbers()
-
-    def prepare_one(candidate: Candidate) -> None:
-        process = candidate.running
-        process.stay(cpus)  # threads that a runtime starts when it opens a file may use all
-        process.ready(batch, threads)
-        process.stay([machine.fastest_cpu(cpus)] if threads == 1 else cpus)
-
-    _at_once(prepare_one, candidates)
 
 
 def classify(candidates: list[Candidate], images: int, batch: int, end: float) -> None:
@@ -198,14 +176,12 @@ def classify(candidates: list[Candidate], images: int, batch: int, end: float) -
     fit = math.floor(len(cpus) * max(0.0, end - time.monotonic()) / every) if present else 0
     chosen = min(images, max(batch, fit))
 
-    def classify_one(candidate: Candidate) -> None:
-        alone = candidate.entry.opened_once
+    def classify_one(each: Candidate) -> None:
+        size, count = (1, min(chosen, FEW_IMAGES)) if each.entry.opened_once else (batch, chosen)
         try:
-            candidate.running.stay(cpus)
-            candidate.running.ready(1 if alone else batch, 1)
-            few = min(chosen, FEW_IMAGES) if alone else chosen
-            candidate.logits = np.array(candidate.running.ask("logits", images=few))
+            each.ask("ready", batch=size, threads=1, cpus=cpus)
+            each.logits = np.array(each.ask("logits", images=count))
         except Lost as lost:
-            candidate.give_up(lost)
+            each.give_up(lost)
 
     _at_once(classify_one, present)

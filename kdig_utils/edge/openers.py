@@ -34,22 +34,20 @@ def open_eager(path: Path, k: int, threads: int, _batch: int) -> Bind:
     Weights are channels-last (`artifacts.read_weights`), images contiguous. On the book's machine that is as fast as
     with channels-last images, and faster than with contiguous weights, for one image and for 64.
     """
-    import torch
-
-    torch.set_num_threads(threads)
-    return _bind_torch(read_network(path, k))
+    return _bind_torch(read_network(path, k), threads)
 
 
 def open_compiled(path: Path, k: int, threads: int, _batch: int) -> Bind:
     """PyTorch compiled by TorchInductor, which needs a C++ compiler."""
     import torch
 
-    torch.set_num_threads(threads)
-    return _bind_torch(torch.compile(read_network(path, k), dynamic=False))
+    return _bind_torch(torch.compile(read_network(path, k), dynamic=False), threads)
 
 
-def _bind_torch(network: "Callable[[torch.Tensor], torch.Tensor]") -> Bind:
+def _bind_torch(network: "Callable[[torch.Tensor], torch.Tensor]", threads: int) -> Bind:
     import torch
+
+    torch.set_num_threads(threads)
 
     def bind(pixels: np.ndarray) -> Call:
         images = torch.from_numpy(_as_floats(pixels))

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +16,13 @@ from kdig_utils.method import artifacts, models
 from kdig_utils.paths import workspace
 
 Writer = Callable[[nn.Module, Path], None]
-WEIGHTS = "weights.safetensors"
 
 
 class File(NamedTuple):
-    """A file by its name, and what writes it, as in `exporting`; the weights are there anyway."""
+    """A file by its name, and what writes it, as in `exporting`."""
 
     name: str
-    write: Writer | None = None
+    write: Writer
 
 
 class Runtime(NamedTuple):
@@ -46,16 +45,18 @@ class Runtime(NamedTuple):
     opened_once: bool = False
 
 
+WEIGHTS = "weights.safetensors"
 PYTORCH = ("torch", "kdig_utils.method.artifacts")
 EXECUTORCH = ("torch", "executorch.extension.pybindings.portable_lib", "executorch.runtime")
+STATE = {"fp32": File(WEIGHTS, artifacts.save_weights)}
 ONNX = {"fp32": File("fp32.onnx", exporting.export_onnx), "int8": File("int8.onnx", exporting.export_onnx_int8)}
 PTE = {  # 8 bits first: who has no time for both has the figure that is asked for
     "int8": File("int8.pte", exporting.export_executorch_int8),
     "fp32": File("fp32.pte", exporting.export_executorch),
 }
 RUNTIMES = {
-    "eager": Runtime(openers.open_eager, PYTORCH, {"fp32": File(WEIGHTS)}),
-    "compile": Runtime(openers.open_compiled, PYTORCH, {"fp32": File(WEIGHTS)}, opened_once=True),
+    "eager": Runtime(openers.open_eager, PYTORCH, STATE),
+    "compile": Runtime(openers.open_compiled, PYTORCH, STATE, opened_once=True),
     "onnxruntime": Runtime(openers.open_onnxruntime, ("onnxruntime",), ONNX, ("onnx",), "edge"),
     "openvino": Runtime(openers.open_openvino, ("openvino",), ONNX, ("onnx", "onnxruntime"), "edge"),
     "executorch": Runtime(openers.open_executorch, EXECUTORCH, PTE, ("torchao",)),
@@ -82,7 +83,7 @@ def name_of(function: Callable) -> str:
 
 
 def write_files(network: nn.Module, end: float) -> tuple[Path, dict[str, str]]:
-    """Write the files of all runtimes for a network, in a process of its own, or keep what an earlier call has written.
+    """Write the files of all runtimes for a network, in a process of its own; those that are there already are kept.
 
     Args:
         end: the moment of `time.monotonic` by which it must have ended.
@@ -90,36 +91,27 @@ def write_files(network: nn.Module, end: float) -> tuple[Path, dict[str, str]]:
     Returns:
         Their folder, and why a file is not there, in words, by its name.
     """
-    folder = _kept(network)
-    wanted = {file: runtime.extra for runtime in RUNTIMES.values() for file in runtime.files.values()}
-    missing = {file: extra for file, extra in wanted.items() if not (folder / file.name).is_file()}
+    files = {file: runtime.extra for runtime in RUNTIMES.values() for file in runtime.files.values()}
+    folder = _folder(network, files)
     problems: dict[str, str] = {}
-    if not missing:
-        return folder, problems
+    weights, k = folder / WEIGHTS, getattr(network, "k", 0)
+    if not weights.is_file():
+        artifacts.save_weights(network, weights)
+    missing = [file for file in files if not (folder / file.name).is_file()]
     with contextlib.closing(Process("export", end)) as process:
-        for file, extra in missing.items():
+        for file in missing:
             try:
-                _write(process, file, folder, getattr(network, "k", 0))
+                writer, path = name_of(file.write), str(folder / file.name)
+                process.ask("write", writer=writer, weights=str(weights), k=k, path=path)
             except Lost as lost:
-                words = in_words(str(lost), extra)
+                words = in_words(str(lost), files[file])
                 problems[file.name] = words if words == LATE else f"the export failed: {words}"
     return folder, problems
 
 
-def _write(process: Process, file: File, folder: Path, k: int) -> None:
-    assert file.write is not None
-    writer = name_of(file.write)
-    process.ask("write", writer=writer, weights=str(folder / WEIGHTS), k=k, path=str(folder / file.name))
-
-
-def _kept(network: nn.Module) -> Path:
-    """The folder in the workspace for the files of this network, named by weights and writers, with the weights."""
-    writers = {file.write for runtime in RUNTIMES.values() for file in runtime.files.values() if file.write}
-    sources = sorted({inspect.getfile(writer) for writer in writers})
-    digest = hashlib.sha256(f"{models.weights_sha256(network)} {versions(tools=True)}".encode())
-    for source in sources:
-        digest.update(Path(source).read_bytes())
-    folder = workspace() / "exports" / digest.hexdigest()[:16]
-    if not (folder / WEIGHTS).is_file():
-        artifacts.save_weights(network, folder / WEIGHTS)
-    return folder
+def _folder(network: nn.Module, files: Iterable[File]) -> Path:
+    """The folder in the workspace for the files of this network, named by its weights and by all that writes them."""
+    sources = sorted({inspect.getfile(file.write) for file in files})
+    writers = [versions(tools=True), *(Path(source).read_text() for source in sources)]
+    digest = hashlib.sha256("".join([models.weights_sha256(network), *writers]).encode())
+    return workspace() / "exports" / digest.hexdigest()[:16]

@@ -12,7 +12,7 @@ import os
 import pkgutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,9 @@ KIBIBYTE = 1.024e-3  # in megabytes
 
 class Server:
     """What a process can be asked: `write`, or `open` and then the rest."""
+
+    def __init__(self) -> None:
+        self.cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
     def write(self, writer: str, weights: str, k: int, path: str) -> None:
         """Write the network of a safetensors file with a writer of `exporting`."""
@@ -48,22 +51,25 @@ class Server:
             importlib.import_module(package)
         imported = (time.perf_counter_ns() - start) / 1e6
         self.opener: Opener = pkgutil.resolve_name(opener)
-        loaded = self.load(1, 1)
+        loaded = self._load(1, 1)
         first, *later = self.times(4)
         found = {"import_ms": imported, "load_ms": loaded, "first_ms": first, "each_ms": min(later)}
         return {**found, "peak_mb": peak_megabytes()}
 
-    def load(self, batch: int, threads: int) -> float:
-        """Open the file for `batch` images and so many threads; the milliseconds it took."""
+    def _load(self, batch: int, threads: int) -> float:
+        """Milliseconds that opening the file took."""
         start = time.perf_counter_ns()
         self.bind = self.opener(self.path, self.k, threads, batch)
         loaded = (time.perf_counter_ns() - start) / 1e6
-        self.batch, self.call = batch, self.bind(np.array(self.pixels[:batch]))
+        self.batch, self.threads, self.call = batch, threads, self.bind(np.array(self.pixels[:batch]))
         return loaded
 
-    def stay(self, cpus: list[int]) -> None:
-        """Use these CPUs only."""
-        os.sched_setaffinity(0, cpus)
+    def ready(self, batch: int, threads: int, cpus: list[int]) -> None:
+        """Let the file be open for `batch` images and so many threads, and from then on use these CPUs only."""
+        _use(self.cpus)  # a runtime that opens a file may start threads, which may use all
+        if (self.batch, self.threads) != (batch, threads):
+            self._load(batch, threads)
+        _use(cpus)
 
     def times(self, calls: int) -> list[float]:
         """Milliseconds of each of `calls` calls in a row."""
@@ -77,6 +83,11 @@ class Server:
             whole = np.concatenate([part, np.zeros((self.batch - len(part), *part.shape[1:]), np.uint8)])
             found += np.array(self.bind(whole)(), dtype=float)[: len(part)].tolist()
         return found
+
+
+def _use(cpus: Iterable[int]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
 
 
 def block(call: Call, calls: int) -> list[float]:

@@ -34,10 +34,14 @@ RECORDED_CALLS = 10  # of each network in a process
 MOST_PROCESSES = 20  # for each order of the networks
 BOOK = "epyc_2cpus"  # the book's own record in results/latency
 COLUMNS = [  # of a row of the benchmark, and so of each file in results/latency
+    # The published artifact, blocks removed, first digits of `models.weights_sha256`.
     *("model", "artifact", "k", "weights", "runtime", "precision", "batch", "threads"),
+    # Settled calls; the median call after other networks ran; against the eager teacher in the same setting.
     *("p50_ms", "p95_ms", "p99_ms", "cold_ms", "calls", "speedup", "speedup_low", "speedup_high"),
-    *("predicted_macs_ms", "predicted_ms", "peak_gmacs", "bandwidth_gb"),
+    *("predicted_macs_ms", "predicted_ms", "peak_gmacs", "bandwidth_gb"),  # `roofline.predicted`
+    # In percent; of logits and predictions with the same network in eager PyTorch.
     *("accuracy", "accuracy_images", "max_difference", "agreement"),
+    # Of a fresh process, for one image and one thread (`serving.Server.open`); the status is `ok`, or what is missing.
     *("import_ms", "load_ms", "first_ms", "each_ms", "peak_mb", "bytes", "status"),
     *("machine", "flags", "cpus", "load_average", "clock", "system", "versions", "day", "note"),
 ]

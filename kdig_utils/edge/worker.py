@@ -21,6 +21,10 @@ from typing import Any
 from kdig_utils.machine import process_environment, start
 
 LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
+DEATHS = {  # by exit status
+    -4: "this CPU lacks an instruction that the runtime needs",
+    -9: "the process ended with status -9, perhaps out of memory",
+}
 
 
 class Lost(RuntimeError):
@@ -40,7 +44,7 @@ class Process:
     """
 
     def __init__(self, name: str, end: float) -> None:
-        self.name, self.end, self.setting = name, end, (1, 1)
+        self.name, self.end = name, end
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = start(
             [sys.executable, "-m", "kdig_utils.edge.serving"],
@@ -92,21 +96,7 @@ class Process:
         status = self.process.wait()
         self.errors.seek(0)
         last = self.errors.read().decode(errors="replace").strip().splitlines()[-1:]
-        if status == -signal.SIGILL:
-            return ": ".join(["this CPU lacks an instruction that the runtime needs", *last])
-        memory = ", perhaps out of memory" * (status == -9)
-        return ": ".join([f"the process ended with status {status}{memory}", *last])
-
-    def ready(self, batch: int, threads: int) -> None:
-        """Open the file anew if it was open for another batch size or number of threads."""
-        if self.setting != (batch, threads):
-            self.ask("load", batch=batch, threads=threads)
-            self.setting = (batch, threads)
-
-    def stay(self, cpus: list[int]) -> None:
-        """Use these CPUs only, where the system lets a process say so."""
-        if hasattr(os, "sched_setaffinity"):
-            self.ask("stay", cpus=cpus)
+        return ": ".join([DEATHS.get(status, f"the process ended with status {status}"), *last])
 
     def is_alive(self) -> bool:
         """Whether there is a process to ask."""

@@ -126,19 +126,15 @@ class Scripted:
         self.setting = (1, 1)
 
     def ask(self, do: str, **arguments: object) -> object:
+        if do == "ready":
+            self.setting = (arguments["batch"], arguments["threads"])
         if (do, self.setting) in self.cannot:
             self.closed = self.dies
             raise Lost("out of luck", self.name)
-        return [self.ms] * arguments["calls"] if do == "times" else np.zeros((arguments["images"], 10)).tolist()
+        return [self.ms] * arguments["calls"] if do == "times" else np.zeros((arguments.get("images", 0), 10)).tolist()
 
     def is_alive(self) -> bool:
         return not self.closed
-
-    def stay(self, cpus: list[int]) -> None:
-        pass
-
-    def ready(self, batch: int, threads: int) -> None:
-        self.setting = (batch, threads)
 
     def close(self) -> None:
         self.closed = True

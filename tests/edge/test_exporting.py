@@ -151,7 +151,7 @@ def test_runtimes_agree_with_pytorch(exported, test_images, tmp_path, runtime):
     server, opener = serving.Server(), runtimes.name_of(runtimes.RUNTIMES[runtime].open)
     facts = server.open(opener, [runtime], str(folder / "fp32.onnx"), 0, str(tmp_path / "pixels.npy"))
     assert facts["load_ms"] > 0
-    server.load(8, 1)
+    server.ready(8, 1, server.cpus)
     assert np.abs(np.array(server.logits(21)) - expected).max() < 1e-3
 
 

@@ -115,7 +115,7 @@ def test_no_stopped_process_outlives_this_program():
     program = (
         "import sys, time\nfrom kdig_utils.edge import worker\n"
         "process = worker.Process('a', time.monotonic() + 60)\n"
-        "try:\n    process.ask('load', batch=1, threads=1)\n"
+        "try:\n    process.ask('nothing')\n"
         "except worker.Lost:\n    print(process.process.pid, flush=True)\ntime.sleep(600)"
     )
     parent = subprocess.Popen(
