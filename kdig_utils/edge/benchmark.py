@@ -71,13 +71,12 @@ def latency_rows(
         test: the images that give the accuracies.
         threads: by default one, and all that this process may use.
         patience: seconds for everything, shared out as in `SHARES`; what comes later is left out, in words.
-        tell: is told what is being done.
 
     Returns:
         Rows with the keys `timing.COLUMNS`, None where there is no figure.
     """
-    start, counts = time.monotonic(), threads or tuple(sorted({1, usable_cpus()}))
-    ends = {part: start + share * patience for part, share in SHARES.items()}
+    ends = {part: time.monotonic() + share * patience for part, share in SHARES.items()}
+    counts = threads or tuple(sorted({1, usable_cpus()}))
     # Every other time from the last number of threads to the first: fewer files are opened anew.
     settings = [(batch, count) for turn, batch in enumerate(batches) for count in counts[:: -1 if turn % 2 else 1]]
     tables = {name: roofline.layers(network) for name, network in networks.items()}

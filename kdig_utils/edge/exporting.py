@@ -8,7 +8,6 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -77,7 +76,9 @@ def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) 
     from onnxruntime import quantization
 
     batches = iter([{"images": batch.numpy()} for batch in calibration_images.split(CALIBRATION_BATCH)])
-    with replacing(int8_path) as part, _errors_only():  # it recommends a step that this export does not need
+    with replacing(int8_path) as part, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # it recommends a step that this export does not need
         quantization.quantize_static(
             str(fp32_path),
             str(part),
@@ -88,18 +89,6 @@ def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) 
             per_channel=True,
         )
         onnx.save(_slimmed(onnx.load(part)), part)
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Within the block, only errors are logged."""
-    logger = logging.getLogger()
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def take_bytes(path: Path, bytes_path: Path) -> None:

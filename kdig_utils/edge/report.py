@@ -12,16 +12,10 @@ from kdig_utils import machine
 from kdig_utils.edge import runtimes
 from kdig_utils.paths import replacing
 
-SHOWN = {  # columns of the table, and their names there
-    **{name: name for name in ("model", "runtime", "precision", "p50_ms", "p95_ms", "predicted_ms", "speedup", "95 %")},
-    **{
-        "accuracy": "accuracy",
-        "accuracy_images": "images",
-        "bytes": "bytes",
-        "load_ms": "load_ms",
-        "peak_mb": "peak_mb",
-    },
-}
+SHOWN = [
+    *("model", "runtime", "precision", "p50_ms", "p95_ms", "predicted_ms", "speedup", "95 %"),
+    *("accuracy", "images", "bytes", "load_ms", "peak_mb"),
+]
 VNNI = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # instructions that add up 8-bit products
 NO_VNNI = (
     "no instruction for sums of 8-bit products (VNNI): 8 bits are slower here, and ONNX Runtime's sums of products of "
@@ -49,14 +43,16 @@ def machine_facts(note: str = "") -> dict[str, object]:
 
 def table(rows: list[dict]) -> str:
     """The rows as text, best first within each setting; those without figures say why."""
-    frame = pd.DataFrame(rows).astype({"bytes": "Int64", "accuracy_images": "Int64"})
+    frame = (
+        pd.DataFrame(rows).rename(columns={"accuracy_images": "images"}).astype({"bytes": "Int64", "images": "Int64"})
+    )
     parts = []
     for (threads, batch), found in frame.groupby(["threads", "batch"]):
         parts.append(f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
         timed = found[found["p50_ms"].notna()].sort_values("p50_ms")
         if len(timed):
             interval = [f"{low:.2f}-{high:.2f}" for low, high in timed[["speedup_low", "speedup_high"]].to_numpy(float)]
-            shown = timed.assign(**{"95 %": interval})[list(SHOWN)].rename(columns=SHOWN)
+            shown = timed.assign(**{"95 %": interval})[SHOWN]
             parts.append(shown.to_string(index=False, float_format="%.2f", na_rep="-"))
         missing = found[found["status"] != "ok"]
         names = missing["model"] + " " + missing["runtime"] + " " + missing["precision"]

@@ -36,11 +36,11 @@ class Lost(RuntimeError):
 
 
 class Process:
-    """A process of its own, which answers one request at a time.
+    """A process of its own, which answers one request at a time, and is killed if it has not by `end`.
 
     Args:
         name: of the network, for `Lost`.
-        end: the moment of `time.monotonic` after which no answer is waited for; may be moved.
+        end: a moment of `time.monotonic`; may be moved.
     """
 
     def __init__(self, name: str, end: float) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from kdig_utils.edge import benchmark, candidates, report, roofline, timing
 from kdig_utils.edge.candidates import Candidate
-from kdig_utils.edge.runtimes import RUNTIMES, File, Runtime, versions, write_files
+from kdig_utils.edge.runtimes import RUNTIMES, File, Runtime, write_files
 from kdig_utils.edge.worker import LATE, Lost
 from kdig_utils.method import artifacts, cifar10, models
 
@@ -195,14 +195,6 @@ def test_a_file_that_cannot_be_written_is_noticed_before_anything_is_measured(tm
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         benchmark.run("kd_ig_k5", 60, tmp_path / "file" / "here.json")
-
-
-def test_the_machine_is_described() -> None:
-    facts = report.machine_facts("loud")
-    assert facts["cpus"] >= 1
-    assert facts["note"].endswith("loud")
-    assert f"torch {torch.__version__.partition('+')[0]}" in facts["versions"]
-    assert "torchao" in versions(tools=True)
 
 
 def test_what_was_exported_is_kept_and_what_could_not_be_says_why(patched: pytest.MonkeyPatch) -> None:

