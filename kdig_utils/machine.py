@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,14 @@ def _sysctl(key: str) -> str:
     return ""
 
 
-def start(command: Sequence[str], **options: object) -> subprocess.Popen:
+def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
     """Start a process that, on Linux, is killed when this program dies, even by SIGKILL; options as of `Popen`.
 
     Linux kills it when the *thread* that started it ends, so one thread starts all of them, and lasts as long as the
     program (prctl(2), PR_SET_PDEATHSIG).
     """
     last_will = _die_with_parent if sys.platform == "linux" else None
-    return STARTING.submit(subprocess.Popen, command, preexec_fn=last_will, **options).result()
+    return STARTING.submit(lambda: subprocess.Popen(command, preexec_fn=last_will, **options)).result()
 
 
 def _die_with_parent() -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from kdig_utils import paths
+from kdig_utils.edge.serving import block
 from kdig_utils.machine import processor
 from kdig_utils.method import models
 
@@ -31,11 +33,15 @@ UNSETTLED_CALLS = 3  # of a block: they bring the weights back into the caches
 RECORDED_CALLS = 10  # of each network in a process
 MOST_PROCESSES = 20  # for each order of the networks
 BOOK = "epyc_2cpus"  # the book's own record in results/latency
-COLUMNS = [  # of a row of the court, and so of each file in results/latency
+COLUMNS = [  # of a row of the benchmark, and so of each file in results/latency
+    # The published artifact, blocks removed, first digits of `models.weights_sha256`.
     *("model", "artifact", "k", "weights", "runtime", "precision", "batch", "threads"),
+    # Settled calls; the median call after other networks ran; against the eager teacher in the same setting.
     *("p50_ms", "p95_ms", "p99_ms", "cold_ms", "calls", "speedup", "speedup_low", "speedup_high"),
-    *("predicted_macs_ms", "predicted_ms", "peak_gmacs", "bandwidth_gb"),
+    *("predicted_macs_ms", "predicted_ms", "peak_gmacs", "bandwidth_gb"),  # `roofline.predicted`
+    # In percent; of logits and predictions with the same network in eager PyTorch.
     *("accuracy", "accuracy_images", "max_difference", "agreement"),
+    # Of a fresh process, for one image and one thread (`serving.Server.open`); the status is `ok`, or what is missing.
     *("import_ms", "load_ms", "first_ms", "each_ms", "peak_mb", "bytes", "status"),
     *("machine", "flags", "cpus", "load_average", "clock", "system", "versions", "day", "note"),
 ]
@@ -51,31 +57,17 @@ class Speedup(NamedTuple):
     high: float
 
 
-def sizes(networks: Mapping[str, nn.Module]) -> pd.DataFrame:
-    """What needs no clock: parameters, million_macs for one image, megabytes of the state dict; one row a network."""
-    return pd.DataFrame(
-        {
-            "network": name,
-            "parameters": models.count_parameters(network),
-            "million_macs": models.count_macs(network) / 1e6,
-            "megabytes": sum(value.numel() * value.element_size() for value in network.state_dict().values()) / 1e6,
-        }
-        for name, network in networks.items()
-    )
-
-
 @torch.inference_mode()
-def call_times(network: nn.Module, images: Tensor, calls: int) -> np.ndarray:
+def call_times(network: nn.Module, images: Tensor, calls: int) -> list[float]:
     """Milliseconds of each of `calls` calls, the first included, without any warm-up; on a GPU until it is done."""
     network.eval()
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
-    times = []
-    for _call in range(calls):
-        start = time.perf_counter_ns()
+
+    def call() -> None:
         network(images)
-        wait()
-        times.append((time.perf_counter_ns() - start) / 1e6)
-    return np.array(times)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    return block(call, calls)
 
 
 def warm_up(times: Times, calls: int = WARM_UP_CALLS, seconds: float = WARM_UP_SECONDS) -> None:
@@ -102,16 +94,14 @@ def interleave(
     meets all of them. The first calls of a block find the caches full of another network; `settled` leaves them out.
 
     Args:
-        timed: for each network, what gives the milliseconds of so many calls in a row.
         seconds: time for the rounds, without the warm-up; at least `least_rounds` are made.
         warm_up_seconds: of each network, at most.
     """
-    if not timed:
-        return pd.DataFrame(columns=["round", "network", "call", "ms"])
     for times in timed.values():
         warm_up(times, min(calls, WARM_UP_CALLS), warm_up_seconds)
     order = np.random.default_rng(0)
-    rounds, end = [], time.perf_counter() + seconds
+    rounds: list[dict[str, Sequence[float]]] = []
+    end = time.perf_counter() + seconds
     while len(rounds) < least_rounds or time.perf_counter() < end:
         rounds.append({name: timed[name](calls) for name in order.permutation(list(timed))})
     return pd.DataFrame(
@@ -146,21 +136,15 @@ def measure(
         ValueError: fewer images than the largest batch.
     """
     if len(images) < max(batch_sizes):
-        raise ValueError(
-            f"{len(images)} images cannot fill a batch of {max(batch_sizes)}: give more, or a smaller batch"
-        )
+        raise ValueError(f"{len(images)} images cannot fill a batch of {max(batch_sizes)}: give more images")
     parts = []
     for count in threads or sorted({1, torch.get_num_threads()}):
         for batch_size in batch_sizes:
-            timed = {name: _eager(network, images[:batch_size]) for name, network in networks.items()}
+            timed = {name: partial(call_times, network, images[:batch_size]) for name, network in networks.items()}
             with torch_threads(count):
                 times = settled(interleave(timed, seconds, *((BLOCK_CALLS,) if batch_size == 1 else (2, 5))))
             parts.append(times.assign(batch_size=batch_size, threads=count))
     return pd.concat(parts, ignore_index=True)[["network", "batch_size", "threads", "round", "ms"]]
-
-
-def _eager(network: nn.Module, images: Tensor) -> Times:
-    return lambda calls: call_times(network, images, calls)
 
 
 @contextlib.contextmanager
@@ -174,13 +158,6 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def summary(latencies: pd.DataFrame) -> pd.DataFrame:
-    """Calls, median_ms and p95_ms of each network, batch size and number of threads."""
-    by_setting = latencies.groupby(["threads", "batch_size", "network"], sort=False)["ms"]
-    table = by_setting.agg(calls="size", median_ms="median", p95_ms=lambda times: times.quantile(0.95))
-    return table.reset_index()
-
-
 def speedup(latencies: pd.DataFrame, slow: str, fast: str, batch_size: int, threads: int) -> Speedup:
     """Median latency of `slow` over that of `fast`, with a 95 % interval from resampling whole rounds.
 
@@ -192,13 +169,13 @@ def speedup(latencies: pd.DataFrame, slow: str, fast: str, batch_size: int, thre
     if rounds.empty or not {slow, fast} <= set(rounds.columns):
         setting = f"batch size {batch_size} and {threads} threads"
         raise ValueError(f"no latencies of {slow!r} and {fast!r} at {setting}: measure them first")
+
+    def ratio(slow: np.ndarray, fast: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(slow, axis=axis) / np.median(fast, axis=axis)
+
     samples = (rounds[slow].to_numpy(), rounds[fast].to_numpy())
-    resampled = stats.bootstrap(samples, _ratio_of_medians, paired=True, n_resamples=2000, method="percentile", rng=0)
-    return Speedup(float(_ratio_of_medians(*samples)), *map(float, resampled.confidence_interval))
-
-
-def _ratio_of_medians(slow: np.ndarray, fast: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.median(slow, axis=axis) / np.median(fast, axis=axis)
+    resampled = stats.bootstrap(samples, ratio, paired=True, n_resamples=2000, method="percentile", rng=0)
+    return Speedup(float(ratio(*samples)), *map(float, resampled.confidence_interval))
 
 
 def first_calls(order: Sequence[str], batch: int, calls: int, processes: int, device: str = "cpu") -> pd.DataFrame:
@@ -224,7 +201,8 @@ def first_calls(order: Sequence[str], batch: int, calls: int, processes: int, de
     with context.Pool(1, maxtasksperchild=1) as pool:
         found = pool.starmap(_first_calls, [(tuple(order), batch, calls, device)] * processes, chunksize=1)
     frames = [frame.assign(process=number) for number, frame in enumerate(found)]
-    times = pd.concat(frames, ignore_index=True).assign(order=" first, ".join(order), machine=_named(device))
+    name = processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    times = pd.concat(frames, ignore_index=True).assign(order=" first, ".join(order), machine=name)
     return times[["process", "order", "network", "call", "ms", "threads", "machine"]]
 
 
@@ -243,10 +221,6 @@ def record_first_calls(path: Path, seconds: float) -> int:
         if time.monotonic() - started > seconds:
             break
     return number + 1
-
-
-def _named(device: str) -> str:
-    return processor() if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _first_calls(order: Sequence[str], batch: int, calls: int, device: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A runtime in a process of its own: started, asked, stopped while others have their turn, ended; failures in words.
+"""A process that writes files or runs a network (`serving`): started, asked, stopped, ended; failures in words.
 
 A process leads a process group, so that a compiler that it has started ends with it. It is stopped (SIGSTOP) whenever
 nothing is asked of it: threads that wait for work by spinning would run beside the network that is timed. If this
@@ -9,17 +9,22 @@ SIGCONT, as POSIX wants of a group that nobody waits for), and the group ends. N
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
 from kdig_utils.machine import process_environment, start
 
-EXTRAS = {"onnx": "edge", "onnxruntime": "edge", "openvino": "edge"}  # of pyproject.toml, by package
 LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
+DEATHS = {  # by exit status
+    -4: "this CPU lacks an instruction that the runtime needs",
+    -9: "the process ended with status -9, perhaps out of memory",
+}
 
 
 class Lost(RuntimeError):
@@ -31,18 +36,18 @@ class Lost(RuntimeError):
 
 
 class Process:
-    """A runtime in a process of its own, which answers one request at a time.
+    """A process of its own, which answers one request at a time, and is killed if it has not by `end`.
 
     Args:
         name: of the network, for `Lost`.
-        end: the moment of `time.monotonic` after which no answer is waited for; may be moved.
+        end: a moment of `time.monotonic`; may be moved.
     """
 
     def __init__(self, name: str, end: float) -> None:
-        self.name, self.end, self.setting = name, end, (0, 0)
+        self.name, self.end = name, end
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = start(
-            [sys.executable, "-m", "kdig_utils.edge.runtimes"],
+            [sys.executable, "-m", "kdig_utils.edge.serving"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -51,8 +56,8 @@ class Process:
             process_group=0,
         )
 
-    def ask(self, do: str, **arguments: object) -> object:
-        """The answer of the process to one request.
+    def ask(self, do: str, **arguments: object) -> Any:
+        """The answer, from JSON, of a method of `serving.Server`.
 
         Raises:
             Lost: the process died, refused, or did not answer before `end`.
@@ -67,16 +72,19 @@ class Process:
             raise Lost(self._death() if time.monotonic() < self.end else LATE, self.name)
         reply = json.loads(line)
         if "error" in reply:
-            raise Lost(in_words(reply["error"]), self.name)
+            raise Lost(reply["error"], self.name)
         return reply["answer"]
 
     def _answer(self, request: str) -> str:
         """The line that answers; what there is of it if the process dies."""
+        questions, answers = self.process.stdin, self.process.stdout
+        assert questions is not None
+        assert answers is not None
         self._signal("SIGCONT")
         try:
-            self.process.stdin.write(request)
-            self.process.stdin.flush()
-            return self.process.stdout.readline()
+            questions.write(request)
+            questions.flush()
+            return answers.readline()
         except BrokenPipeError:
             return ""
         finally:
@@ -87,19 +95,8 @@ class Process:
         self._kill()
         status = self.process.wait()
         self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return death(status) + (f": {in_words(lines[-1])}" if lines else "")
-
-    def ready(self, batch: int, threads: int) -> None:
-        """Open the file anew if it was open for another batch size or number of threads."""
-        if self.setting != (batch, threads):
-            self.ask("load", batch=batch, threads=threads)
-            self.setting = (batch, threads)
-
-    def stay(self, cpus: list[int]) -> None:
-        """Use these CPUs only, where the system lets a process say so."""
-        if hasattr(os, "sched_setaffinity"):
-            self.ask("stay", cpus=cpus)
+        last = self.errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        return ": ".join([DEATHS.get(status, f"the process ended with status {status}"), *last])
 
     def is_alive(self) -> bool:
         """Whether there is a process to ask."""
@@ -121,20 +118,16 @@ class Process:
                 os.killpg(self.process.pid, getattr(signal, name))
 
 
-def death(status: int) -> str:
-    """What an exit status says of the end of a process."""
-    if status == -4:
-        return "this CPU lacks an instruction that the runtime needs"
-    return f"the process ended with status {status}" + (", perhaps out of memory" if status == -9 else "")
+def in_words(error: str, extra: str = "") -> str:
+    """A runtime's error as one line that says what to do, where that is known.
 
-
-def in_words(error: str) -> str:
-    """A runtime's error as one line that says what to do, where that is known."""
+    Args:
+        extra: of pyproject.toml, which installs what is missing; without it pip is told the package.
+    """
     line = " ".join(error.split())
-    if line.startswith("ModuleNotFoundError"):
-        package = line.rpartition("'")[0].rpartition("'")[2].partition(".")[0]
-        remedy = f"'.[{EXTRAS[package]}]' in the folder of the book" if package in EXTRAS else package
-        return f"{package} is not installed: pip install {remedy}"
+    if missing := re.search(r"No module named '(\w+)", line):
+        remedy = f"'.[{extra}]' in the folder of the book" if extra else missing[1]
+        return f"{missing[1]} is not installed: pip install {remedy}"
     if "C++ compiler" in line or "InvalidCxxCompiler" in line:
         return "torch.compile found no C++ compiler: install one (g++ or clang++), or set CXX"
     return line[:200]
