@@ -20,9 +20,11 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 logger = logging.getLogger(__name__)
 
 PACKAGE = "kdig_utils"
-COLOURS = ("primary", "secondary", "success", "info", "warning", "text-muted")  # of the theme, one an importer
-BOX, ROW, LEFT = (200, 46), 66, 8  # width and height of a box, distance of the rows, margin; in the drawing's units
-WIDTH = 366
+# One an importer, of a brightness that is seen on white and on black; red is for arrows that run back.
+COLOURS = ("#3b8ed0", "#d9822b", "#2f9e6e", "#a06cd5", "#c8558f", "#8a8f98")
+RED = "#e03131"
+BOX, ROW, LEFT = (218, 46), 66, 8  # width and height of a box, distance of the rows, margin; in the drawing's units
+WIDTH = 384
 STYLE = """
 .kdig-architecture { display: block; width: 100%; max-width: 30rem; height: auto; margin: 1.5rem auto;
   font-family: inherit; }
@@ -126,7 +128,7 @@ def _arrow(pair: Arrow, found: Counter[Arrow], order: list[str], wrong: bool) ->
     reach = 34 + 21 * abs(places[1] - places[0])
     side, towards = (LEFT, -1) if wrong else (LEFT + BOX[0], 1)
     tip, bend = side + 7 * towards, side + reach * towards
-    colour = f"var(--pst-color-{'danger' if wrong else COLOURS[places[0] % len(COLOURS)]}, #57a)"
+    colour = RED if wrong else COLOURS[places[0] % len(COLOURS)]
     times = "once" if found[pair] == 1 else f"{found[pair]} times"
     return (
         f'<g class="arrow{" back" * wrong}" stroke="{colour}" stroke-width="{1.1 + log2(found[pair]) / 3:.1f}">'

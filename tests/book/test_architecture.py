@@ -71,7 +71,7 @@ def test_an_arrow_that_runs_back_is_found_and_drawn_as_such(architecture: Module
     assert architecture.back(found, architecture.rows(small_package)) == {("low", "high")}
     drawn = architecture.drawing(small_package)
     assert drawn.count('class="arrow back"') == 1
-    assert "color-danger" in drawn
+    assert architecture.RED in drawn
 
 
 def test_a_place_is_found_and_one_that_is_gone_is_not(architecture: ModuleType, small_package: Path) -> None:
