@@ -19,8 +19,12 @@ TORCH :=
 ifneq ($(filter-out cpu,$(TORCH)),)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu, or leave it out)
 endif
-# Tests run beside each other, each on one thread. More processes than four gain little and take much memory.
-BESIDE := -n logical --maxprocesses 4 --dist loadfile
+# Tests run beside each other, file by file, each process on one thread; more than four processes gain little and take
+# much memory. make test BESIDE= runs them one after the other. What takes longest starts first.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(if $(BESIDE),OMP_NUM_THREADS=1) $(PYTHON) -m pytest $(BESIDE) --color=auto
+LONG := tests/book/test_reproduce.py tests/test_project.py notebooks
+TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
 STEPS := $(if $(filter reproduce,$(MAKECMDGOALS)),4,3)
 
 # glibc gives freed memory back at once and asks for it again: without these, training on a CPU takes twice as long.
@@ -46,8 +50,7 @@ reproduce: setup
 
 test: setup
 	echo "3/3 Testing: package, project, every notebook in profiles smoke and published, the book"
-	$(PYTHON) -m pytest tests notebooks --nbval --nbval-current-env \
-	  --nbval-sanitize-with tests/nbval_sanitise.cfg --durations=15 --color=auto
+	$(PYTEST) $(TESTS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitise.cfg --durations=15
 	echo "The tests took $$SECONDS s"
 
 check: setup
@@ -56,7 +59,7 @@ check: setup
 	$(PYTHON) -m ruff format --check kdig_utils tests
 	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/method -m "not slow" $(BESIDE) --color=auto
+	$(PYTEST) tests/method -m "not slow"
 	echo "The check took $$SECONDS s; make test runs all tests"
 
 setup: $(INSTALLED)
