@@ -5,6 +5,7 @@ All of it is read from the package's source and from the layers in pyproject.tom
 
 import ast
 import re
+import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -91,8 +92,8 @@ def says(path: Path) -> str:
 
 
 def in_short(path: Path) -> str:
-    """The words of that line before its first colon, semicolon or full stop."""
-    return re.split(r"[:;.]", says(path))[0]
+    """The words of that line before its first colon, semicolon or full stop, as many as a box has room for."""
+    return textwrap.shorten(re.split(r"[:;.]", says(path).replace("`", ""))[0], 34, placeholder=" …")
 
 
 def drawing(root: Path) -> str:
@@ -171,22 +172,31 @@ class Drawing(CodeDirective):
 
 
 class Modules(CodeDirective):
-    """`{modules} method`: the modules of a wing, each with what it says of itself; without a name, the rest."""
-
-    optional_arguments = 1
+    """`{modules}`: for each wing what it says of itself, and a table of its modules; then those outside the wings."""
 
     def run(self) -> list[nodes.Node]:
-        known, wing = modules(self.root), (self.arguments or [""])[0]
-        inside = [name for name in known if name.rpartition(".")[0] == wing and name not in ("", *wings(known))]
-        if not inside:
-            logger.warning(f"the package has no wing {wing!r}", location=self.get_location())
+        known, order = modules(self.root), [name for layer in rows(self.root) for name in layer]
+        held = [wing for wing in reversed(order) if wing in wings(known)]
+        found: list[nodes.Node] = []
+        for wing in held:
+            inside = [name for name in known if name.startswith(f"{wing}.")]
+            found += [_heading(wing, says(known[wing])), self.table(inside, known)]
+        outside = [name for name in reversed(order) if name not in held]
+        return [*found, _heading("", "Outside the wings."), self.table(outside, known)]
+
+    def table(self, names: list[str], known: dict[str, Path]) -> nodes.table:
+        """A line for each module: its name with a link to its source, and the first line of its docstring."""
         link = self.config.html_theme_options["repository_url"]
-        lines = [(linked(known[name], link, self.root), described(says(known[name]))) for name in inside]
+        lines = [(linked(known[name], link, self.root), described(says(known[name]))) for name in names]
         columns = [nodes.colspec(colwidth=width) for width in (28, 72)]
-        body = nodes.tbody("", *(_row(*line) for line in lines))
         head = nodes.thead("", _row([nodes.Text("module")], [nodes.Text("what it does")]))
-        group = nodes.tgroup("", *columns, head, body, cols=2)
-        return [nodes.table("", group, classes=["colwidths-given"])]
+        body = nodes.tbody("", *(_row(*line) for line in lines))
+        return nodes.table("", nodes.tgroup("", *columns, head, body, cols=2), classes=["colwidths-given"])
+
+
+def _heading(wing: str, words: str) -> nodes.paragraph:
+    name = [nodes.strong("", "", nodes.literal(text=wing)), nodes.Text(": ")] if wing else []
+    return nodes.paragraph("", "", *name, *described(words))
 
 
 def wings(known: dict[str, Path]) -> set[str]:

@@ -61,8 +61,6 @@ def test_the_drawing_has_a_box_for_each_wing_and_an_arrow_for_each_import(archit
     shown = [group.find(f"{SVG}title").text for group in svg.iter(f"{SVG}g") if "arrow" in group.get("class", "")]
     told = {tuple(re.fullmatch(r"(\w+) imports (\w+): .+", title).groups()) for title in shown}
     assert told == set(architecture.arrows(ROOT))
-    words = [text.text for text in svg.iter(f"{SVG}text")]
-    assert max(map(len, words)) <= 34, "it does not fit into the box"
 
 
 def test_an_arrow_that_runs_back_is_found_and_drawn_as_such(architecture: ModuleType, small_package: Path) -> None:
@@ -86,6 +84,7 @@ def test_what_the_page_leads_to_is_there(architecture: ModuleType, name: str) ->
     assert architecture.place_of(name, ROOT) is not None
 
 
-def test_the_page_has_a_table_for_each_wing(architecture: ModuleType) -> None:
-    tables = set(re.findall(r"^```\{modules\} (\w+)$", PAGE, re.MULTILINE))
-    assert tables == architecture.wings(architecture.modules(ROOT))
+def test_each_wing_and_module_has_a_line_to_show(architecture: ModuleType) -> None:
+    known = architecture.modules(ROOT)
+    assert not [name for name, path in known.items() if len(architecture.says(path)) < 10]
+    assert architecture.wings(known) < {name for layer in architecture.rows(ROOT) for name in layer}
