@@ -3,10 +3,13 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
+import zipfile
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -22,7 +25,11 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PACKAGE = ROOT / "kdig_utils"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRED = runpy.run_path(str(ROOT / "setup.py"))["groups"]((ROOT / "requirements.txt").read_text())
 MEGABYTE = 1_000_000
+MOST_LINES = 9_000  # of the whole package
+MOST_LINES_OF_A_FILE = 350
+MOST_LINES_OF_A_FUNCTION = 40
 # A place on somebody's machine, which means nothing on another one.
 LOCAL_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt)/\w|file:/{2}")
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
@@ -203,19 +210,60 @@ def distribution_names(requirements: list[str]) -> set[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_a_module_imports_only_what_the_package_requires(path: Path) -> None:
     extras = "edge" if path.parent.name == "edge" else {"reproduce": "book"}.get(path.stem)
-    required = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extras] if extras else [])
+    required = REQUIRED["package"] + (REQUIRED[extras] if extras else [])
     known = {IMPORT_NAMES.get(name, name) for name in distribution_names(required)} | {"kdig_utils"}
     installed_with_papermill = {"nbclient"} if extras == "book" else set()
     assert imported(path) <= known | installed_with_papermill | set(sys.stdlib_module_names)
 
 
 def test_requirements_are_ranges_and_the_lock_has_an_exact_version_of_each() -> None:
-    required = PROJECT["dependencies"] + [one for extra in PROJECT["optional-dependencies"].values() for one in extra]
+    required = [requirement for group in REQUIRED.values() for requirement in group]
     assert not [requirement for requirement in required if "==" in requirement or ">=" not in requirement]
     locked = (ROOT / "requirements.lock").read_text().splitlines()
     assert not [line for line in locked if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", line)]
     missing = distribution_names(required) - {line.split("==")[0].lower().replace("_", "-") for line in locked}
     assert not missing
+
+
+def test_what_pip_was_told_is_what_requirements_txt_names() -> None:
+    """`make` installs again when requirements.txt changes."""
+    told = metadata.requires("kdig-utils")
+    for group, requirements in REQUIRED.items():
+        extra = "" if group == "package" else f'; extra == "{group}"'
+        listed = [one.partition(";")[0] for one in told if (one.endswith(extra) if extra else ";" not in one)]
+        assert distribution_names(listed) == distribution_names(requirements)
+
+
+def write_wheel(folder: Path, name: str, version: str, requires: str = "") -> None:
+    """A wheel without content, which pip can find and compare."""
+    about = f"{name}-{version}.dist-info"
+    requirement = f"Requires-Dist: {requires}\n" if requires else ""
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requirement}")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
+@pytest.mark.parametrize(
+    ("torchvision", "chosen"),
+    [
+        ("0.98+cpu", ["torch==98.0+cpu", "torchvision==0.98+cpu"]),
+        ("0.98", []),  # no CPU build
+        ("0.97+cpu", []),  # one that needs another torch
+    ],
+)
+def test_torch_for_the_cpu_is_taken_where_the_index_has_both_packages(
+    torchvision: str, chosen: list[str], tmp_path: Path
+) -> None:
+    write_wheel(tmp_path, "torch", "98.0+cpu")
+    write_wheel(tmp_path, "torch", "99.0")
+    write_wheel(tmp_path, "torchvision", torchvision, f"torch=={torchvision.removesuffix('+cpu').replace('0.', '')}.0")
+    write_wheel(tmp_path, "torchvision", "0.99", "torch==99.0")
+    words = ["make", "torch-build", "TORCH=cpu", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    ran = subprocess.run(words, cwd=ROOT, env={**os.environ, **index}, capture_output=True, text=True, check=True)
+    assert (tmp_path / "torch-build.txt").read_text().splitlines() == chosen
+    assert bool(chosen) == ("ordinary builds" not in ran.stdout)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -227,6 +275,31 @@ def test_public_names_exist_and_say_what_they_are(path: Path) -> None:
         for part in [node, *(child for child in node.body if isinstance(child, ast.FunctionDef))]:
             annotated = isinstance(part, ast.ClassDef) or part.returns is not None or part.name.startswith("_")
             assert annotated, f"{part.name} does not say what it returns"
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_package_is_small() -> None:
+    assert sum(map(lines_of, MODULES)) <= MOST_LINES
+
+
+def test_no_file_of_the_package_is_long() -> None:
+    assert not {
+        str(path.relative_to(ROOT)): lines_of(path) for path in MODULES if lines_of(path) > MOST_LINES_OF_A_FILE
+    }
+
+
+def test_no_function_of_the_package_is_long() -> None:
+    """From `def` to the last line, the docstring included."""
+    functions = [(path, node) for path in MODULES for node in ast.walk(ast.parse(path.read_text()))]
+    lengths = {
+        f"{path.relative_to(ROOT)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path, node in functions
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: length for name, length in lengths.items() if length > MOST_LINES_OF_A_FUNCTION}
 
 
 def test_imports_go_one_way_through_the_wings() -> None:
@@ -249,6 +322,12 @@ def test_ruff_finds_nothing() -> None:
             [sys.executable, "-m", "ruff", *words], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert ran.returncode == 0, ran.stdout
+
+
+def test_mypy_finds_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
 
 
 # The book
