@@ -19,9 +19,9 @@ TORCH :=
 ifneq ($(filter-out cpu,$(TORCH)),)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu, or leave it out)
 endif
-# Tests run beside each other, file by file, each process on one thread; more than four processes gain little and take
+# Tests run beside each other, each process on one thread; more than four processes gain little and take
 # much memory. make test BESIDE= runs them one after the other. What takes longest starts first.
-BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+BESIDE := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 PYTEST := $(if $(BESIDE),OMP_NUM_THREADS=1) $(PYTHON) -m pytest $(BESIDE) --color=auto
 LONG := tests/book/test_reproduce.py tests/test_project.py notebooks
 TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))

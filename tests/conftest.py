@@ -19,6 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, the tests of a file stay in one process, as they share what is costly; chapters go anywhere."""
+    for item in items:
+        alone = "test_every_notebook_runs_in_smoke" in item.nodeid
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh workspace for the session: no test writes into the reader's, and what is trained is trained once."""

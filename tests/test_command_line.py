@@ -104,7 +104,7 @@ def test_a_machine_without_the_larger_packages_runs_campaigns(tmp_path: Path) ->
     [
         (["reproduce", "--profile", "smok"], "'smok'", "published, smoke, full"),
         (["train", "--method", "kdd"], "'kdd'", "kd_ig_at"),
-        (["train", "--method", "kd", "--k", "4"], "k = 4", "3, 5, 7"),
+        (["train", "--method", "kd", "--k", "4"], "k 4", "3, 5, 7"),
         (["train", "--method", "kd", "--epochs", "0"], "epochs = 0", "at least 1"),
         (["train", "--method", "kd", "--pairing", "none"], "'none'", "matched"),
         (["train", "--method", "kd", "--train-fraction", "1.5"], "1.5", "(0, 1]"),

@@ -43,13 +43,14 @@ logits, _features = models.logits_and_features(
     model, training.crop_and_flip(images.images(batch.order), batch.shifts, batch.flips), models.attention_tap(5)
 )
 entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-paid = loss(dataclasses.replace(plain, penalty=0.1)) - loss(plain)
+paid = loss(dataclasses.replace(plain, method="sure")) - loss(plain)
 assert torch.allclose(paid, -0.1 * entropy, atol=1e-6), (paid, entropy)
-print(RunSpec("ig").run_id, RunSpec("ig", penalty=0.1).run_id)
+assert not RunSpec("sure").uses_teacher and RunSpec("kd_sure").uses_teacher
+print(RunSpec("ig").run_id, RunSpec("ig_sure").run_id)
 """
 
 
-@pytest.mark.parametrize(("place", "holds"), [(0, CONTROL), (1, PART)], ids=["control", "part"])
+@pytest.mark.parametrize(("place", "holds"), [(0, CONTROL), (1, PART)], ids=["control", "method"])
 def test_a_change_that_the_guide_shows_works_and_leaves_each_run_its_identity(
     place: int, holds: str, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ def ledger_lines(table: pd.DataFrame) -> list[str]:
     """A line for each campaign and setting: the runs and their mean accuracy."""
     order = {method: place for place, method in enumerate(("teacher", *METHODS))}
     groups = with_other_settings(table).groupby(["campaign", "method", "k", "epochs", "other_settings"], dropna=False)
-    found = sorted(groups, key=lambda group: (str(group[0][0]), order[group[0][1]], group[0][2:]))
+    found = sorted(groups, key=lambda group: (str(group[0][0]), order.get(group[0][1], len(order)), group[0][2:]))
     return [
         f"{campaign}: {method} k={k}, {epochs} epochs{others and ', '}{others}: {len(runs)} run"
         f"{'s' if len(runs) > 1 else ''}, mean {runs['test_accuracy'].mean():.2f} % ({' '.join(runs['run_id'])})"

@@ -80,21 +80,19 @@ def attribute(
         ValueError: batch norm in training mode, active dropout, an output that is not deterministic or depends on the
             rest of the batch, inputs, baselines or outputs that are not finite, or a setting out of range.
     """
-    check_number("error", error)
     check_choice("output", output, OUTPUTS)
-    check_number("max_steps", max_steps)
-    check_number("internal_batch_size", internal_batch_size)
+    for name, value in {"error": error, "max_steps": max_steps, "internal_batch_size": internal_batch_size}.items():
+        check_number(name, value)
     check_finite(inputs, "inputs")
     baselines = with_batch(torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device), inputs)
     check_finite(baselines, "baselines")
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     check_model(model, inputs, baselines, targets)
     rule = _rule(model, inputs, output, error, internal_batch_size, compiled)
-    ends = inputs, baselines.expand_as(inputs)
+    ends = (inputs, baselines.expand_as(inputs))
     high, low = (_values(model, points, targets, output, internal_batch_size) for points in ends)
-    rise = high - low
-    check_finite(rise.unsqueeze(1), "outputs")
-    return _refine(rule, inputs, baselines, targets, rise, error, max_steps)
+    check_finite((high - low).unsqueeze(1), "outputs")
+    return _refine(rule, inputs, baselines, targets, high - low, error, max_steps)
 
 
 def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor) -> None:

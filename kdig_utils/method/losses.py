@@ -4,6 +4,9 @@ r"""The losses of the eight methods (paper, section 3; Hinton et al., arXiv 1503
               + (1 - \alpha) \, \mathrm{CE}(y, p_\text{student}) + \gamma \, L_\text{AT}
 """
 
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,3 +40,58 @@ def attention_map(features: Tensor) -> Tensor:
 def attention_loss(student_features: Tensor, teacher_attention: Tensor) -> Tensor:
     """Mean squared difference between the student's attention map and the teacher's, (N, H·W)."""
     return F.mse_loss(attention_map(student_features), teacher_attention)
+
+
+class Seen(NamedTuple):
+    """What a term of the loss sees of a batch.
+
+    Attributes:
+        logits: of the student, (N, classes).
+        features: of the student at the block that attention transfer compares, (N, C, H, W).
+        answers: the teacher's logits, (N, classes); empty where no teacher is asked.
+        attention: the teacher's attention maps, (N, H·W); empty where no teacher is asked.
+    """
+
+    logits: Tensor
+    features: Tensor
+    answers: Tensor
+    attention: Tensor
+
+
+class Weights(Protocol):
+    """What the terms read of a run's spec."""
+
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def gamma(self) -> float: ...
+
+
+def distillation(seen: Seen, spec: Weights) -> Tensor:
+    return spec.alpha * distillation_loss(seen.logits, seen.answers, spec.temperature)
+
+
+def attention_transfer(seen: Seen, spec: Weights) -> Tensor:
+    return spec.gamma * attention_loss(seen.features, seen.attention)
+
+
+class Part(NamedTuple):
+    """A part of a method.
+
+    Attributes:
+        reads: the fields of a run's spec that mean something only to methods with it.
+        term: what it adds to the loss; None for one that changes the images instead.
+    """
+
+    reads: tuple[str, ...]
+    term: Callable[[Seen, Weights], Tensor] | None = None
+
+
+# By the name that a method has it under, in the order in which they are named: `kd_ig`, not `ig_kd`.
+PARTS = {
+    "kd": Part(("alpha", "temperature", "answers", "pairing"), distillation),
+    "ig": Part(("overlay_probability", "n_steps", "pairing")),
+    "at": Part(("gamma", "pairing"), attention_transfer),
+}

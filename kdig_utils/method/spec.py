@@ -7,6 +7,7 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from kdig_utils.method.checks import RANGES, check_choice, check_number
+from kdig_utils.method.losses import PARTS
 from kdig_utils.method.models import REMOVABLE_BLOCKS
 from kdig_utils.method.pairings import PAIRINGS
 
@@ -17,17 +18,7 @@ PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
 MAIN_METHODS = ("student", "kd", "ig", "kd_ig")  # the paper's main comparison, and its sizes of the student
 
-# Fields that are no setting, and those that set something only in methods with one of these parts.
-NO_SETTING = ("method", "seed", "data_md5", "teacher_sha256")
-READ_BY = {
-    "alpha": ("kd",),
-    "temperature": ("kd",),
-    "answers": ("kd",),
-    "overlay_probability": ("ig",),
-    "n_steps": ("ig",),
-    "gamma": ("at",),
-    "pairing": ("kd", "ig", "at"),
-}
+NO_SETTING = ("method", "seed", "data_md5", "teacher_sha256")  # fields that are no setting
 
 
 class Spec:
@@ -64,12 +55,11 @@ class Spec:
 
         Seed, images and teacher are no part of it: runs of one method with one setting are repetitions.
         """
-        parts = set(self.method.split("_"))
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in (*NO_SETTING, *free) and (name not in READ_BY or parts & set(READ_BY[name]))
-        }
+        parts = self.method.split("_")
+        read = {field for name, part in PARTS.items() if name in parts for field in part.reads}
+        unread = {field for part in PARTS.values() for field in part.reads} - read
+        left_out = {*NO_SETTING, *free, *unread}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def bare_id(self) -> str:
@@ -83,7 +73,7 @@ class RunSpec(Spec):
     """All that determines the training of a student; the defaults are the paper's settings.
 
     Attributes:
-        method: one of `METHODS`.
+        method: `student`, or parts of `losses.PARTS` in their order; the paper's are `METHODS`.
         k: feature blocks removed from the teacher.
         seed: of initial weights, order of the images, augmentation and overlay.
         epochs: passes over the training images.
@@ -129,7 +119,6 @@ class RunSpec(Spec):
     schedule: str = "constant"
 
     choices: ClassVar[Mapping[str, Collection[object]]] = {
-        "method": METHODS,
         "k": REMOVABLE_BLOCKS,
         "pairing": PAIRINGS,
         "precision": PRECISIONS,
@@ -137,14 +126,19 @@ class RunSpec(Spec):
         "schedule": STUDENT_SCHEDULES,
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method != "_".join(part for part in PARTS if self.uses(part)):  # of parts, in their order
+            check_choice("method", self.method, METHODS)
+
     def uses(self, part: str) -> bool:
-        """Whether the method contains `part`: `kd`, `ig` or `at`."""
+        """Whether the method contains `part`, one of `losses.PARTS`."""
         return part in self.method.split("_")
 
     @property
     def uses_teacher(self) -> bool:
         """Whether the method needs any teacher signal."""
-        return self.method != "student"
+        return any(self.uses(name) and "pairing" in part.reads for name, part in PARTS.items())
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,11 @@ def student_loss(
     one of an epoch is not worth compiling for.
     """
     pixels, labels = images.images(batch.order), images.labels[batch.order]
+    answers = attention = pixels.new_empty(0)
     if signals is not None:  # there are some for each method that uses the teacher: `check_signals`
         told = signals.rows(batch.order)
+        online = spec.uses("kd") and spec.answers == "online"
+        answers, attention = asked(teacher, pixels, batch) if online else told.logits, told.attention
     if spec.uses("ig"):
         inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
     else:
@@ -148,11 +151,10 @@ def student_loss(
     logits, features = evaluate(model, inputs, models.attention_tap(spec.k))
     alpha = spec.alpha if spec.uses("kd") else 0.0
     loss = (1 - alpha) * F.cross_entropy(logits, labels)
-    if spec.uses("kd"):
-        answers = told.logits if spec.answers == "stored" else asked(teacher, pixels, batch)
-        loss = loss + alpha * losses.distillation_loss(logits, answers, spec.temperature)
-    if spec.uses("at"):
-        loss = loss + spec.gamma * losses.attention_loss(features, told.attention)
+    seen = losses.Seen(logits, features, answers, attention)
+    for name, part in losses.PARTS.items():
+        if part.term and spec.uses(name):
+            loss = loss + part.term(seen, spec)
     return loss
 
 
