@@ -12,7 +12,7 @@ import pytest
 from kdig_utils import __main__ as command_line
 from kdig_utils import commands
 from kdig_utils.book import repository
-from kdig_utils.commands import training
+from kdig_utils.commands import make_runs
 from kdig_utils.experiments import study
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method import artifacts, cifar10, models
@@ -134,7 +134,7 @@ def test_stopping_by_hand_says_how_to_go_on(
     def stop(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "student_study", stop)
+    monkeypatch.setattr(make_runs, "student_study", stop)
     assert command_line.main(["train", "--method", "kd"]) == 130
     assert capsys.readouterr().err == "stopped; run the same command again to go on\n"
 
@@ -214,7 +214,7 @@ def test_a_teacher_whose_time_is_over_is_packed_to_go_on_elsewhere(
 def test_train_shows_a_run_that_another_campaign_trained(
     clone: Path, small_data: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "student_study", lambda _profile, _n_steps: study.open_study("full"))
+    monkeypatch.setattr(make_runs, "student_study", lambda _profile, _n_steps: study.open_study("full"))
     monkeypatch.setattr(study.Study, "teacher_sha256", "")
     for name in ("first", "second"):
         capsys.readouterr()

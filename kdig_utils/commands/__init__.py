@@ -1,12 +1,12 @@
-"""The commands of `python -m kdig_utils`: `training` makes runs, `telling` measures, shows and publishes what is there.
+"""The commands of `python -m kdig_utils`: `make_runs` makes runs, `use_runs` measures, shows and publishes them.
 
 What only some commands need is imported in them: it is slow to import, or not there on a bare GPU machine.
 """
 
 from collections.abc import Callable
 
-from kdig_utils.commands.telling import explain, first_calls, latency, links, publish, readme, reproduce, status, store
-from kdig_utils.commands.training import adopt, campaign, data, flight, probe, search, signals, teacher, train, unpack
+from kdig_utils.commands.make_runs import adopt, campaign, data, flight, probe, search, signals, teacher, train, unpack
+from kdig_utils.commands.use_runs import explain, first_calls, latency, links, publish, readme, reproduce, status, store
 
 Command = Callable[..., int | None]  # returns its exit status; None is 0
 

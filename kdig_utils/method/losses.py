@@ -1,4 +1,6 @@
-r"""The losses of the eight methods (paper, section 3; Hinton et al., arXiv 1503.02531; arXiv 1612.03928).
+r"""The terms of the loss (paper, section 3; Hinton et al., arXiv 1503.02531; arXiv 1612.03928).
+
+`training.student_loss` adds them up for a batch, each method with the terms of its parts:
 
 .. math:: L = \alpha T^2 \, \mathrm{KL}(p^T_\text{teacher} \,\|\, p^T_\text{student})
               + (1 - \alpha) \, \mathrm{CE}(y, p_\text{student}) + \gamma \, L_\text{AT}

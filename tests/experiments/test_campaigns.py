@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from kdig_utils import __main__ as command_line
-from kdig_utils.commands import training
+from kdig_utils.commands import make_runs
 from kdig_utils.experiments import campaigns, packs, study
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import open_study
@@ -86,9 +86,9 @@ def test_answers_are_compared_at_one_setting_seed_by_seed() -> None:
 
 
 def test_answers_wait_for_the_search(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.paths, "ledger_path", lambda: ledger.path)
+    monkeypatch.setattr(make_runs.paths, "ledger_path", lambda: ledger.path)
     with pytest.raises(ValueError, match="needs the alpha that validation prefers: run"):
-        training.campaign_specs("answers")
+        make_runs.campaign_specs("answers")
 
 
 def test_unknown_campaign_names_the_known_ones() -> None:

@@ -18,7 +18,7 @@ import torch
 from kdig_utils import __main__ as command_line
 from kdig_utils import machine
 from kdig_utils.analysis import explanations
-from kdig_utils.commands import training
+from kdig_utils.commands import make_runs
 from kdig_utils.experiments import flight, packs, probes, study
 from kdig_utils.experiments.flight import Flight
 from kdig_utils.experiments.ledger import Ledger
@@ -168,7 +168,7 @@ def test_the_command_trains_the_teacher_that_the_flight_waits_for(
 ) -> None:
     """Else the flight would never find its row."""
     asked = []
-    monkeypatch.setattr(training, "open_study", lambda _profile: small)
+    monkeypatch.setattr(make_runs, "open_study", lambda _profile: small)
     monkeypatch.setattr(Study, "run", lambda _self, spec, *_rest: asked.append(spec))
     add_teacher(small, 0, 93.0)
     command_line.main(["teacher", "--seed", "1", "--campaign", "next", "--budget-minutes", "1"])

@@ -10,7 +10,7 @@ import torch
 from kdig_utils import __main__ as command_line
 from kdig_utils.analysis import scorecard
 from kdig_utils.book import repository, status
-from kdig_utils.commands import training
+from kdig_utils.commands import make_runs
 from kdig_utils.experiments import evidence, publishing, study, teachers
 from kdig_utils.experiments.ledger import Ledger, spec_of
 from kdig_utils.method import artifacts, models
@@ -231,7 +231,7 @@ def test_a_better_teacher_waits_until_its_students_are_published(
     assert artifacts.manifest()["teacher"] == shown
     new = artifacts.manifest()[teachers.NEXT]["weights_sha256"]
     assert study.open_study("published").teacher_sha256 == shown["weights_sha256"]
-    assert training.student_study("full", 2).teacher_sha256 == new
+    assert make_runs.student_study("full", 2).teacher_sha256 == new
     assert len(study.open_study("published").kinds("teacher")) == 1
 
     student = finish(ledger, published, RunSpec("kd", epochs=3, teacher_sha256=new))
@@ -284,7 +284,7 @@ def test_who_is_only_looked_at_may_be_rounded_and_nobody_learns_from_a_rounded_c
         (published / "artifacts" / "manifest.json").read_text().replace(f'"{teachers.NEXT}": ', '"gone": ')
     )
     with pytest.raises(ValueError, match="rounded copy: publish the teacher to learn from"):
-        training.student_study("full", 2)
+        make_runs.student_study("full", 2)
 
 
 def test_the_committed_students_have_the_committed_teacher() -> None:
