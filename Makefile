@@ -10,6 +10,8 @@ SHELL := /bin/bash
 .PHONY: help setup reproduce test check lock clean torch-build
 
 VENV := .venv
+# By another name: where a recipe names MAKE itself, `make -n` would run it, and install gigabytes.
+SUBMAKE = $(MAKE)
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALL_LOG := $(VENV)/install.log
@@ -21,7 +23,7 @@ $(error TORCH=$(TORCH) is unknown: give TORCH=cpu, or leave it out)
 endif
 # Tests run beside each other, each process on one thread; more than four processes gain little and take
 # much memory. make test BESIDE= runs them one after the other. What takes longest starts first.
-BESIDE := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+BESIDE := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 PYTEST := $(if $(BESIDE),OMP_NUM_THREADS=1) $(PYTHON) -m pytest $(BESIDE) --color=auto
 LONG := tests/book/test_reproduce.py tests/test_project.py notebooks
 TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
@@ -92,7 +94,7 @@ $(INSTALLED): pyproject.toml requirements.txt setup.py
 	  $$python -m venv --clear $(VENV)
 	  fresh=yes
 	fi
-	$(MAKE) --no-print-directory torch-build
+	$(SUBMAKE) --no-print-directory torch-build
 	if [ -n "$(TORCH)" ] && [ ! -s $(TORCH_BUILD) ]; then
 	  size="6.8 GB" needed=10
 	  [ -z "$$fresh" ] || need_gb $$needed

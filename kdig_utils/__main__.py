@@ -115,6 +115,8 @@ def main(words: Sequence[str] | None = None) -> int:
         status, message = 3, str(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
+        if package in ("", "kdig_utils"):  # a defect
+            raise
         status, message = 2, f"{package} is not installed: pip install {package}, or '.[book,edge]'"
     except Exception as error:
         if not is_expected(error):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from kdig_utils.method import cifar10
 from kdig_utils.method.cifar10 import ImageSet
@@ -19,11 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side, the tests of a file stay in one process, as they share what is costly; chapters go anywhere."""
-    for item in items:
-        alone = "test_every_notebook_runs_in_smoke" in item.nodeid
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Side by side, the tests of a file stay in one process, as they share what is costly; chapters need not."""
+    return ByFile(config, log)
+
+
+class ByFile(LoadScopeScheduling):
+    """Work is shared out by file, and by chapter where each chapter is a test."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_every_notebook_runs_in_smoke" in nodeid else nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -136,7 +136,8 @@ def lookup(path: str) -> Any:
     """
     found, rest = paper(), path
     while rest:
-        steps = {str(step): step for step in (range(len(found)) if isinstance(found, list) else found)}
+        its = range(len(found)) if isinstance(found, list) else found if isinstance(found, dict) else ()
+        steps = {str(step): step for step in its}
         step = max((name for name in steps if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
         if step is None:
             raise KeyError(f"paper.json has no {path!r}: nothing at {rest!r}")
@@ -203,7 +204,7 @@ def _claim(entry: dict, content: dict) -> Claim:
     merged = {**content["groups"][entry["group"]], **entry}
     del merged["title"]
     name = merged["settings"]
-    protocol = content["protocols"].get(name, {"settings": content["settings"].get(name), "registered": ""})
+    protocol = content["protocols"].get(name) or {"settings": content["settings"][name], "registered": ""}
     dated = [merged["registered"], content["rules"]["registered"], protocol["registered"]]  # all as 2026-11-27T16:00Z
     value = merged["value"] if isinstance(merged["value"], list) else [merged["value"]]
     lists = {"value": tuple(value), "methods": tuple(merged["methods"])}

@@ -73,8 +73,8 @@ def explain_runs(
     asked = prepare(study.teacher.to(study.device), study.test.to(study.device), effort)
     table = read(path)
     if not (table["run_id"] == "").any():
-        for control, means in examine_controls(asked).items():
-            record(_rows(means, "", control, k=5, seed=0), path)
+        found = examine_controls(asked).items()
+        record(pd.concat([_rows(means, "", control, k=5, seed=0) for control, means in found]), path)
     runs = study.ledger.read() if runs is None else runs
     begun, whole = (set(table.loc[table["measure"] == name, "run_id"]) for name in ("spearman", "unexplained"))
     for row, network in _networks(study, runs[~runs["run_id"].isin(whole if find_spec("captum") else begun)]):

@@ -76,8 +76,9 @@ def gains(accuracies: dict[str, pd.Series]) -> pd.DataFrame:
     for name, values in accuracies.items():
         mean, low, high = mean_interval(values) if len(values) else (np.nan,) * 3
         rows[name] = {"runs": len(values), "mean": mean, "low": low, "high": high}
-        if values is not baseline and len(pairs := _pairs(values, baseline)) > 1:
-            gain = paired(pairs[0], pairs[1])
+        its, those = _at_shared_seeds(values, baseline)
+        if values is not baseline and len(its) > 1:
+            gain = paired(its, those)
             rows[name] |= {"gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high, "p": gain.p}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(GAINS)).astype(float)
     return table.astype({"runs": int}).assign(p_holm=[np.nan, *holm(table["p"].iloc[1:])])
@@ -97,20 +98,20 @@ def differences(accuracies: dict[str, pd.Series], first: str, others: Iterable[s
     """
     rows = {}
     for name in others:
-        pairs = _pairs(accuracies[first], accuracies[name])
-        rows[name] = {"pairs": len(pairs)}
-        if len(pairs) > 1:
-            found = paired(pairs[0], pairs[1])
-            level = paired_equivalence(pairs[0], pairs[1], margin)
+        one, other = _at_shared_seeds(accuracies[first], accuracies[name])
+        rows[name] = {"pairs": len(one)}
+        if len(one) > 1:
+            found = paired(one, other)
+            level = paired_equivalence(one, other, margin)
             rows[name] |= found._asdict() | {"level_p": level.p}
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(DIFFERENCES)).astype(float)
     table = table.astype({"pairs": int}).assign(p_holm=holm(table["p"]), level_p_holm=holm(table["level_p"]))
     return table.assign(finding=[_finding(row) for row in table.itertuples()])
 
 
-def _pairs(first: pd.Series, second: pd.Series) -> pd.DataFrame:
-    """The two, as columns 0 and 1, at the seeds that both have."""
-    return pd.concat([first, second], axis=1, join="inner", keys=[0, 1])
+def _at_shared_seeds(first: pd.Series, second: pd.Series) -> tuple[pd.Series, pd.Series]:
+    shared = first.index.intersection(second.index)
+    return first[shared], second[shared]
 
 
 def _finding(row: pd.Series) -> str:

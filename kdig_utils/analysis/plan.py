@@ -50,9 +50,7 @@ def needed(claim: Claim, setting: brief.Setting) -> set[RunSpec]:
     """The runs of the direct replication that a claim about students waits for; empty for any other claim."""
     if claim.measure not in (*ACCURACY_MEASURES, "map_similarity") or "teacher" in claim.methods:
         return set()
-    own, share = claim.settings["pairing"], claim.settings.get("train_fraction", 1.0)
-    assert isinstance(own, str)
-    assert isinstance(share, float)
+    own, share = str(claim.settings["pairing"]), float(str(claim.settings.get("train_fraction", 1.0)))
     found = set()
     for method, seed in itertools.product(claim.methods, range(claim.seeds)):
         pairing = RunSpec.pairing if method == "student" else own

@@ -41,6 +41,7 @@ def power(gain: float, deviation: float, runs: float, alpha: float = SIGNIFICANC
         deviation: standard deviation from seed to seed, points, above 0; a value fixed beforehand, not the runs' own.
         alpha: level of the test; for the strictest step of Holm's correction the level divided by the family's size.
     """
+    _check_deviation(deviation)
     return _power(gain / deviation * math.sqrt(runs / 2), 2 * runs - 2, alpha)
 
 
@@ -78,6 +79,7 @@ def pairs_needed(
 
 def smallest_gain(runs: int, deviation: float, chance: float = 0.8, alpha: float = SIGNIFICANCE) -> float:
     """The true gain, in points, that the two-sample t-test sees with this chance when each method has `runs` runs."""
+    _check_deviation(deviation)
     return deviation * float(TTestIndPower().solve_power(nobs1=runs, power=chance, alpha=alpha))
 
 
@@ -96,9 +98,13 @@ def _fewest(power_of: Callable[[float], float], chance: float) -> int:
     return 2 if most == 2 else math.ceil(optimize.brentq(lambda runs: power_of(runs) - chance, most / 2, most))
 
 
-def _check_plan(gain: float, deviation: float, chance: float, alpha: float) -> None:
+def _check_deviation(deviation: float) -> None:
     if not deviation > 0:
         raise ValueError(f"deviation {deviation} is not above 0: give the spread from seed to seed, in points")
+
+
+def _check_plan(gain: float, deviation: float, chance: float, alpha: float) -> None:
+    _check_deviation(deviation)
     if gain == 0:
         raise ValueError("gain 0 is never seen, however many seeds: give the smallest gain that is worth finding")
     if not alpha < chance < 1:

@@ -160,7 +160,8 @@ def _found(claim: Claim, values: NDArray, spread: tuple[float | NDArray, int]) -
 
 def _from_explanations(claim: Claim, held: _Evidence) -> dict:
     """Rank correlation of the students' maps with the teacher's: first method minus second, paired by seed."""
-    table = held.explanations if held.explanations is not None else pd.DataFrame(columns=["run_id", "measure", "value"])
+    nothing = pd.DataFrame(columns=["run_id", "measure", "value"])
+    table = nothing if held.explanations is None or held.explanations.empty else held.explanations
     measured = table[table["measure"] == "spearman"].drop_duplicates("run_id").set_index("run_id")["value"]
     similar = [
         run._replace(test_accuracy=measured[run.run_id]) for run in held.runs.counting(claim) if run.run_id in measured

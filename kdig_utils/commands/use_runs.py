@@ -13,6 +13,7 @@ from kdig_utils.commands.make_runs import UNTIL_THE_END, Span, campaign_specs, s
 from kdig_utils.experiments import campaigns, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import PROFILES, open_study
+from kdig_utils.machine import keep_freed_memory
 
 Check = Annotated[bool, "change nothing; fail if something would change"]
 
@@ -53,6 +54,7 @@ def explain(
     if images % 20:
         raise ValueError(f"--images {images} is no multiple of 20: give one, as 100; half are corrupted")
     deadline = time.monotonic() + 60 * budget_minutes
+    keep_freed_memory()
     study = open_study(profile) if profile == "published" else student_study(profile)
     path = table or study.explanations_path
     effort = examination.Effort(images=images, mosaics=images, corrupted=images // 2)

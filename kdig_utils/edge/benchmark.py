@@ -79,9 +79,10 @@ def latency_rows(
     counts = threads or tuple(sorted({1, usable_cpus()}))
     # Every other time from the last number of threads to the first: fewer files are opened anew.
     settings = [(batch, count) for turn, batch in enumerate(batches) for count in counts[:: -1 if turn % 2 else 1]]
+    facts = report.machine_facts()  # before anything is measured: the load is that of others
     tables = {name: roofline.layers(network) for name, network in networks.items()}
     peaks, words = roofline.peaks(list(tables.values()), settings, ends["peaks"])
-    facts = report.machine_facts(words)
+    facts["note"] = "; ".join(filter(None, (str(facts["note"]), words)))
     tell(f"exporting {', '.join(networks)}")
     candidates = exported(networks, ends["exports"])
     times = _heard(candidates, test, settings, ends, MEASURING * patience, tell)

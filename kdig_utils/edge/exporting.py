@@ -48,7 +48,7 @@ def export_onnx(model: nn.Module, path: Path) -> None:
 
 def export_onnx_int8(model: nn.Module, path: Path) -> None:
     """Write the same in 8 bits, calibrated on `calibration_images`; its `images` are bytes, 0 to 255."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
         fp32, floats = Path(name) / "fp32.onnx", Path(name) / "int8.onnx"
         export_onnx(model, fp32)
         quantise_onnx(fp32, floats, calibration_images())

@@ -34,20 +34,26 @@ def open_eager(path: Path, k: int, threads: int, _batch: int) -> Bind:
     Weights are channels-last (`artifacts.read_weights`), images contiguous. On the book's machine that is as fast as
     with channels-last images, and faster than with contiguous weights, for one image and for 64.
     """
-    return _bind_torch(read_network(path, k), threads)
+    return _bind_torch(_read_with(threads, path, k))
 
 
 def open_compiled(path: Path, k: int, threads: int, _batch: int) -> Bind:
     """PyTorch compiled by TorchInductor, which needs a C++ compiler."""
     import torch
 
-    return _bind_torch(torch.compile(read_network(path, k), dynamic=False), threads)
+    return _bind_torch(torch.compile(_read_with(threads, path, k), dynamic=False))
 
 
-def _bind_torch(network: "Callable[[torch.Tensor], torch.Tensor]", threads: int) -> Bind:
+def _read_with(threads: int, path: Path, k: int) -> "torch.nn.Module":
+    """The network, read by so many threads: a pool that is larger would stay in the process."""
     import torch
 
     torch.set_num_threads(threads)
+    return read_network(path, k)
+
+
+def _bind_torch(network: "Callable[[torch.Tensor], torch.Tensor]") -> Bind:
+    import torch
 
     def bind(pixels: np.ndarray) -> Call:
         images = torch.from_numpy(_as_floats(pixels))

@@ -23,8 +23,8 @@ NO_VNNI = (
 )
 
 
-def machine_facts(note: str = "") -> dict[str, object]:
-    """What a reader needs to know of the machine: processor, instructions, load, clock, versions, day, and a note."""
+def machine_facts() -> dict[str, object]:
+    """What a reader needs to know of the machine: processor, instructions, load, clock, versions, day."""
     flags = machine.processor_flags()
     clock = time.get_clock_info("perf_counter")
     eight_bits = "" if VNNI & set(flags) or not flags else NO_VNNI
@@ -37,7 +37,7 @@ def machine_facts(note: str = "") -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": runtimes.versions(),
         "day": time.strftime("%Y-%m-%d", time.gmtime()),
-        "note": "; ".join(filter(None, (eight_bits, note))),
+        "note": eight_bits,
     }
 
 

@@ -48,7 +48,8 @@ def peaks(
             moved = max(float(_traffic(table, "fp32", batch).max()) for table in tables)
             found[batch, threads] = peak(threads, moved, PEAK_SECONDS)
     except Exception as error:  # a machine whose peaks cannot be measured still has its benchmark
-        return found, f"the peaks of the machine could not be measured: {type(error).__name__}: {error}"
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return found, f"the peaks of the machine could not be measured: {why}"
     return found, ""
 
 

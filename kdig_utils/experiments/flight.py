@@ -67,7 +67,7 @@ class Flight:
         self.known = set(study.ledger.read()["run_id"])
         self.ways = [("called", 1)]  # what always works, until the check has found better ones
         self.kept = study.folder / "flight"  # a copy of the pack, in the workspace
-        self.folders = (self.kept, folder)
+        self.folders = (folder, self.kept)  # what goes home first
         paths.check_writable(folder, 2 * packs.PACK_MOST_BYTES)
         paths.check_writable(study.folders["flights"])
 
@@ -123,8 +123,8 @@ class Flight:
                     self.pack()
             status = child.wait()
         finally:  # also where the disk is full: two processes must not train the same run
-            kill_group(child)
             limit.cancel()
+            kill_group(child)
         self.log(stage, f"ended with status {status} after {self.elapsed - begun:.0f} s")
         return status
 
@@ -158,7 +158,8 @@ class Flight:
         endings = ("Z.log", "Z_check.json", "Z_explanations.csv")
         flights = [path for ending in endings for path in sorted(folders["flights"].glob(f"2*{ending}"))]
         files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *self.study.files(rows)]
-        return [packs.pack(self.study.ledger, rows["run_id"], files, folder, NAME) for folder in self.folders][-1]
+        home, _kept = (packs.pack(self.study.ledger, rows["run_id"], files, folder, NAME) for folder in self.folders)
+        return home
 
     def write_explanations(self, run_ids: set[str]) -> None:
         """The explanations of these runs, in a file of this flight."""

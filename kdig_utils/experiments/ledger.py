@@ -58,6 +58,8 @@ class Ledger:
             )
         except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
             raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
+        if "compiled" not in table.columns:  # a pack from before this column
+            table = table.assign(compiled="")
         if missing := [name for name in COLUMNS if name not in table.columns]:
             raise ValueError(
                 f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"

@@ -30,7 +30,7 @@ with warnings.catch_warnings():  # of its progress bar, which is never shown
     from optuna.distributions import BaseDistribution, IntDistribution
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-    from optuna.storages._heartbeat import get_heartbeat_thread
+    from optuna.storages._heartbeat import BaseHeartbeat, get_heartbeat_thread
     from optuna.trial import FrozenTrial, Trial, TrialState
 # Optuna's heartbeat is meant for `Study.optimize`, and called experimental: here it serves trials asked and told.
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -100,7 +100,7 @@ def search(
     base = base_of(study, method)
     proposals = open_search(study, base, storage, seed)
     _signals = study.signals  # may take long, and no trial is under way meanwhile
-    while time.monotonic() < deadline and (asked := ask(proposals, base, n_trials, at_once)):
+    while time.monotonic() < deadline and (asked := next_trials(study, proposals, base, n_trials, at_once)):
         train(study, proposals, base, asked, deadline, report)
     return trials(study.ledger.read(), base)
 
@@ -175,6 +175,12 @@ def trials_under_way(study: Study, method: str, storage: str | None = None) -> i
     return sum(not trial.state.is_finished() for trial in found)
 
 
+def next_trials(study: Study, proposals: optuna.Study, base: RunSpec, n_trials: int, at_once: int) -> list[Trial]:
+    """`ask`, one worker of the folder after the other: SQLite would give a waiting trial to two at once."""
+    with FileLock(study.folder / LOCK):
+        return ask(proposals, base, n_trials, at_once)
+
+
 def ask(proposals: optuna.Study, base: RunSpec, n_trials: int, at_once: int) -> list[Trial]:
     """The next trials, at most `at_once`, given back ones first; none when the search has its `n_trials`."""
     fail_stale_trials(proposals)
@@ -184,6 +190,9 @@ def ask(proposals: optuna.Study, base: RunSpec, n_trials: int, at_once: int) -> 
         if len(others) >= n_trials and not any(trial.state == TrialState.WAITING for trial in others):
             break
         trial = proposals.ask(search_space(base.method))
+        # From now on it is taken over if this worker dies: Optuna passes over a trial that never gave a sign of life.
+        if isinstance(proposals._storage, BaseHeartbeat):
+            proposals._storage.record_heartbeat(trial._trial_id)
         # Another worker may have asked at the same moment: numbers are given once, so the higher one is too many.
         if sum(other.number < trial.number for other in _counted(proposals)) >= n_trials:
             proposals.tell(trial, state=TrialState.FAIL)

@@ -89,8 +89,7 @@ def attribute(
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     check_model(model, inputs, baselines, targets)
     rule = _rule(model, inputs, output, error, internal_batch_size, compiled)
-    ends = (inputs, baselines.expand_as(inputs))
-    high, low = (_values(model, points, targets, output, internal_batch_size) for points in ends)
+    high, low = (_values(model, x, targets, output, internal_batch_size) for x in (inputs, baselines.expand_as(inputs)))
     check_finite((high - low).unsqueeze(1), "outputs")
     return _refine(rule, inputs, baselines, targets, high - low, error, max_steps)
 

@@ -83,7 +83,8 @@ class Part(NamedTuple):
     """A part of a method.
 
     Attributes:
-        reads: the fields of a run's spec that mean something only to methods with it.
+        reads: the fields of a run's spec that mean something only to methods with it; `pairing` is among them if it
+            takes anything from the teacher.
         term: what it adds to the loss; None for one that changes the images instead.
     """
 

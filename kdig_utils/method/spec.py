@@ -128,7 +128,8 @@ class RunSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method != "_".join(part for part in PARTS if self.uses(part)):  # of parts, in their order
+        in_order = "_".join(part for part in PARTS if self.uses(part))
+        if not self.method or self.method != in_order:
             check_choice("method", self.method, METHODS)
 
     def uses(self, part: str) -> bool:

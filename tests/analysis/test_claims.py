@@ -170,3 +170,8 @@ def test_a_key_with_a_dot_is_found():
 def test_a_claim_that_cannot_be_judged_is_refused(changed, named):
     with pytest.raises(ValueError, match=named):
         claims.Claim(**{**asdict(claims.claims()[0]), **changed})
+
+
+def test_a_path_that_goes_on_behind_a_number_is_no_path() -> None:
+    with pytest.raises(KeyError, match=r"ablation_runs\.kd\.0\.x"):
+        claims.lookup("ablation_runs.kd.0.x")

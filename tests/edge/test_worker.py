@@ -141,3 +141,20 @@ def test_memory_is_told_in_megabytes(tmp_path):
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     expected = resident / 1e6 if sys.platform == "darwin" else 1024 * resident / 1e6
     assert serving.peak_megabytes(tmp_path / "status") == pytest.approx(expected, rel=0.1)
+
+
+def test_a_network_that_is_opened_for_one_thread_leaves_no_pool_in_its_process(tmp_path: Path) -> None:
+    """Peak memory and time to load are those of one thread: a larger pool, once made, stays."""
+    program = (
+        "import os, sys, torch\nfrom pathlib import Path\nfrom kdig_utils.edge import openers\n"
+        "from kdig_utils.method import artifacts, models\n"
+        "artifacts.save_weights(models.student(17), Path(sys.argv[1]))\n"
+        "torch.set_num_threads(4)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "openers.open_eager(Path(sys.argv[1]), 17, 1, 1)\n"
+        "print(before, len(os.listdir('/proc/self/task')))"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "weights.safetensors")]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True, env=machine.process_environment())
+    before, after = map(int, ran.stdout.split())
+    assert after <= before

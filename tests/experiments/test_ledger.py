@@ -286,3 +286,17 @@ def test_rows_of_the_teacher_with_most_of_them_stay_and_those_without_a_teacher(
     assert of_one_teacher(rows[:0]).empty
     students = rows[rows["teacher_sha256"] == ""]
     assert of_one_teacher(students).equals(students)
+
+
+@pytest.mark.parametrize("method", ["", "ig_kd", "kd_kd", "kd_", "kdd", "teacher"])
+def test_a_method_is_made_of_parts_in_their_order(method: str) -> None:
+    with pytest.raises(ValueError, match="method"):
+        RunSpec(method)
+
+
+def test_what_a_method_does_not_read_is_no_part_of_its_setting() -> None:
+    """Runs that differ in nothing that their method reads are repetitions, whatever else their specs say."""
+    assert RunSpec("ig", alpha=0.5).setting() == RunSpec("ig").setting()
+    assert RunSpec("kd", alpha=0.5).setting() != RunSpec("kd").setting()
+    assert RunSpec("student", pairing="shuffled").setting() == RunSpec("student", seed=3).setting()
+    assert RunSpec("at", pairing="shuffled").setting() != RunSpec("at").setting()

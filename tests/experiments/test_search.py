@@ -361,3 +361,14 @@ def test_gradient_plane_is_the_gradient_of_the_papers_loss(sample_train: ImageSe
     assert plane["angle"] == pytest.approx(choosing.degrees_between(*vectors), abs=1e-3)
     from_teacher, from_labels = (vectors[0] - 0.7 * vectors[1]).norm(), 0.7 * vectors[1].norm()
     assert plane["share"] == pytest.approx(100 * float(from_teacher / (from_teacher + from_labels)), rel=1e-3)
+
+
+def test_a_trial_gives_a_sign_of_life_before_it_is_trained(make_study: Callable[[], Study]) -> None:
+    """Optuna takes over no trial that never gave one: a worker killed at once would hold it for ever."""
+    study = make_study()
+    base = search.base_of(study, "kd")
+    proposals = search.open_search(study, base)
+    (trial,) = search.next_trials(study, proposals, base, 1, 1)
+    with sqlite3.connect(study.folder / "hyperparameters.db") as database:
+        beats = database.execute("select trial_id from trial_heartbeats").fetchall()
+    assert beats == [(trial._trial_id,)]

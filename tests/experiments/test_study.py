@@ -128,9 +128,9 @@ def test_a_run_whose_time_is_over_is_put_aside_and_goes_on(small_study: Study) -
     teacher = TeacherSpec(epochs=2, batch_size=8, data_md5=small_study.train.md5)
     assert small_study.run(teacher, deadline=time.monotonic()) is None
     calls = 1
-    while (row := small_study.run(teacher, deadline=time.monotonic() + 0.2)) is None:
-        calls += 1
-        assert [path.stem for path in small_study.folders["checkpoints"].glob("*.pt")] == [teacher.run_id]
+    while (row := small_study.run(teacher, deadline=time.monotonic() + 0.1 * calls)) is None:
+        calls += 1  # the slices grow: on a busy machine a short one may end before the first step
+        assert {path.stem for path in small_study.folders["checkpoints"].glob("*.pt")} <= {teacher.run_id}
         assert calls < 100
     assert calls > 1
     assert row["run_id"] == teacher.run_id
