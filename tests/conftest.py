@@ -1,6 +1,9 @@
 """What the tests share: the images of the repository, the official data set, and a workspace of their own."""
 
+import contextlib
+import itertools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jupyter_client.connect import LocalPortCache
 from torch.nn import functional as F
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -19,6 +23,20 @@ from kdig_utils.method.signals import TeacherSignals
 sys.path.append(str(Path(__file__).parent))  # for `ledgers`, which tests in every folder import
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure() -> None:
+    """Side by side, each process takes the ports of its kernels from a range of its own: two could pick the same."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        ports = itertools.cycle(range(20_000 + 1_000 * int(worker[2:]), 21_000 + 1_000 * int(worker[2:])))
+        LocalPortCache.find_available_port = lambda _cache, ip: next(port for port in ports if is_free(ip, port))
+
+
+def is_free(ip: str, port: int) -> bool:
+    with socket.socket() as tried, contextlib.suppress(OSError):
+        tried.bind((ip, port))
+        return True
+    return False
 
 
 @pytest.hookimpl(optionalhook=True)
