@@ -113,7 +113,10 @@ def test_notebook_has_one_parameter_and_the_plain_kernel(path: Path) -> None:
 def test_notebook_opens_with_title_question_and_its_own_colab_badge(path: Path) -> None:
     opening = cells(path)[0].source
     assert re.match(rf"# {path.name[:2]} · \w", opening)
-    assert repository.colab_badge(path.name) in opening
+    slug = repository.address().removeprefix("https://github.com/")
+    link = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    assert f"[![Open in Colab]({badge})]({link})" in opening
     assert "question" in opening.lower()
 
 

@@ -14,7 +14,6 @@ from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 from kdig_utils.paths import replacing, repository_root
 
-BRANCH = "main"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Where a file of the book names the book's own repository; other links to GitHub are other people's.
 OWN_ADDRESS = re.compile(
@@ -35,12 +34,6 @@ def address() -> str:
     if not re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+", found):
         raise ValueError(f"Repository = {found!r} in {path.name} is not of the form https://github.com/OWNER/NAME")
     return found
-
-
-def colab_badge(notebook: str) -> str:
-    """The Markdown of the button that opens `notebook`, a file name in notebooks/, in Colab."""
-    link = f"https://colab.research.google.com/github/{_slug()}/blob/{BRANCH}/notebooks/{notebook}"
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
 def notebooks() -> list[Path]:
