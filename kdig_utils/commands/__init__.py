@@ -1,17 +1,18 @@
-"""The commands of `python -m kdig_utils`: `make_runs` makes runs, `use_runs` measures, shows and publishes them.
+"""The commands of `python -m kdig_utils`: `make_runs` and `laboratory` make runs, `use_runs` measures and publishes.
 
 What only some commands need is imported in them: it is slow to import, or not there on a bare GPU machine.
 """
 
 from collections.abc import Callable
 
+from kdig_utils.commands.laboratory import rerun
 from kdig_utils.commands.make_runs import adopt, campaign, data, flight, probe, search, signals, teacher, train, unpack
 from kdig_utils.commands.use_runs import explain, first_calls, latency, links, publish, readme, reproduce, status, store
 
 Command = Callable[..., int | None]  # returns its exit status; None is 0
 
 COMMANDS: tuple[Command, ...] = (
-    data, teacher, adopt, signals, train, campaign, probe, flight, first_calls, search, unpack, explain, latency,
+    data, teacher, adopt, signals, train, campaign, probe, flight, first_calls, search, unpack, rerun, explain, latency,
     reproduce, store, status, publish, readme, links,
 )  # fmt: skip
 
@@ -29,6 +30,7 @@ train --method kd --k 9 --epochs 5 --campaign short
 campaign next --plan
 campaign next --budget-minutes 9 --pack out
 campaign pairing --budget-minutes 9 --at-once 8 --way compiled
+campaign laptop --workers 2    # on two CPUs; goes on where it stopped
 campaign compression --budget-minutes 1 --profile smoke    # a rehearsal, tiny
 probe compiled --seconds 5 --json compiled.json
 flight --budget-minutes 9 --pack out

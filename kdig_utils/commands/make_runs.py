@@ -14,7 +14,8 @@ import torch
 
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
-from kdig_utils.experiments import campaigns, hyperparameters, packs, publishing, teachers
+from kdig_utils.commands.laboratory import laptop_campaign
+from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Way
@@ -143,6 +144,7 @@ def campaign(
     plan: Annotated[bool, "train nothing: print the queue of `next`"] = False,
     budget_minutes: Annotated[Span, "from now on, signals included"] = UNTIL_THE_END,
     at_once: AtOnce = None,
+    workers: Annotated[int, "of `laptop`: processes that share its runs, each of one thread"] = 1,
     way: WayName = "recorded",
     pack: PackFolder = None,
     report_seconds: ReportSeconds = 30.0,
@@ -151,11 +153,13 @@ def campaign(
     """Train the next runs of a campaign side by side, as long as the budget lasts; then say what is left.
 
     The campaign `next` is one queue over all campaigns, ordered by what the runs settle: --plan prints it. The ledger
-    notes the code's commit; where the code is no git clone, set KDIG_COMMIT to it.
+    notes the code's commit; where the code is no git clone, set KDIG_COMMIT to it. The campaign `laptop` needs no GPU.
     """
     deadline = time.monotonic() + 60 * budget_minutes
     if plan:
         return print_plan(name, profile)
+    if name == laptop.NAME:
+        return laptop_campaign(workers, at_once, way, budget_minutes, report_seconds)
     if math.isinf(budget_minutes):
         raise ValueError("a campaign needs --budget-minutes M: how long it may train")
     specs = [] if name == "next" else campaign_specs(name)

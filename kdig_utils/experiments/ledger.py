@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
@@ -22,11 +23,12 @@ COLUMNS = (
     "run_id", "campaign", "method", "k", "seed", "pairing", "epochs", "train_fraction", "test_accuracy",
     "validation_accuracy", "train_loss", "parameters", "macs", "seconds", "device", "train_images", "test_images",
     "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
-    "compiled",
+    "compiled", "sample_accuracy",
 )  # fmt: skip
+LATER_COLUMNS = ("compiled", "sample_accuracy")  # which a pack or a ledger from before them lacks
 NUMBER_COLUMNS = (
     "k", "seed", "epochs", "train_fraction", "test_accuracy", "validation_accuracy", "train_loss", "parameters", "macs",
-    "seconds", "train_images", "test_images",
+    "seconds", "train_images", "test_images", "sample_accuracy",
 )  # fmt: skip
 # A hash such as 12e45678 is text, never a number.
 TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in NUMBER_COLUMNS)
@@ -58,8 +60,8 @@ class Ledger:
             )
         except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
             raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
-        if "compiled" not in table.columns:  # a pack from before this column
-            table = table.assign(compiled="")
+        later = [name for name in LATER_COLUMNS if name not in table.columns]
+        table = table.assign(**{name: np.nan if name in NUMBER_COLUMNS else "" for name in later})
         if missing := [name for name in COLUMNS if name not in table.columns]:
             raise ValueError(
                 f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"

@@ -18,7 +18,15 @@ from kdig_utils.method.overlay import EpochDraws, crop_and_flip, cutout
 from kdig_utils.method.pairings import paired_signals
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
-from kdig_utils.method.training import check_signals, chosen, schedule, student_loss, student_rates, training_positions
+from kdig_utils.method.training import (
+    check_signals,
+    chosen,
+    initial_student,
+    schedule,
+    student_loss,
+    student_rates,
+    training_positions,
+)
 
 
 class Trained(NamedTuple):
@@ -98,7 +106,8 @@ def student_run(
     Args:
         train: the training images; `spec` takes its share. What is on `device` already is shared and not copied.
         signals: the teacher's signals of `train`, row by row; not needed for the method `student`.
-        teacher: in evaluation mode, on `device`; asked only if the spec's answers are `online`.
+        teacher: in evaluation mode, on `device`; needed only if the spec's answers are `online`, or its initial weights
+            the teacher's.
         network: how the student is evaluated on a full batch: `models.logits_and_features`, or the same, compiled.
 
     Raises:
@@ -109,10 +118,12 @@ def student_run(
         raise ValueError("answers = 'online' asks the teacher about each crop: pass the teacher")
     positions, images, tested, validation = image_sets(spec, train, test, device)
     told, own = told_by(signals, train, positions, spec, device)
-    model = models.student(spec.k, spec.seed).to(device).to(memory_format=torch.channels_last)
+    model = initial_student(spec, teacher).to(device).to(memory_format=torch.channels_last)
     rates = student_rates(spec, math.ceil(len(images) / spec.batch_size), device)
     rate = spec.learning_rate if rates is None else rates[0].clone()
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=images.pixels.is_cuda)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=rate, weight_decay=spec.weight_decay, fused=True, capturable=images.pixels.is_cuda
+    )
     # A recorded step reads its images where they are, so only runs on the very same ones are alike.
     alike = replace(spec, seed=0, sample_seed=None, epochs=1), images.pixels.data_ptr(), bool(own), network
 

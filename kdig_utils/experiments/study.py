@@ -4,6 +4,7 @@
 repository; `full` trains everything at the paper's settings on the full data set.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from kdig_utils import paths
 from kdig_utils.experiments import evidence, teachers
 from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.reports import Report, print_line
+from kdig_utils.experiments.reservations import reserved
 from kdig_utils.experiments.runs import Run, compiled_network, student_run, teacher_run
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, Way, train_together
 from kdig_utils.method import artifacts, cifar10, models, pairings, precompute, training
@@ -202,7 +205,9 @@ class Study:
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
-        self._train((self._student_run(spec, network, deadline) for spec in left), campaign, way, deadline, report)
+        ours = reserved(left, self.folder / "reserved", lambda: set(self.ledger.read()["run_id"]), report)
+        with contextlib.closing(ours):
+            self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
         return [spec.run_id for spec in specs]
 
     def run(
@@ -226,7 +231,7 @@ class Study:
             signals=self._signals_of(spec, deadline),
             checkpoint=self._checkpoint(spec.run_id),
             device=self.device,
-            teacher=self.teacher.to(self.device) if spec.answers == "online" else None,
+            teacher=self.teacher.to(self.device) if spec.asks_the_network else None,
             network=network,
         )
 
@@ -258,13 +263,19 @@ class Study:
             seconds=round(float(last["seconds"]), 1),
             train_images=len(positions),
             test_images=len(self.test),
+            **self._also_measured(model),
             **outcome(model),
             **provenance(self.device),
         )
 
+    def _also_measured(self, _network: nn.Module) -> dict[str, float]:
+        """What else a row of this study says of its network."""
+        return {}
+
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
         """The network that a run of this study ended with, in evaluation mode."""
-        network = artifacts.read_weights(artifacts.model_for(spec.method, spec.k), self._file("weights", spec.run_id))
+        untrained = artifacts.model_for(spec.method, spec.k, spec.stem_stride)
+        network = artifacts.read_weights(untrained, self._file("weights", spec.run_id))
         assert isinstance(network, Teacher | Student)
         return network
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -66,9 +67,9 @@ def rounded(model: torch.nn.Module, method: str, k: int) -> torch.nn.Module:
         return read_weights(model_for(method, k), path)
 
 
-def model_for(method: str, k: int) -> torch.nn.Module:
+def model_for(method: str, k: int, stem_stride: int = 1) -> torch.nn.Module:
     """An untrained network of the architecture that `method` trains: the teacher, or a student without `k` blocks."""
-    return models.teacher() if method == "teacher" else models.student(k)
+    return models.teacher() if method == "teacher" else models.student(k, stem_stride=stem_stride)
 
 
 def manifest() -> dict[str, dict]:
@@ -95,7 +96,8 @@ def rename(old: str, new: str) -> None:
     known = manifest()
     entry = known.pop(old)
     file = f"{new}.safetensors"
-    os.replace(artifacts_folder() / entry["file"], artifacts_folder() / file)
+    shared = any(other["file"] == entry["file"] for other in known.values())
+    (shutil.copyfile if shared else os.replace)(artifacts_folder() / entry["file"], artifacts_folder() / file)
     _write_manifest({**known, new: {**entry, "file": file}})
 
 

@@ -23,11 +23,13 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         "overlay probability {} is outside [0, 1]: give the fraction of images to overlay",
     ),
     "temperature": (lambda x: 0 < x < math.inf, "temperature {} is not above 0 and finite: the paper uses 2.5"),
+    "train_images": (lambda n: n >= 0, "train_images = {} is negative: give 0 to train on all images"),
     "train_fraction": (
         lambda x: 0 < x <= 1,
         "train_fraction {} is outside (0, 1]: give the share of images to train on",
     ),
     "validation_images": (lambda n: n >= 0, "validation_images = {} is negative: give 0 to train on all images"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "weight decay {} is not a number of 0 or more: 0 is none"),
 }
 
 

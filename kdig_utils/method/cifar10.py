@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +33,7 @@ SOURCES = (
     f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
 )
 SAMPLE_COLUMNS = 50
+SAMPLE_TRAIN_IMAGES = 1000
 SPLIT_NAMES = {"train": "training", "test": "test"}
 
 
@@ -207,9 +208,20 @@ def load(split: str, root: Path | None = None) -> ImageSet:
 
 
 def load_sample(split: str) -> ImageSet:
-    """The images that come with the repository: the first 100 training or 200 test images of each class.
+    """The images that the chapters show: the first 100 training or 200 test ones of each class; raises as `_sheet`."""
+    images = _sheet(split)
+    if split == "train":
+        images = images.subset(first_of_each_class(images.labels, SAMPLE_TRAIN_IMAGES // len(CLASSES)))
+    return replace(images, name=f"{len(images):,} of the {SPLIT_NAMES[split]} images")
 
-    They are read from one lossless sheet of 50 images a row, in the data set's own order.
+
+def load_laptop() -> ImageSet:
+    """The 2,500 training images of the laptop protocol, the first 250 of each class; raises as `_sheet`."""
+    return _sheet("train")
+
+
+def _sheet(split: str) -> ImageSet:
+    """The images that come with the repository, from one lossless sheet of 50 a row, in the data set's own order.
 
     Raises:
         ValueError: unknown split.
@@ -226,8 +238,7 @@ def load_sample(split: str) -> ImageSet:
         ) from error
     rows = sheet.reshape(-1, 32, SAMPLE_COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     labels, indices = (torch.from_numpy(table[key].astype(np.int64)) for key in ("labels", "indices"))
-    name = f"{len(rows):,} of the {SPLIT_NAMES[split]} images"
-    return ImageSet(name, torch.from_numpy(rows.copy()), labels, indices)
+    return ImageSet(f"{len(rows):,} {SPLIT_NAMES[split]} images", torch.from_numpy(rows.copy()), labels, indices)
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:

@@ -27,6 +27,7 @@ INVERTED_RESIDUALS = (
 )
 FEATURE_BLOCKS = 19
 REMOVABLE_BLOCKS = (3, 5, 7, 9, 11, 13, 15, 17)
+STEM_STRIDES = (1, 2)
 # The feature block whose output attention transfer compares is number 19 // divider (paper.json, attention_transfer).
 ATTENTION_DIVIDER = {3: 2, 5: 2, 7: 2, 9: 4, 11: 4, 13: 4, 15: 8, 17: 20}
 
@@ -75,16 +76,21 @@ class Student(nn.Module):
 
     Takes pixels in [0, 1], not normalised, shape (N, 3, 32, 32); gives logits of shape (N, 10).
 
+    Args:
+        stem_stride: of the first convolution. With 2 all maps have a quarter of the pixels; the weights stay.
+
     Raises:
-        ValueError: `k` is not one of 3, 5, …, 17.
+        ValueError: `k` is not one of 3, 5, …, 17, or the stride neither 1 nor 2.
     """
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, stem_stride: int = 1) -> None:
         super().__init__()
         check_choice("k", k, REMOVABLE_BLOCKS)
+        check_choice("stem_stride", stem_stride, STEM_STRIDES)
         self.k = k
         self.normalise = nn.Identity()
         self.features = Teacher().features[: FEATURE_BLOCKS - k]
+        self.features[0][0].stride = (stem_stride, stem_stride)
         channels = [layer.out_channels for layer in self.features.modules() if isinstance(layer, nn.Conv2d)][-1]
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels, 10))
@@ -103,20 +109,24 @@ def teacher(seed: int = 0) -> Teacher:
         return Teacher()
 
 
-def student(k: int, seed: int = 0) -> Student:
-    """A student without the last `k` feature blocks, with random weights drawn from `seed`.
-
-    Raises:
-        ValueError: `k` is not one of 3, 5, …, 17.
-    """
+def student(k: int, seed: int = 0, stem_stride: int = 1) -> Student:
+    """A student without the last `k` feature blocks, with random weights drawn from `seed`; raises as `Student`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Student(k)
+        return Student(k, stem_stride)
 
 
 def attention_tap(k: int) -> int:
     """The index of the feature block whose output attention transfer compares, for a student without `k` blocks."""
     return FEATURE_BLOCKS // ATTENTION_DIVIDER[k]
+
+
+def attention_taps(k: int, stem_stride: int) -> tuple[int, int]:
+    """The feature blocks of student and teacher that attention transfer compares: they have maps of one size.
+
+    In the paper it is the same block. With a stem of stride 2 the student's block 6 has the 8 × 8 of the teacher's 9.
+    """
+    return (attention_tap(k),) * 2 if stem_stride == 1 else (min(6, FEATURE_BLOCKS - 1 - k), attention_tap(5))
 
 
 def logits_and_features(model: Teacher | Student, images: Tensor, tap: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdig_utils.method.checks import check_choice, check_number
-from kdig_utils.method.pairings import MEAN_GREY, PAIRINGS, UNMOVED
+from kdig_utils.method.pairings import FLAT, PAIRINGS, UNMOVED
 
 PADDING = 4
 
@@ -120,7 +120,7 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
         maps: attribution maps, (N, 32, 32), not negative; already those that belong to the pairing.
         batch: the draws of this batch, on the same device.
         pairing: one of `PAIRINGS`. Those in `UNMOVED` leave the map where it is while the image moves, as the
-            released scripts do; `uniform` blends in mean grey instead of any map.
+            released scripts do; those in `FLAT` blend in one value instead of any map.
 
     Raises:
         ValueError: unknown pairing, or images and maps of other shapes.
@@ -133,8 +133,8 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
         )
     # Scaled before it is cropped: the padding is then the map's lowest value, and the crop cannot change the scale.
     scaled = scale_map(maps.unsqueeze(1), batch.powers)
-    if pairing == "uniform":
-        scaled = torch.full_like(scaled, MEAN_GREY)
+    if pairing in FLAT:
+        scaled = torch.full_like(scaled, FLAT[pairing])
     elif pairing not in UNMOVED:
         scaled = crop_and_flip(scaled, batch.shifts, batch.flips)
     cropped = crop_and_flip(images, batch.shifts, batch.flips)

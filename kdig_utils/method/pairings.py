@@ -16,10 +16,11 @@ from kdig_utils.method.integrated_gradients import attribution_map
 from kdig_utils.method.signals import TeacherSignals
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
-# noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey.
-PAIRINGS = ("matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform", "mixup-grey")
+# noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey;
+# black, which halves the brightness and does nothing else.
+PAIRINGS = ("matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform", "mixup-grey", "black")
 UNMOVED = ("index-matched", "shuffled")
-MEAN_GREY = sum(MEAN) / len(MEAN)
+FLAT = {"uniform": sum(MEAN) / len(MEAN), "black": 0.0}  # one value for every pixel of the map
 CHUNK = 2048  # images at a time: memory stays small, however many there are
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 

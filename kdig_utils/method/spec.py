@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from kdig_utils.method.checks import RANGES, check_choice, check_number
 from kdig_utils.method.losses import PARTS
-from kdig_utils.method.models import REMOVABLE_BLOCKS
+from kdig_utils.method.models import REMOVABLE_BLOCKS, STEM_STRIDES
 from kdig_utils.method.pairings import PAIRINGS
 
 SCHEDULES = ("one_cycle", "cosine")  # of a teacher's learning rate
 STUDENT_SCHEDULES = ("constant", "one_cycle")
+INITIAL = ("random", "teacher")
 ANSWERS = ("stored", "online")
 PRECISIONS = ("native", "float32")
 METHODS = ("student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at")
@@ -92,6 +93,10 @@ class RunSpec(Spec):
         sample_seed: of the draw of training images; None takes `seed`. Two seeds tell two sources of chance apart.
         schedule: of the learning rate: `constant`, or `one_cycle` (arXiv 1708.07120): linear up to `learning_rate` in
             the first fifth of the steps and linear down to nothing; the momenta of Adam stay as they are.
+        stem_stride: of the first convolution: 1, or 2 for a student that costs a quarter (the laptop protocol).
+        weight_decay: of Adam, added to the gradient.
+        train_images: 0 takes all; else the first ones of each class, or, with `sample_seed`, as many drawn stratified.
+        initial: weights of the feature blocks: `random`, drawn from the seed, or those of the `teacher`'s first blocks.
 
     Raises:
         ValueError: a value outside its range; the message names it and what is allowed.
@@ -117,6 +122,10 @@ class RunSpec(Spec):
     answers: str = "stored"
     sample_seed: int | None = None
     schedule: str = "constant"
+    stem_stride: int = 1
+    weight_decay: float = 0.0
+    initial: str = "random"
+    train_images: int = 0
 
     choices: ClassVar[Mapping[str, Collection[object]]] = {
         "k": REMOVABLE_BLOCKS,
@@ -124,6 +133,8 @@ class RunSpec(Spec):
         "precision": PRECISIONS,
         "answers": ANSWERS,
         "schedule": STUDENT_SCHEDULES,
+        "stem_stride": STEM_STRIDES,
+        "initial": INITIAL,
     }
 
     def __post_init__(self) -> None:
@@ -137,9 +148,15 @@ class RunSpec(Spec):
         return part in self.method.split("_")
 
     @property
+    def asks_the_network(self) -> bool:
+        """Whether the training needs the teacher itself, beside its stored signals."""
+        return self.answers == "online" or self.initial == "teacher"
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether the method needs any teacher signal."""
-        return any(self.uses(name) and "pairing" in part.reads for name, part in PARTS.items())
+        asks = any(self.uses(name) and "pairing" in part.reads for name, part in PARTS.items())
+        return asks or self.initial == "teacher"
 
 
 @dataclass(frozen=True)
@@ -178,6 +195,8 @@ class TeacherSpec(Spec):
     pairing = ""
     train_fraction = 1.0
     sample_seed: ClassVar[int | None] = None
+    stem_stride = 1
+    train_images = 0
 
     choices: ClassVar[Mapping[str, Collection[object]]] = {"precision": PRECISIONS, "schedule": SCHEDULES}
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
 from kdig_utils.method import losses, models
-from kdig_utils.method.cifar10 import ImageSet, stratified_split
+from kdig_utils.method.cifar10 import ImageSet, first_of_each_class, stratified_split
 from kdig_utils.method.overlay import EpochDraws, crop_and_flip, draw_epoch, overlay
 from kdig_utils.method.pairings import paired_signals
 from kdig_utils.method.signals import TeacherSignals
@@ -29,15 +29,15 @@ def train_student(
     Args:
         train: the training images; `spec` takes its share of them.
         signals: the teacher's signals of `train`, row by row; not needed for the method `student`.
-        teacher: asked about each crop if the spec's answers are `online`.
+        teacher: asked about each crop if the spec's answers are `online`; the start if its initial weights are.
     """
     check_signals(spec, signals, train)
     positions, _validation = training_positions(train.labels, spec)
     images, steps = train.subset(positions), math.ceil(len(positions) / spec.batch_size)
     if signals is not None:
         signals = paired_signals(signals, train, positions, spec.pairing, spec.seed)
-    model = models.student(spec.k, spec.seed).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(model.parameters(), spec.learning_rate, fused=True)
+    model = initial_student(spec, teacher).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(model.parameters(), spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     rates = student_rates(spec, steps)
     epoch_losses = []
     for epoch in range(spec.epochs):
@@ -52,6 +52,20 @@ def train_student(
             total += loss.detach() * len(batch.order)
         epoch_losses.append(float(total) / len(images))
     return model.eval(), epoch_losses
+
+
+def initial_student(spec: RunSpec, teacher: nn.Module | None = None) -> models.Student:
+    """The student before its first step, on the CPU.
+
+    Raises:
+        ValueError: it starts from the teacher's first blocks, and there is no teacher.
+    """
+    model = models.student(spec.k, spec.seed, spec.stem_stride)
+    if spec.initial == "teacher":
+        if not isinstance(teacher, models.Teacher):
+            raise ValueError("initial = 'teacher' starts from the teacher's first blocks: pass the teacher")
+        model.features.load_state_dict(teacher.features[: len(model.features)].state_dict())
+    return model
 
 
 def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str = "cpu") -> Tensor | None:
@@ -115,10 +129,11 @@ def check_signals(spec: RunSpec, signals: TeacherSignals | None, train: ImageSet
             f"pairing {spec.pairing!r} blends in {'plain gradients' if spec.pairing == 'gradient' else 'IG maps'}, the "
             "signals hold the others: pass those that pairings.saliency_maps or precompute.compute_signals make"
         )
-    if spec.uses("at") and tap != models.attention_tap(spec.k):
+    _student_tap, needed = models.attention_taps(spec.k, spec.stem_stride)
+    if spec.uses("at") and tap != needed:
         raise ValueError(
-            f"attention transfer at k = {spec.k} compares block {models.attention_tap(spec.k)}, the signals hold block "
-            f"{tap}: compute them with that tap"
+            f"attention transfer at k = {spec.k} compares the teacher's block {needed}, the signals hold block {tap}: "
+            "compute them with that tap"
         )
 
 
@@ -148,7 +163,8 @@ def student_loss(
     else:
         inputs = crop_and_flip(pixels, batch.shifts, batch.flips)
     evaluate = network if len(inputs) == spec.batch_size else models.logits_and_features
-    logits, features = evaluate(model, inputs, models.attention_tap(spec.k))
+    tap, _teacher_tap = models.attention_taps(spec.k, spec.stem_stride)
+    logits, features = evaluate(model, inputs, tap)
     alpha = spec.alpha if spec.uses("kd") else 0.0
     loss = (1 - alpha) * F.cross_entropy(logits, labels)
     seen = losses.Seen(logits, features, answers, attention)
@@ -167,8 +183,19 @@ def asked(teacher: nn.Module | None, images: Tensor, batch: EpochDraws) -> Tenso
 
 
 def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Tensor, Tensor]:
-    """Positions to train on and positions held out for validation, disjoint and stratified."""
+    """Positions to train on and positions held out for validation, disjoint and stratified.
+
+    Raises:
+        ValueError: there are not as many images as the spec asks for.
+    """
     validation, rest = stratified_split(labels, spec.validation_images, VALIDATION_SEED)
+    if spec.train_images:
+        taken = first_of_each_class(labels[rest], spec.train_images // len(labels.unique()))
+        if spec.sample_seed is not None:
+            taken, _left = stratified_split(labels[rest], spec.train_images, spec.sample_seed)
+        if len(taken) != spec.train_images:
+            raise ValueError(f"there are no {spec.train_images} images, as many of each class: {len(rest)} are left")
+        return rest[taken], validation
     if spec.train_fraction == 1:
         return rest, validation
     each_class = int(spec.train_fraction * int(labels[rest].bincount().min()))

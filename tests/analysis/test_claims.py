@@ -75,7 +75,7 @@ def test_an_edited_protocol_breaks_its_own_seal_and_no_other(monkeypatch):
     content, registered = claims._claims_file(), claims.protocols()[brief.NAME]
     before = {entry["date"]: entry["digest"] for entry in claims.registrations() if "digest" in entry}
     for changes in ({"seeds": 10}, {"default": {"learning_rate": 0.1, "batch_size": 64}}, {"text": "another aim"}):
-        edited = {**content, "protocols": {brief.NAME: {**registered, **changes}}}
+        edited = {**content, "protocols": {**content["protocols"], brief.NAME: {**registered, **changes}}}
         monkeypatch.setattr(claims, "_claims_file", lambda edited=edited: edited)
         broken = {date for date, sealed in before.items() if claims.digest(date) != sealed}
         assert broken == {registered["registered"]}

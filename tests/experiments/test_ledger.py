@@ -22,6 +22,7 @@ OTHER_VALUES = {
     "temperature": 3.0, "gamma": 0.7, "overlay_probability": 0.2, "pairing": "shuffled", "train_fraction": 0.8,
     "validation_images": 5000, "teacher_sha256": "ab", "n_steps": 20, "data_md5": "cd",
     "precision": "float32", "answers": "online", "sample_seed": 4, "schedule": "one_cycle",
+    "stem_stride": 2, "weight_decay": 5e-4, "initial": "teacher", "train_images": 2500,
 }  # fmt: skip
 
 

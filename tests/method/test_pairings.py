@@ -111,17 +111,26 @@ def test_what_is_blended_in_moves_with_its_image_or_stays(train: ImageSet, pairi
     scaled = scale_map(ramp.unsqueeze(1), batch.powers)
     if pairing == "uniform":
         assert found.unique().tolist() == pytest.approx([sum(MEAN) / 6])
+    elif pairing == "black":
+        assert found.unique().tolist() == [0.0]
     elif pairing in UNMOVED:
         assert torch.allclose(found, 0.5 * scaled.expand_as(found))
     else:
         assert torch.allclose(found, 0.5 * crop_and_flip(scaled, batch.shifts, batch.flips).expand_as(found))
 
 
+def test_black_halves_the_brightness_and_does_nothing_else(train: ImageSet, signals: TeacherSignals) -> None:
+    batch = draw_epoch(IMAGES, 1.0, seed=3, epoch=0)
+    images = train.images(batch.order)
+    found = overlay.overlay(images, signals.maps.float(), batch, "black")
+    assert torch.equal(found, crop_and_flip(images, batch.shifts, batch.flips) / 2)
+
+
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_only_shuffling_changes_the_answers(signals: TeacherSignals, train: ImageSet, pairing: str) -> None:
     found = paired_signals(signals, train, torch.arange(IMAGES), pairing, 0)
     assert torch.equal(found.logits, signals.logits) == (pairing != "shuffled")
-    own = pairing in ("matched", "index-matched", "gradient", "uniform")
+    own = pairing in ("matched", "index-matched", "gradient", "uniform", "black")
     assert torch.equal(found.maps, signals.maps) == own
 
 

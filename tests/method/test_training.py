@@ -117,7 +117,7 @@ def test_signals_of_another_teacher_are_refused(train: ImageSet, signals: Teache
 
 
 def test_attention_maps_of_another_block_are_refused(train: ImageSet, random_signals) -> None:
-    with pytest.raises(ValueError, match=r"k = 17 compares block 0, the signals hold block 9"):
+    with pytest.raises(ValueError, match=r"k = 17 compares the teacher's block 0, the signals hold block 9"):
         training.check_signals(small("at"), random_signals(train, side=8), train)
 
 

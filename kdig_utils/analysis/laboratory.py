@@ -1,0 +1,106 @@
+"""What the runs of the laptop protocol say: each registered contrast with its interval, its power and its verdict."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from kdig_utils.analysis import claims
+from kdig_utils.analysis.claims import SIGNIFICANCE
+from kdig_utils.analysis.comparisons import holm
+from kdig_utils.analysis.permutation import sign_flips
+from kdig_utils.analysis.sample_size import pairs_needed
+from kdig_utils.experiments import laptop
+from kdig_utils.experiments.evidence import NOT_RUN
+from kdig_utils.experiments.ledger import Ledger, student_spec
+
+ABOVE, BELOW, LEVEL, UNDECIDED = "above", "below", "level", "undecided"
+NUMBERS = ("effect", "low", "high", "deviation", "p", "p_exact", "level_p")
+INDEPENDENT = 0.5  # the correlation at which a difference deviates as much as a run
+
+
+def registered() -> dict[str, Any]:
+    """The protocol as claims.yml has it; treat it as read-only."""
+    return claims.protocols()[laptop.NAME]
+
+
+def read(test_images: int = 10_000) -> pd.DataFrame:
+    """The runs of the protocol on all test images, with their condition; empty if there are none yet."""
+    rows = Ledger(laptop.ledger_path()).read().query("test_images == @test_images")
+    names = {run.bare_id: name for seed in range(laptop.MORE_SEEDS) for name, run in named(seed).items()}
+    return rows.assign(condition=[names.get(student_spec(row).bare_id, "") for _index, row in rows.iterrows()])
+
+
+def named(seed: int) -> dict[str, Any]:
+    """The run of each condition with one seed."""
+    return dict(zip(laptop.CONDITIONS, laptop.runs(laptop.CONDITIONS, [seed]), strict=True))
+
+
+def accuracies(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy in per cent, a row a seed and a column a condition; NaN where a run is missing."""
+    its = rows[rows["condition"] != ""]
+    table = its.pivot_table(index="seed", columns="condition", values="test_accuracy")
+    return table.reindex(columns=list(laptop.CONDITIONS)).astype(float)
+
+
+def differences(table: pd.DataFrame, weights: Mapping[str, float], seeds: int) -> NDArray:
+    """The weighted sum of conditions, in points, at each of the first `seeds` seeds that has them all.
+
+    Seeds pair the runs: initial weights, order, crops and flips are the same in every condition.
+    """
+    wanted = table.reindex(range(seeds))[list(weights)].dropna()
+    return wanted.to_numpy() @ np.array(list(weights.values()))
+
+
+def contrasts(table: pd.DataFrame) -> pd.DataFrame:
+    """Each registered contrast, in the order of claims.yml.
+
+    Args:
+        table: as `accuracies` gives it.
+
+    Returns:
+        Columns question, name, text, prediction, seeds (planned), pairs (there), effect with its 95 % interval low to
+        high (points), deviation of the differences, p of the paired t-test, p_exact (sign flips), level_p (two
+        one-sided tests with the registered margin), p_holm and level_p_holm within the question, power (chance of
+        seeing an effect of the margin's size, from the pilot's deviation where there is one), needed (seeds for such
+        a chance of 0.8, at the deviation found), and verdict: `above`, `below`, `level` or `undecided` once all
+        seeds are there, else `not run yet`.
+    """
+    protocol = registered()
+    rows = [_measured(contrast, table, protocol["margin"]) for contrast in protocol["contrasts"]]
+    found = pd.DataFrame(rows)
+    for _question, its in found.groupby("question"):
+        found.loc[its.index, "p_holm"] = holm(its["p"])
+        found.loc[its.index, "level_p_holm"] = holm(its["level_p"])
+    return found.assign(verdict=[_verdict(row) for row in found.itertuples()])
+
+
+def _measured(contrast: dict, table: pd.DataFrame, margin: float) -> dict[str, Any]:
+    d = differences(table, contrast["weights"], contrast["seeds"])
+    row = {**contrast, "pairs": len(d), **dict.fromkeys(NUMBERS, np.nan), "needed": np.nan}
+    if len(d) < 2 or np.ptp(d) == 0:
+        return row
+    test, spread = stats.ttest_1samp(d, 0.0), float(d.std(ddof=1))
+    interval = test.confidence_interval(1 - SIGNIFICANCE)
+    apart = [stats.ttest_1samp(d, side * margin, alternative=way) for side, way in ((-1, "greater"), (1, "less"))]
+    return row | {
+        "effect": float(d.mean()),
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "deviation": spread,
+        "p": float(test.pvalue),
+        "p_exact": sign_flips(d),
+        "level_p": max(float(each.pvalue) for each in apart),
+        "needed": pairs_needed(margin, spread, INDEPENDENT),
+    }
+
+
+def _verdict(row: pd.Series) -> str:
+    if row.pairs < row.seeds:
+        return NOT_RUN
+    if row.p_holm < SIGNIFICANCE:
+        return ABOVE if row.effect > 0 else BELOW
+    return LEVEL if row.level_p_holm < SIGNIFICANCE else UNDECIDED

@@ -1,0 +1,40 @@
+"""Commands of the laptop protocol, whose runs need no GPU and no data set."""
+
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+from kdig_utils.experiments import laptop
+from kdig_utils.experiments.reports import print_line, print_now_and_then
+from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS
+from kdig_utils.machine import keep_freed_memory
+
+
+def laptop_campaign(workers: int, at_once: int | None, way: str, budget_minutes: float, report_seconds: float) -> int:
+    """Train what is left of the protocol, in this process or in several that share the runs; return the exit status."""
+    if workers < 1:
+        raise ValueError(f"--workers {workers} trains nothing: give at least 1")
+    if workers > 1:
+        words = ["--budget-minutes", str(budget_minutes), "--report-seconds", str(report_seconds)]
+        command = [sys.executable, "-m", "kdig_utils", "campaign", laptop.NAME, *words]
+        started = [subprocess.Popen(command) for _worker in range(workers)]
+        return max(process.wait() for process in started)
+    keep_freed_memory()
+    study, deadline = laptop.open_laboratory(), time.monotonic() + 60 * budget_minutes
+    how = WAYS[way]._replace(at_once=at_once or SIDE_BY_SIDE[study.device.type])
+    run_ids = laptop.train(how, deadline, print_now_and_then(report_seconds))
+    done = study.ledger.read().query("run_id in @run_ids")
+    print(f"{laptop.NAME}: {len(done)} of {len(run_ids)} runs done, in {study.ledger.path.name}")
+    return 0
+
+
+def rerun(run_id: Annotated[str, "of a row of results/laptop.csv"]) -> None:
+    """Train one run of the laptop protocol again, in about a minute, and compare it with its committed row.
+
+    The images and the teacher's signals come with the repository: no data set is needed. The committed ledger stays as
+    it is.
+    """
+    keep_freed_memory()
+    stored, again = laptop.rerun(run_id, print_now_and_then(10.0))
+    print_line(laptop.compared(stored, again))
