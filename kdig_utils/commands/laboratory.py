@@ -5,9 +5,11 @@ import sys
 import time
 from typing import Annotated
 
+import torch
+
 from kdig_utils.experiments import laptop
 from kdig_utils.experiments.reports import print_line, print_now_and_then
-from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS
+from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Way
 from kdig_utils.machine import keep_freed_memory
 
 
@@ -22,7 +24,7 @@ def laptop_campaign(workers: int, at_once: int | None, way: str, budget_minutes:
         return max(process.wait() for process in started)
     keep_freed_memory()
     study, deadline = laptop.open_laboratory(), time.monotonic() + 60 * budget_minutes
-    how = WAYS[way]._replace(at_once=at_once or SIDE_BY_SIDE[study.device.type])
+    how = side_by_side(WAYS[way], at_once, study.device)
     run_ids = laptop.train(how, deadline, print_now_and_then(report_seconds))
     done = study.ledger.read().query("run_id in @run_ids")
     print(f"{laptop.NAME}: {len(done)} of {len(run_ids)} runs done, in {study.ledger.path.name}")
@@ -38,3 +40,11 @@ def rerun(run_id: Annotated[str, "of a row of results/laptop.csv"]) -> None:
     keep_freed_memory()
     stored, again = laptop.rerun(run_id, print_now_and_then(10.0))
     print_line(laptop.compared(stored, again))
+
+
+def side_by_side(way: Way, at_once: int | None, device: torch.device) -> Way:
+    """The way with as many runs at once as the command says, or as suits the device."""
+    at_once = SIDE_BY_SIDE[device.type] if at_once is None else at_once
+    if at_once < 1:
+        raise ValueError(f"--at-once {at_once} trains nothing: give at least 1")
+    return way._replace(at_once=at_once)

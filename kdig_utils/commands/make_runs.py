@@ -10,15 +10,13 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
-from kdig_utils.commands.laboratory import laptop_campaign
+from kdig_utils.commands.laboratory import laptop_campaign, side_by_side
 from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
-from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Way
+from kdig_utils.experiments.side_by_side import WAYS, Way
 from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import TEACHER_RECIPE, Study, open_study
 from kdig_utils.machine import keep_freed_memory
@@ -331,14 +329,6 @@ def started_from(spec: TeacherSpec, path: Path | None) -> tuple[TeacherSpec, mod
     network = models.teacher()
     artifacts.read_weights(network, path)
     return replace(spec, initial_sha256=models.weights_sha256(network)), network
-
-
-def side_by_side(way: Way, at_once: int | None, device: torch.device) -> Way:
-    """The way with as many runs at once as the command says, or as suits the device."""
-    at_once = SIDE_BY_SIDE[device.type] if at_once is None else at_once
-    if at_once < 1:
-        raise ValueError(f"--at-once {at_once} trains nothing: give at least 1")
-    return way._replace(at_once=at_once)
 
 
 def carry_home(study: Study, run_ids: Iterable[str], folder: Path | None, name: str) -> None:

@@ -9,13 +9,13 @@ from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, models
 from kdig_utils.method.cifar10 import ImageSet
 
-HALF_TOLERANCE = 0.01  # points of test accuracy that float16 may cost
+HALF_TOLERANCE = 0.05  # points of test accuracy that float16 may cost: a sixth of what the seed alone moves
 
 
 def publish_run(study: Study, row: pd.Series) -> dict:
     """Put the weights of a finished run of `study` into the repository; return the entry in the manifest.
 
-    A student is kept in float16 if that leaves its accuracy on `study.test` within 0.01 points; so is a teacher while a
+    A student is kept in float16 if that leaves its accuracy on `study.test` within 0.05 points; so is a teacher while a
     better one waits, for nobody learns from it any more. The teacher that students learn from is kept in float16 only
     if that changes no weight.
 
@@ -40,9 +40,8 @@ def publish_run(study: Study, row: pd.Series) -> dict:
 
 
 def alike(rounded: nn.Module, model: nn.Module, test: ImageSet) -> bool:
-    """Whether two networks have the same accuracy, within 0.01 points."""
-    # Floats from counts: a difference of one image in 10,000, 0.01 points, is still the same accuracy.
-    return abs(models.accuracy(rounded, test) - models.accuracy(model, test)) < HALF_TOLERANCE * 1.001
+    """Whether two networks have the same accuracy, within `HALF_TOLERANCE`."""
+    return abs(models.accuracy(rounded, test) - models.accuracy(model, test)) < HALF_TOLERANCE
 
 
 def damaged_artifacts() -> dict[str, str]:
