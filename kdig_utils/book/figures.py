@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image, Markdown, display
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from kdig_utils.analysis import laboratory
 from kdig_utils.experiments import evidence
 from kdig_utils.method.spec import METHODS
 
@@ -73,3 +75,33 @@ def _show(axes: Axes, values: Tensor, title: str, cmap: str | None = None) -> No
     axes.imshow(values.detach().cpu().numpy(), cmap=cmap)
     axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
     axes.set_axis_off()
+
+
+def draw_contrasts(axes: Axes, table: pd.DataFrame) -> None:
+    """A row for each contrast of the laptop protocol: effect and 95 % interval over the margin, its verdict beside it.
+
+    Hollow while seeds are missing.
+
+    Args:
+        table: rows of `laboratory.contrasts`.
+    """
+    margin = laboratory.registered()["margin"]
+    axes.axvspan(-margin, margin, color="#DDDDDD", zorder=0)
+    axes.axvline(0, color="black", lw=1)
+    for place, row in enumerate(table.itertuples()):
+        known, right = row.pairs > 1, axes.get_yaxis_transform()
+        if known:
+            reach = [[row.effect - row.low], [row.high - row.effect]]
+            filled = COLOURS[2] if row.pairs >= row.seeds else "white"
+            axes.errorbar(row.effect, place, xerr=reach, fmt="D", color=COLOURS[2], markerfacecolor=filled)
+        words = row.verdict if row.pairs >= row.seeds else f"{row.pairs} of {row.seeds} seeds"
+        axes.text(1.02, place, words, transform=right, va="center", fontsize=9)
+    axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
+    axes.set(xlabel="difference in test accuracy, points")
+
+
+def waiting(axes: Axes, words: str = "at the paper's scale: not run yet") -> None:
+    """A small box in place of a panel whose runs are missing."""
+    axes.set_axis_off()
+    box = {"boxstyle": "round", "facecolor": "#F2F2F2", "edgecolor": "#999999"}
+    axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=9, bbox=box, transform=axes.transAxes, wrap=True)

@@ -98,21 +98,24 @@ def crossed() -> list[RunSpec]:
 
 
 def queue() -> list[RunSpec]:
-    """All runs of the protocol, in the order in which they are made: L1 to L4, the rest of L3, then L5 to L9."""
-    sized, counted, retold = (
-        [name for name in CONDITIONS if mark(name)]
-        for mark in (lambda n: ", k = " in n, lambda n: " images" in n, lambda n: n.endswith(tuple(RECIPES)))
+    """All runs of the protocol in the order in which they are made: L1 to L4, then the others, the longest last.
+
+    Those that need images which do not come with the repository stand behind those that need none.
+    """
+    counted, sized, retold = (
+        [name for name in CONDITIONS if belongs(name)]
+        for belongs in (lambda n: " images" in n, lambda n: ", k = " in n, lambda n: n.endswith(tuple(RECIPES)))
     )
     listed = [
         *runs(MAIN, range(SEEDS)),
         *runs(CONTENT, range(SEEDS, MORE_SEEDS)),
+        *runs(counted, range(5)),
         *surface(),
         *runs(sized, range(5)),
-        *runs(counted, range(5)),
-        *crossed(),
         *sorted(runs(retold, range(5)), key=lambda run: run.epochs),
+        *crossed(),
     ]
-    return list(dict.fromkeys(listed))
+    return sorted(dict.fromkeys(listed), key=needs_the_pool)
 
 
 def needs_the_pool(run: RunSpec) -> bool:

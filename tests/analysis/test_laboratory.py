@@ -1,0 +1,145 @@
+"""The laptop protocol's verdicts are those of planted truths, and its rows those of registered runs."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ledgers import row_of
+from scipy import stats
+
+from kdig_utils.analysis import claims, laboratory
+from kdig_utils.experiments import laptop
+from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.paths import repository_root
+
+ROOT, REGISTERED = repository_root(), laboratory.registered()
+CONTRASTS = {(each["question"], each["name"]): each for each in REGISTERED["contrasts"]}
+
+
+def accuracies(shifts: dict[str, float], deviation: float = 0.3, seeds: int = laptop.MORE_SEEDS) -> pd.DataFrame:
+    """Every condition at 56 % plus its shift, plus what the seed moves alike, plus its own luck."""
+    rng = np.random.default_rng(14)
+    of_the_seed = rng.normal(0, 2, (seeds, 1))
+    own = rng.normal(0, deviation, (seeds, len(laptop.CONDITIONS)))
+    table = pd.DataFrame(56 + of_the_seed + own, columns=list(laptop.CONDITIONS))
+    return table + pd.Series(shifts).reindex(table.columns, fill_value=0.0)
+
+
+def verdicts(table: pd.DataFrame) -> dict[tuple[str, str], str]:
+    found = laboratory.contrasts(table)
+    return dict(zip(zip(found["question"], found["name"], strict=True), found["verdict"], strict=True))
+
+
+# Truths that were planted
+
+
+def test_a_planted_gain_a_planted_loss_and_a_planted_nothing_are_found() -> None:
+    found = verdicts(accuracies({"kd": 3.0, "ig": -2.0}, deviation=0.15))
+    assert found["L1", "the usual weight"] == "above"
+    assert found["L2", "half of the images"] == "below"
+    assert found["L1", "the paper's weight"] == "level"
+
+
+def test_an_effect_that_drowns_in_noise_is_undecided_and_says_what_it_would_take() -> None:
+    table = laboratory.contrasts(accuracies({}, deviation=4.0)).set_index(["question", "name"])
+    row = table.loc[("L1", "the paper's weight")]
+    assert row["verdict"] == "undecided"
+    spread = row["deviation"] * np.sqrt(2 / 2)
+    power = stats.nct(row["needed"] - 1, 0.5 / spread * np.sqrt(row["needed"])).sf(
+        stats.t(row["needed"] - 1).ppf(0.975)
+    )
+    assert power == pytest.approx(0.8, abs=0.02)
+
+
+def test_no_verdict_before_the_last_planned_seed() -> None:
+    nine = accuracies({"kd": 3.0}).iloc[:9]
+    assert verdicts(nine)["L1", "the usual weight"] == "not run yet"
+
+
+def test_more_seeds_than_planned_change_nothing() -> None:
+    many = accuracies({"kd": 3.0}, seeds=40)
+    ten = laboratory.differences(many, CONTRASTS["L1", "the usual weight"]["weights"], 10)
+    assert np.allclose(ten, (many["kd"] - many["student"])[:10])
+
+
+def test_a_missing_run_takes_its_seed_out_of_the_contrast() -> None:
+    table = accuracies({})
+    table.loc[3, "kd"] = np.nan
+    assert len(laboratory.differences(table, {"kd": 1, "student": -1}, 10)) == 9
+
+
+def test_effects_of_the_eight_methods_are_those_of_a_factorial_design() -> None:
+    """Planted: answers + 3, maps − 2, together another + 1; each found where it belongs, and nowhere else."""
+    methods = {name: name.split("_") for name in laptop.METHODS}
+    shift = {m: 3.0 * ("kd" in p) - 2.0 * ("ig" in p) + 1.0 * ({"kd", "ig"} <= set(p)) for m, p in methods.items()}
+    table = accuracies(shift, deviation=1e-6)
+    effect = laboratory.contrasts(table).set_index(["question", "name"])["effect"]["L4"]
+    assert effect["answers"] == pytest.approx(3.5, abs=1e-3)
+    assert effect["maps"] == pytest.approx(-1.5, abs=1e-3)
+    assert effect["answers with maps"] == pytest.approx(1.0, abs=1e-3)
+    for none in ("attention", "answers with attention", "maps with attention", "all three"):
+        assert effect[none] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_false_alarms_are_as_rare_as_the_level_promises() -> None:
+    """400 studies without any effect: Holm's correction lets at most 5 % of the families of L3 say something."""
+    alarms, studies = 0, 400
+    names = [name for question, name in CONTRASTS if question == "L3"]
+    for study in range(studies):
+        rng = np.random.default_rng(study)
+        d = rng.normal(0, 1, (len(names), 10))
+        p = stats.ttest_1samp(d, 0, axis=1).pvalue
+        alarms += bool((laboratory.holm(p) < 0.05).any())
+    print(f"{alarms} of {studies} studies of nothing say something")
+    assert alarms / studies <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / studies)
+
+
+def test_surface_and_draws_are_read_from_their_runs() -> None:
+    rows = [row_of(run, 50 + 10 * run.alpha, validation_accuracy=40.0) for run in laptop.surface()]
+    rows += [row_of(run, 55.0 + run.sample_seed) for run in laptop.crossed()[:-1]]
+    table = pd.DataFrame(rows)
+    surface = laboratory.surface(table)
+    assert (surface["seeds"] == 3).all()
+    assert surface["test"].tolist() == pytest.approx((50 + 10 * surface["alpha"]).tolist())
+    assert laboratory.crossed(table)["images"].nunique() == 9  # the last draw lacks a seed
+
+
+# The committed rows
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return laboratory.read()
+
+
+def test_every_row_is_a_registered_run_of_the_registered_teacher_on_all_test_images(rows: pd.DataFrame) -> None:
+    queue = {run.run_id for run in laptop.queue()}
+    specs = [spec_of(row) for _index, row in rows.iterrows()]
+    assert {spec.bare_id for spec in specs} <= queue
+    assert {spec.teacher_sha256 for spec in specs} <= {"", REGISTERED["teacher_sha256"]}
+    assert set(rows["test_images"]) <= {10_000}
+
+
+def test_every_row_was_trained_after_the_registration(rows: pd.DataFrame) -> None:
+    assert (pd.to_datetime(rows["finished"]) >= pd.Timestamp(REGISTERED["registered"])).all()
+
+
+def git(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_commit_of_every_row_descends_from_the_registering_commit(rows: pd.DataFrame) -> None:
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("a clone without history")
+    line = f'date: "{REGISTERED["registered"]}"'
+    first = git("log", "--reverse", "--format=%H", f"-S{line}", "--", "kdig_utils/claims.yml").stdout.split()[0]
+    for commit in rows["commit"].unique():
+        assert not commit.endswith("+"), "trained with code that was not committed"
+        assert git("merge-base", "--is-ancestor", first, commit).returncode == 0, commit
+
+
+def test_no_run_of_the_laboratory_counts_for_a_claim_of_the_paper(rows: pd.DataFrame) -> None:
+    assert not {claim.protocol for claim in claims.claims()} & {laptop.NAME}
+    assert Path(laptop.ledger_path()).name != "runs.csv"
