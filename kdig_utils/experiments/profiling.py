@@ -11,6 +11,7 @@ import pandas as pd
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
+from kdig_utils.experiments.evidence import TRAIN_IMAGES
 from kdig_utils.method import models
 from kdig_utils.method.spec import RunSpec
 
@@ -63,8 +64,6 @@ def step_bytes(model: nn.Module, batch_size: int, value_bytes: int, traffic: dic
     return batch_size * value_bytes * values + ADAM_BYTES * models.count_parameters(model)
 
 
-def students_per_hour(
-    step_seconds: float, spec: RunSpec, n_images: int = 50_000, epoch_end_seconds: float = 0.0
-) -> float:
+def students_per_hour(step_seconds: float, spec: RunSpec, epoch_end_seconds: float = 0.0) -> float:
     """Finished runs of `spec` an hour, if a step of one student, and what comes between two epochs, cost this much."""
-    return 3600 / (spec.epochs * (step_seconds * math.ceil(n_images / spec.batch_size) + epoch_end_seconds))
+    return 3600 / (spec.epochs * (step_seconds * math.ceil(TRAIN_IMAGES / spec.batch_size) + epoch_end_seconds))
