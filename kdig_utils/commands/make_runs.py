@@ -157,7 +157,7 @@ def campaign(
     if plan:
         return print_plan(name, profile)
     if name == laptop.NAME:
-        return laptop_campaign(workers, at_once, way, budget_minutes, report_seconds)
+        return laptop_campaign(workers, at_once, way, budget_minutes, report_seconds, profile)
     if math.isinf(budget_minutes):
         raise ValueError("a campaign needs --budget-minutes M: how long it may train")
     specs = [] if name == "next" else campaign_specs(name)
@@ -287,8 +287,12 @@ def unpack(
     file: Annotated[Sequence[Path], "all pieces of a pack"], *, profile: Annotated[str, "whose ledger"] = "full"
 ) -> None:
     """Put the runs of a pack, brought back from another machine, into the ledger, their files beside it."""
+    from kdig_utils.experiments import flight as flights
+
     study = open_study(profile)
     added = packs.unpack(file, study.ledger, study.folders)
+    for path in sorted(study.folders["flights"].glob(f"*{flights.LAPTOP_RUNS}")):
+        added += Ledger(laptop.own_ledger_path(profile)).merge(Ledger(path).read())
     for path in sorted(study.folders["flights"].glob("*_explanations.csv")):
         from kdig_utils.analysis import explanations
 

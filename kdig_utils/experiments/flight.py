@@ -8,6 +8,7 @@ What there is is packed after each stage, and now and then within the long ones.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import pandas as pd
 import torch
 
 from kdig_utils import paths
-from kdig_utils.experiments import packs, probes, teachers
+from kdig_utils.experiments import laptop, packs, probes, teachers
 from kdig_utils.experiments.queue import CAMPAIGN
 from kdig_utils.experiments.reports import first_line, print_line
 from kdig_utils.experiments.study import TEACHER_RECIPE, Study
@@ -33,12 +34,13 @@ from kdig_utils.method import artifacts
 from kdig_utils.method.spec import TeacherSpec
 
 # The part of the flight that is kept for a stage, and the most seconds; the other stages share what is left.
-SHARES = {"check": (0.2, 120.0), "explanations": (0.08, 40.0), "first calls": (0.1, 60.0)}
-ENDLESS = ("check", "first calls")  # they would measure for ever: they get no more than their share
+SHARES = {"check": (0.2, 120.0), "laptop": (0.2, 100.0), "explanations": (0.08, 40.0), "first calls": (0.1, 60.0)}
+ENDLESS = ("check", "laptop", "first calls")  # they could go on for long: they get no more than their share
 PROBE_SECONDS = {"cuda": 2.0, "cpu": 1.0}
 # What is asked first decides if time is short; `called` is what always works.
 PROBED = {"cuda": ("recorded", "compiled", "unbenchmarked", "called"), "cpu": ("called", "compiled")}
 NAME = "flight"  # of the pack
+LAPTOP_RUNS = "_laptop.csv"  # the ending of the copy of the laptop protocol's ledger
 PACK_EVERY = 100.0  # seconds, within a stage
 GRACE = 20.0  # seconds that a stage may take beyond its budget, to save and to end
 END = 10.0  # seconds of the flight that are kept for its last pack
@@ -151,7 +153,10 @@ class Flight:
         if table.is_file() and len(told := pd.read_csv(table, dtype=str).merge(rows["run_id"])):
             with paths.replacing(self.file("_explanations.csv")) as part:
                 told.to_csv(part, index=False)
-        endings = ("Z.log", "Z_check.json", "Z_explanations.csv")
+        if (laptop_runs := laptop.own_ledger_path(study.profile)).is_file():
+            with paths.replacing(self.file(LAPTOP_RUNS)) as part:
+                shutil.copyfile(laptop_runs, part)
+        endings = ("Z.log", "Z_check.json", "Z_explanations.csv", LAPTOP_RUNS)
         flights = [path for ending in endings for path in sorted(folders["flights"].glob(f"2*{ending}"))]
         files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *study.files(rows)]
         outside = [path for path in files if study.folder not in path.parents]
@@ -246,6 +251,12 @@ def next_teacher(study: Study, goal: float) -> TeacherSpec:
     return spec
 
 
+def laboratory(flight: Flight) -> None:
+    """The runs of the laptop protocol, which move a 250th of the bytes of a run at the paper's settings."""
+    name, at_once = flight.ways[0]
+    flight.budgeted("laptop", "campaign", laptop.NAME, "--way", name, "--at-once", at_once)
+
+
 def train(flight: Flight) -> None:
     """Train the queue, by the next way where one breaks, with half as many side by side where the memory is full."""
     ways = list(flight.ways)
@@ -286,6 +297,7 @@ STAGES: dict[str, Callable[[Flight], object]] = {
     "restore": restore,
     "check": check,
     "teacher": teacher,
+    "laptop": laboratory,
     "signals": lambda flight: flight.budgeted("signals", "signals"),
     "queue": train,
     # The rows of each network are written when it is done: nothing to save.

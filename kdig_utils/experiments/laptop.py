@@ -167,14 +167,15 @@ class Laboratory(Study):
         return {"sample_accuracy": round(models.accuracy(network, sample), 6)}
 
 
-def train(way: Way, deadline: float, report: Report) -> list[str]:
+def train(ledger: Path, way: Way, deadline: float, report: Report) -> list[str]:
     """Train what is left of the protocol until `deadline` (`time.monotonic`); return the identities of its runs.
 
-    Runs that need images which do not come with the repository come last, and only where CIFAR-10 is at hand.
+    Rows go to `ledger`. Runs that need images which do not come with the repository come last, and only where CIFAR-10
+    is at hand.
     """
     run_ids = []
     for images in (IMAGES, POOL) if has_cifar10() else (IMAGES,):
-        study = open_laboratory(images)
+        study = open_laboratory(ledger, images=images)
         specs = [run for run in queue() if needs_the_pool(run) == (images == POOL)]
         run_ids += study.run_all(specs, NAME, way, deadline, report)
     return run_ids
@@ -193,7 +194,8 @@ def rerun(run_id: str, report: Report) -> tuple[pd.Series, pd.Series]:
     if needs_the_pool(run) and not has_cifar10():
         raise ValueError(f"run {run_id} needs images that do not come with the repository: fetch CIFAR-10 first")
     with tempfile.TemporaryDirectory() as folder:
-        study = open_laboratory(POOL if needs_the_pool(run) else IMAGES, Path(folder))
+        images = POOL if needs_the_pool(run) else IMAGES
+        study = open_laboratory(Path(folder) / "runs.csv", Path(folder), images)
         study.run_all([run], NAME, report=report)
         return rows.iloc[0], study.ledger.read().iloc[0]
 
@@ -213,19 +215,19 @@ def has_cifar10() -> bool:
     return (cifar10.data_root() / CIFAR10.base_folder).is_dir()
 
 
-def open_laboratory(images: int = IMAGES, folder: Path | None = None) -> Laboratory:
+def open_laboratory(ledger: Path | None = None, folder: Path | None = None, images: int = IMAGES) -> Laboratory:
     """The laboratory; on a CPU each process of it computes in one thread, so that a run ends the same beside another.
 
     Args:
+        ledger: where its rows go; None takes `own_ledger_path`.
+        folder: of weights and checkpoints; None is one in the workspace.
         images: `IMAGES`, or `POOL` for the runs that need more.
-        folder: of ledger, weights and checkpoints, for runs that shall not be entered in the committed ledger; without
-            CIFAR-10 it is in the workspace, as rows on fewer test images do not mix with the others.
     """
     torch.set_num_threads(1)
-    workspace = folder or paths.workspace() / NAME
-    committed = folder is None and has_cifar10()
-    ledger = ledger_path() if committed else workspace / "runs.csv"
-    return Laboratory(NAME, workspace, Ledger(ledger), workspace / "curves", n_steps=SIGNALS.n_steps, images=images)
+    folder = folder or paths.workspace() / NAME
+    return Laboratory(
+        NAME, folder, Ledger(ledger or own_ledger_path()), folder / "curves", n_steps=SIGNALS.n_steps, images=images
+    )
 
 
 def signals_folder() -> Path:
@@ -236,3 +238,12 @@ def signals_folder() -> Path:
 def ledger_path() -> Path:
     """The committed runs of the protocol."""
     return paths.ledger_path().with_name("laptop.csv")
+
+
+def own_ledger_path(profile: str = "full") -> Path:
+    """Where rows go that are made here: to the committed ones, or, in a rehearsal or without CIFAR-10, apart.
+
+    Rows on the fewer test images of the repository do not mix with the others.
+    """
+    committed = profile == "full" and has_cifar10()
+    return ledger_path() if committed else paths.workspace() / NAME / "runs.csv"

@@ -1,6 +1,5 @@
 """The laptop protocol's verdicts are those of planted truths, and its rows those of registered runs."""
 
-import math
 import subprocess
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from kdig_utils import __main__ as command_line
 from kdig_utils import machine
 from kdig_utils.analysis import explanations
 from kdig_utils.commands import make_runs
-from kdig_utils.experiments import flight, packs, probes, study
+from kdig_utils.experiments import flight, laptop, packs, probes, study
 from kdig_utils.experiments.flight import Flight
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import WAYS
@@ -80,7 +80,7 @@ def test_stages_come_in_their_order_with_the_fastest_way(
 ) -> None:
     commands, log = fly(small, tmp_path / "out", monkeypatch)
     stages = list(dict.fromkeys(stage for stage, *_rest in commands.called))
-    assert stages == ["check", "teacher", "signals", "queue", "explanations", "first calls"]
+    assert stages == ["check", "teacher", "laptop", "signals", "queue", "explanations", "first calls"]
     (words,) = commands.of("queue")
     assert words[words.index("--way") + 1] == "compiled"
     assert words[words.index("--at-once") + 1] == "4"
@@ -321,6 +321,27 @@ def test_a_pack_brings_log_rows_and_explanations_home(
     assert "ways, the fastest first" in log.read_text()
     (told,) = home.folders["flights"].glob("*_explanations.csv")
     assert explanations.read(told)["run_id"].tolist() == [run_id]
+
+
+def test_runs_of_the_laptop_protocol_come_home_into_a_ledger_of_their_own(
+    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, here, runs = tmp_path / "there.csv", tmp_path / "here.csv", laptop.runs(["student", "kd"], [0])
+    for run in runs:
+        Ledger(there).append(run, test_accuracy=55.0)
+    Ledger(here).append(runs[0], test_accuracy=56.0)
+    monkeypatch.setattr(laptop, "own_ledger_path", lambda _profile="full": there)
+    fly(small, tmp_path / "out", monkeypatch)
+    home = Study("full", tmp_path / "home", Ledger(tmp_path / "home" / "runs.csv"), tmp_path / "home" / "curves")
+    monkeypatch.setattr(laptop, "own_ledger_path", lambda _profile="full": here)
+    monkeypatch.setattr(make_runs, "open_study", lambda _profile: home)
+    make_runs.unpack(list((tmp_path / "out").glob("flight.tar.*")))
+    assert "1 runs added" in capsys.readouterr().out
+    assert Ledger(here).read()[["run_id", "test_accuracy"]].to_numpy().tolist() == [
+        [runs[0].run_id, 56.0],  # what is there already stays
+        [runs[1].run_id, 55.0],
+    ]
+    assert home.ledger.read().empty
 
 
 def test_a_smaller_pack_leaves_no_piece_of_a_larger_one_behind(tmp_path: Path) -> None:
