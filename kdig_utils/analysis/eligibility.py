@@ -56,7 +56,7 @@ def prepared(ledger: pd.DataFrame) -> pd.DataFrame:
     other = [evidence.unlike(spec, brief.spec(spec.method, 0, setting)) if spec else "a teacher" for spec in students]
     near = ["another brief run" if spec and brief.includes(spec) else "" for spec in students]
     table = table.assign(
-        other_settings=[evidence.unlike_the_paper(spec) if spec else "" for spec in students],
+        other_settings=[evidence.unlike(spec) if spec else "" for spec in students],
         other_than_brief=other,
         protocol=[named if lacks else brief.NAME for lacks, named in zip(other, near, strict=True)],
         date=pd.to_datetime(table["finished"], format="ISO8601", utc=True, errors="coerce"),

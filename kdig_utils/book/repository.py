@@ -79,10 +79,8 @@ def methods_table(ledger: pd.DataFrame) -> str:
     """
     students = campaigns.main_runs(ledger)
     shown = {"teacher": teachers.of(students, ledger), **dict(iter(students.groupby("method")))}
-    lines = [
-        "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    headings = "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |"
+    lines = [headings, "|---" * 7 + "|"]
     for method in ("teacher", *METHODS):
         signals = ", ".join(TEACHER_SIGNALS[part] for part in TEACHER_SIGNALS if part in method.split("_"))
         runs = claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")

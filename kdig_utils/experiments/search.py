@@ -176,10 +176,8 @@ def ask(study: Study, proposals: optuna.Study, base: RunSpec, n_trials: int, at_
     # One worker of the folder after the other: SQLite would give a waiting trial to two at once.
     with FileLock(study.folder / LOCK):
         fail_stale_trials(proposals)
-        while len(asked) < at_once:
-            others = _counted(proposals)
-            if len(others) >= n_trials and not any(trial.state == TrialState.WAITING for trial in others):
-                break
+        begun = sum(trial.state != TrialState.WAITING for trial in _counted(proposals))
+        for _place in range(min(at_once, n_trials - begun)):
             trial = proposals.ask(search_space(base.method))
             # From now on it is taken over if this worker dies: Optuna passes over a trial without any sign of life.
             with get_heartbeat_thread(trial._trial_id, proposals._storage):

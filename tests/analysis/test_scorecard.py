@@ -253,7 +253,7 @@ def test_a_seed_without_an_accuracy_does_not_hide_the_same_seed_with_one():
 
 def test_every_claim_about_training_can_be_settled_by_the_campaigns():
     planned = {(spec.method, spec.k, spec.train_fraction, spec.pairing, spec.seed) for name in campaigns.CAMPAIGNS
-               for spec in campaigns.specs(name) if not evidence.unlike_the_paper(spec)}  # fmt: skip
+               for spec in campaigns.specs(name) if not evidence.unlike(spec)}  # fmt: skip
     briefly = {(spec.method, spec.k, spec.train_fraction, spec.pairing, spec.seed) for spec in brief.specs()}
     for claim in claims.claims():
         for method in claim.methods if claim.measure in claims.ACCURACY_MEASURES and claim.name != "teacher" else ():
