@@ -88,18 +88,18 @@ def status() -> int:
     """Say what is there and what is missing."""
     from kdig_utils.analysis import plan
 
-    damaged, ledger, folder = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read(), paths.workspace()
+    ledger, folder, published = Ledger(paths.ledger_path()).read(), paths.workspace(), artifact_lines()
     sections = {
         "ledger": ledger_lines(ledger),
         "queue": plan.progress_lines(ledger),
         "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
         "runs in progress": [checkpoint_line(path) for path in sorted(folder.glob("*/checkpoints/*.pt"))],
         "teacher signals": [signals_line(path.parent) for path in sorted(folder.glob("*/signals/*/done.npy"))],
-        "artifacts": artifact_lines(damaged),
+        "artifacts": [line for line, _whole in published],
     }
     for title, lines in sections.items():
         print(f"{title}\n  " + "\n  ".join(lines or ["none"]))
-    return int(bool(damaged))
+    return int(not all(whole for _line, whole in published))
 
 
 def answers_line(ledger: pd.DataFrame) -> str:

@@ -37,14 +37,3 @@ def publish_run(study: Study, row: pd.Series) -> dict:
     counts = {column: int(row[column]) for column in ("k", "seed", "epochs")}
     artifacts.publish(name, model, half, **texts, **counts, test_accuracy=float(row["test_accuracy"]))
     return artifacts.manifest()[name]
-
-
-def damaged_artifacts() -> dict[str, str]:
-    """Why a published network cannot be loaded, by its name; empty if all are whole."""
-    problems = {}
-    for name in artifacts.manifest():
-        try:
-            artifacts.load(name)
-        except (OSError, ValueError) as error:
-            problems[name] = str(error)
-    return problems
