@@ -12,7 +12,7 @@ from kdig_utils.analysis import claims, plan, scorecard, verdicts
 from kdig_utils.experiments import campaigns, evidence, teachers
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
-from kdig_utils.paths import replacing, repository_root
+from kdig_utils.paths import repository_root
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Where a file of the book names the book's own repository; other links to GitHub are other people's.
@@ -41,21 +41,17 @@ def notebooks() -> list[Path]:
     return sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def stale_addresses() -> Iterator[tuple[Path, str]]:
-    """Each file that names another repository as the book's own, with that `OWNER/NAME`."""
-    root = repository_root()
+def stale_addresses() -> Iterator[tuple[Path, str, str]]:
+    """Each file that names another repository as the book's own, with that `OWNER/NAME`, and its text put right."""
+    root, own = repository_root(), address().removeprefix("https://github.com/")
     named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
-    for path in (*named, *sorted(root.glob("book/*.md")), *notebooks()):
-        found = set(OWN_ADDRESS.findall(path.read_text())) - {_slug()} if path.is_file() else set()
-        yield from ((path, slug) for slug in sorted(found))
-
-
-def write_address(path: Path, slug: str) -> None:
-    """Write the public address into a file that names the repository `slug`, OWNER/NAME, as the book's own."""
-    old, new = slug.split("/")[1], _slug().split("/")[1]
-    text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{_slug()}", path.read_text())
-    with replacing(path) as part:
-        part.write_text(re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\g<1>{new}", text))
+    for path in filter(Path.is_file, (*named, *sorted(root.glob("book/*.md")), *notebooks())):
+        text = path.read_text()
+        for slug in sorted(set(OWN_ADDRESS.findall(text)) - {own}):
+            text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{own}", text)
+            folder = re.escape(slug.split("/")[1])  # that a clone makes
+            text = re.sub(rf"(\bcd (?:-q )?){folder}\b", rf"\g<1>{own.split('/')[1]}", text)
+            yield path, slug, text
 
 
 def results_table(ledger: pd.DataFrame) -> str:
@@ -133,7 +129,3 @@ def readme_with(table: str) -> str:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}, once each, around its table of results")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
-def _slug() -> str:
-    return address().removeprefix("https://github.com/")

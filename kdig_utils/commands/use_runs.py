@@ -149,10 +149,11 @@ def links(*, check: Check = False) -> None:
     """Write the public address of pyproject.toml into every file that links to it."""
     from kdig_utils.book import repository
 
-    root, stale = paths.repository_root(), list(repository.stale_addresses())
-    for path, slug in stale:
+    changed = []
+    for path, slug, text in repository.stale_addresses():
+        changed.append(str(path.relative_to(paths.repository_root())))
         if check:
-            raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
-        repository.write_address(path, slug)
-    changed = ", ".join(str(path.relative_to(root)) for path, _slug in stale)
-    print(f"{repository.address()}: changed {changed or 'nothing'}")
+            raise ValueError(f"{changed[-1]} names {slug}: run `python -m kdig_utils links`")
+        with paths.replacing(path) as part:
+            part.write_text(text)
+    print(f"{repository.address()}: changed {', '.join(changed) or 'nothing'}")
