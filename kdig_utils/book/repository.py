@@ -1,4 +1,4 @@
-"""What the repository shows the world: its address, the README's table of results, the weights of chosen runs."""
+"""What the repository shows the world: its address, its chapters, and the README's table of results."""
 
 import re
 import tomllib
