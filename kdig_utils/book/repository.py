@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdig_utils.analysis import claims, plan, scorecard, verdicts
+from kdig_utils.analysis import claims, laboratory, plan, scorecard, verdicts
 from kdig_utils.experiments import campaigns, evidence, teachers
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 from kdig_utils.paths import repository_root
 
+README_QUESTIONS = ("L1", "L2", "L3", "L4")  # of the laptop protocol
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Where a file of the book names the book's own repository; other links to GitHub are other people's.
 OWN_ADDRESS = re.compile(
@@ -55,8 +56,19 @@ def stale_addresses() -> Iterator[tuple[Path, str, str]]:
 
 
 def results_table(ledger: pd.DataFrame) -> str:
-    """What the README shows of the ledger, in Markdown: claims by kind of evidence, methods, and the queue."""
-    return "\n\n".join(table(ledger) for table in (claims_table, methods_table, queue_table))
+    """What the README shows, in Markdown: the laptop laboratory, claims by kind of evidence, methods, and the queue."""
+    tables = (claims_table(ledger), methods_table(ledger), queue_table(ledger))
+    return "\n\n".join([laboratory_table(laboratory.contrasts(laboratory.accuracies(laboratory.read()))), *tables])
+
+
+def laboratory_table(contrasts: pd.DataFrame) -> str:
+    """The contrasts of `README_QUESTIONS`, in points, with what was expected of them before the runs."""
+    titles = {name: question["title"] for name, question in laboratory.registered()["questions"].items()}
+    lines = ["| question | compared, in points of test accuracy | found | expected |", "|---|---|---|---|"]
+    for row in contrasts[contrasts["question"].isin(README_QUESTIONS)].itertuples():
+        question = titles.pop(row.question, "")
+        lines.append(f"| {question} | {row.text} | {laboratory.in_words(row)} | {row.prediction} |")
+    return "\n".join(lines)
 
 
 def claims_table(ledger: pd.DataFrame) -> str:
