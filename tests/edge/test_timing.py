@@ -12,7 +12,7 @@ from scipy import stats
 from torch import nn
 
 from kdig_utils import machine
-from kdig_utils.edge import candidates, timing
+from kdig_utils.edge import runtimes, timing
 
 
 class Sleeps(nn.Module):
@@ -79,13 +79,6 @@ def test_the_interval_is_that_of_the_rounds():
     assert found.high - found.low < 0.8 * found.value  # unpaired it would be far wider
 
 
-def test_the_number_of_threads_is_put_back():
-    before = torch.get_num_threads()
-    with timing.torch_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-
-
 def test_too_few_images_and_unmeasured_settings_are_named(images):
     with pytest.raises(ValueError, match="4 images cannot fill a batch of 64"):
         timing.measure({"a": Sleeps(0)}, images, (64,))
@@ -103,7 +96,7 @@ def test_the_fastest_cpu_is_chosen_where_the_system_tells_them_apart(tmp_path):
     assert machine.fastest_cpu([0, 3], tmp_path) == 0
 
 
-@pytest.mark.parametrize("count", [40, candidates.LARGE_ROUNDS])
+@pytest.mark.parametrize("count", [40, runtimes.LARGE_ROUNDS])
 def test_a_planted_ratio_lies_in_its_interval(count):
     rng = np.random.default_rng(1)
     covered = 0
