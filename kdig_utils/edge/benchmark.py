@@ -4,6 +4,7 @@ Each network in each runtime runs in a fresh process of its own; the processes a
 order drawn anew each round. What cannot be had (a runtime, an export, an instruction) is said in its row.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch import nn
 
 from kdig_utils import machine
 from kdig_utils.edge import roofline, runtimes, timing
-from kdig_utils.edge.runtimes import Candidate, exported, heard
+from kdig_utils.edge.runtimes import Candidate, at_once, exported, heard
 from kdig_utils.method import artifacts, cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.paths import check_writable, replacing
@@ -84,7 +85,7 @@ def latency_rows(
         Rows with the keys `timing.COLUMNS`, None where there is no figure.
     """
     ends = {part: time.monotonic() + share * patience for part, share in SHARES.items()}
-    counts = threads or tuple(sorted({1, machine.usable_cpus()}))
+    counts = threads or tuple(sorted({1, len(machine.usable_cpu_numbers())}))
     # Every other time from the last number of threads to the first: fewer files are opened anew.
     settings = [(batch, count) for turn, batch in enumerate(batches) for count in counts[:: -1 if turn % 2 else 1]]
     facts = machine_facts()  # before anything is measured: the load is that of others
@@ -92,7 +93,8 @@ def latency_rows(
     peaks, words = roofline.peaks(list(tables.values()), settings, ends["peaks"])
     facts["note"] = "; ".join(filter(None, (str(facts["note"]), words)))
     print(f"exporting {', '.join(networks)}")
-    candidates = exported(networks, ends["exports"])
+    written = at_once(lambda name: exported(name, networks[name], ends["exports"]), networks)
+    candidates = list(itertools.chain.from_iterable(written))
     times = heard(candidates, test.pixels.numpy(), settings, ends, MEASURING * patience)
     weights = {name: models.weights_sha256(network)[:12] for name, network in networks.items()}
     rows = []
@@ -155,7 +157,7 @@ def machine_facts() -> dict[str, object]:
     return {
         "machine": machine.processor(),
         "flags": " ".join(flags),
-        "cpus": machine.usable_cpus(),
+        "cpus": len(machine.usable_cpu_numbers()),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "clock": f"perf_counter: {clock.implementation}, {1e9 * clock.resolution:.3g} ns",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

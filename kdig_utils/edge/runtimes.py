@@ -24,7 +24,7 @@ from torch import nn
 
 from kdig_utils.edge import exporting, serving, timing
 from kdig_utils.edge.worker import LATE, Lost, Process, in_words
-from kdig_utils.machine import fastest_cpu, usable_cpu_numbers, usable_cpus
+from kdig_utils.machine import fastest_cpu, usable_cpu_numbers
 from kdig_utils.method import artifacts, models
 from kdig_utils.paths import workspace
 
@@ -99,34 +99,6 @@ def name_of(function: Callable) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def write_files(network: nn.Module, end: float) -> tuple[Path, dict[str, str]]:
-    """Write the files of all runtimes for a network, in a process of its own; those that are there already are kept.
-
-    Args:
-        end: the moment of `time.monotonic` by which it must have ended.
-
-    Returns:
-        Their folder in the workspace, named by the weights and by all that writes them, and why a file is not there,
-        in words, by its name.
-    """
-    files = dict.fromkeys(file for runtime in RUNTIMES.values() for file in runtime.files.values())
-    sources = sorted({inspect.getfile(file.write) for file in files})
-    identity = [models.weights_sha256(network), versions(*EXPORTERS), *(Path(source).read_text() for source in sources)]
-    folder = workspace() / "exports" / hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
-    weights, k = folder / WEIGHTS, getattr(network, "k", 0)
-    if not weights.is_file():
-        artifacts.save_weights(network, weights)
-    problems: dict[str, str] = {}
-    with contextlib.closing(Process(end)) as process:
-        for file in (file for file in files if not (folder / file.name).is_file()):
-            try:
-                process.ask("write", name_of(file.write), str(weights), k, str(folder / file.name))
-            except Lost as lost:
-                words = in_words(lost)
-                problems[file.name] = words if words == LATE else f"the export failed: {words}"
-    return folder, problems
-
-
 @dataclass
 class Candidate:
     """One network in one runtime and precision.
@@ -175,19 +147,23 @@ class Candidate:
         compiled = ONE_COMPILATION if self.entry.opened_once and (batch, threads) != (1, 1) else ""
         return self.left_out.get((batch, threads)) or self.missing or compiled
 
-    def times(self, batch: int, threads: int, calls: int) -> Sequence[float]:
-        """Milliseconds of so many calls at this setting; no numbers (NaN) once it is lost."""
-        return self.attempt(batch, threads, "times", calls) or [math.nan] * calls
+    def times(self, setting: tuple[int, int], calls: int) -> Sequence[float]:
+        """Milliseconds of so many calls; no numbers (NaN) once it is lost at this setting."""
+        found = None if self.status(*setting) else self.attempt(setting, "times", calls)
+        return found or [math.nan] * calls
 
-    def attempt(self, batch: int, threads: int, do: str, *arguments: object) -> Any:
-        """As `Process.ask`, at this setting, which is left out if it refuses; nothing more is asked of the dead."""
-        if self.process is None or self.status(batch, threads):
+    def attempt(self, setting: tuple[int, int] | None, do: str, *arguments: object) -> Any:
+        """As `Process.ask`; None if it dies, or refuses, which leaves out this setting, or, for None, all that follows.
+
+        The setting is a batch size and a number of threads.
+        """
+        if self.process is None:
             return None
         try:
             return self.process.ask(do, *arguments)
         except Lost as lost:
-            if self.process.is_alive():
-                self.left_out[batch, threads] = in_words(lost)
+            if setting and self.process.is_alive():
+                self.left_out[setting] = in_words(lost)
             else:
                 self.give_up(lost)
 
@@ -203,20 +179,37 @@ class Candidate:
             self.process = None
 
 
-def exported(networks: Mapping[str, nn.Module], end: float) -> list[Candidate]:
-    """Every network in every runtime of the table, its file written by `end`, a moment of `time.monotonic`."""
-    written = _at_once(lambda network: write_files(network, end), networks.values())
+def exported(model: str, network: nn.Module, end: float) -> list[Candidate]:
+    """A network in every runtime of the table; its files, if they are not there already, are written in a process.
+
+    The files are in a folder of the workspace that is named by the weights and by all that writes them. `end` is the
+    moment of `time.monotonic` by which they must be written.
+    """
+    files = dict.fromkeys(file for runtime in RUNTIMES.values() for file in runtime.files.values())
+    sources = sorted({inspect.getfile(file.write) for file in files})
+    identity = [models.weights_sha256(network), versions(*EXPORTERS), *(Path(source).read_text() for source in sources)]
+    folder = workspace() / "exports" / hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
+    weights, k = folder / WEIGHTS, getattr(network, "k", 0)
+    if not weights.is_file():
+        artifacts.save_weights(network, weights)
+    problems: dict[str, str] = {}
+    with contextlib.closing(Process(end)) as process:
+        for file in (file for file in files if not (folder / file.name).is_file()):
+            try:
+                process.ask("write", name_of(file.write), str(weights), k, str(folder / file.name))
+            except Lost as lost:
+                words = in_words(lost)
+                problems[file.name] = words if words == LATE else f"the export failed: {words}"
     return [
-        Candidate(model, getattr(network, "k", 0), name, precision, folder / file.name, problems.get(file.name, ""))
-        for (model, network), (folder, problems) in zip(networks.items(), written, strict=True)
+        Candidate(model, k, name, precision, folder / file.name, problems.get(file.name, ""))
         for name, runtime in RUNTIMES.items()
         for precision, file in runtime.files.items()
     ]
 
 
-def _at_once(do: Callable[[Any], Any], items: Iterable[object]) -> list:
+def at_once(do: Callable[[Any], Any], items: Iterable[object]) -> list:
     """What `do` gives for all items, as many at a time as there are CPUs."""
-    with ThreadPoolExecutor(usable_cpus()) as pool:
+    with ThreadPoolExecutor(len(usable_cpu_numbers())) as pool:
         return list(pool.map(do, items))
 
 
@@ -231,7 +224,7 @@ def heard(
 
     Args:
         pixels: of all images, uint8 of (N, 3, 32, 32).
-        ends: moments of `time.monotonic` by which opening, measuring, classifying must have ended, and any answers.
+        ends: moments of `time.monotonic` for `opening`, `measuring`, `classifying`, and any `answers`.
         seconds: for each setting, without opening and warming up.
     """
     wanted = sorted((c for c in candidates if not c.missing), key=lambda c: c.entry.opened_once)  # the slowest last
@@ -241,7 +234,7 @@ def heard(
         for each in wanted:
             at_the_end.callback(each.close)
         print(f"opening {len(candidates)} processes")
-        _at_once(lambda each: each.open(Path(folder) / "pixels.npy", ends["opening"], ends["answers"]), wanted)
+        at_once(lambda each: each.open(Path(folder) / "pixels.npy", ends["opening"], ends["answers"]), wanted)
         for batch, threads in settings:
             print(f"measuring batch {batch} with {threads} thread{'s' * (threads > 1)}")
             times[batch, threads] = measured(candidates, batch, threads, seconds, ends["measuring"])
@@ -251,24 +244,21 @@ def heard(
 
 
 def measured(candidates: list[Candidate], batch: int, threads: int, seconds: float, end: float) -> pd.DataFrame:
-    """The calls of all at one setting, with one thread on one CPU: round, network, call, ms, batch_size, threads.
+    """The calls of all at one setting, one thread on one CPU: round, network, call, ms, batch_size, threads.
 
-    Who is lost says why, and has none.
-
-    Args:
-        seconds: for all of them together, without opening and warming up.
-        end: the moment of `time.monotonic` by which it must have ended; else nothing is measured.
+    Who is lost says why, and has none; nothing is measured that would not end by `end`.
     """
-    cpus = usable_cpu_numbers()
+    cpus, setting = usable_cpu_numbers(), (batch, threads)
     used = [fastest_cpu(cpus)] if threads == 1 else cpus
     calls, least = (timing.BLOCK_CALLS, timing.LEAST_ROUNDS) if batch == 1 else (LARGE_CALLS, LARGE_ROUNDS)
-    present = [each for each in candidates if not each.status(batch, threads)]
+    present = [each for each in candidates if not each.status(*setting)]
     every = batch * sum(each.loaded["each_ms"] for each in present) / 1e3
     if time.monotonic() + (WARM_UP + calls * least) * every > end:
         for each in present:
-            each.left_out[batch, threads] = NO_TIME
-    _at_once(lambda each: each.attempt(batch, threads, "ready", batch, threads, used), present)
-    timed = {each.name: partial(each.times, batch, threads) for each in present if not each.status(batch, threads)}
+            each.left_out[setting] = NO_TIME
+        return NO_CALLS
+    at_once(lambda each: each.attempt(setting, "ready", batch, threads, used), present)
+    timed = {each.name: partial(each.times, setting) for each in present if not each.status(*setting)}
     if not timed:
         return NO_CALLS
     found = timing.interleave(timed, min(seconds, end - time.monotonic()), calls, least, seconds / len(timed))
@@ -289,11 +279,8 @@ def classify(candidates: list[Candidate], images: int, batch: int, end: float) -
 
     def classify_one(each: Candidate) -> None:
         size, count = (1, min(chosen, FEW_IMAGES)) if each.entry.opened_once else (batch, chosen)
-        assert each.process
-        try:
-            each.process.ask("ready", size, 1, cpus)
-            each.logits = np.array(each.process.ask("logits", count))
-        except Lost as lost:
-            each.give_up(lost)
+        each.attempt(None, "ready", size, 1, cpus)
+        found = each.attempt(None, "logits", count)
+        each.logits = None if found is None else np.array(found)
 
-    _at_once(classify_one, present)
+    at_once(classify_one, present)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdig_utils.edge import benchmark, roofline, runtimes, timing
-from kdig_utils.edge.runtimes import EXPORTERS, RUNTIMES, Candidate, File, Runtime, write_files
+from kdig_utils.edge.runtimes import EXPORTERS, RUNTIMES, Candidate, File, Runtime, exported
 from kdig_utils.edge.worker import EDGE, LATE, Lost
 from kdig_utils.method import artifacts, cifar10, models
 
@@ -202,14 +202,15 @@ def test_what_was_exported_is_kept_and_what_could_not_be_says_why(patched: pytes
     good, bad = File("copy.safetensors", artifacts.save_weights), File("bad", models.count_parameters)
     patched.setitem(RUNTIMES, "toy", RUNTIMES["eager"]._replace(files={"fp32": good, "int8": bad}))
     network = models.student(17).eval()
-    folder, problems = write_files(network, time.monotonic() + 60)
-    assert (folder / good.name).read_bytes() == (folder / "weights.safetensors").read_bytes()
-    assert list(problems) == ["bad"]
-    assert problems["bad"].startswith("the export failed: TypeError")
-    assert write_files(network, time.monotonic()) == (folder, {"bad": LATE})  # no time to write anything
+    eager, kept, lost = exported("teacher", network, time.monotonic() + 60)
+    assert kept.file.read_bytes() == eager.file.read_bytes()
+    assert (eager.missing, kept.missing) == ("", "")
+    assert lost.missing.startswith("the export failed: TypeError")
+    again = exported("teacher", network, time.monotonic())  # no time to write anything
+    assert [(each.file, each.missing) for each in again] == [(eager.file, ""), (kept.file, ""), (lost.file, LATE)]
     with torch.no_grad():
         next(network.parameters()).add_(1)
-    assert write_files(network, time.monotonic())[1] == {good.name: LATE, "bad": LATE}
+    assert [each.missing for each in exported("teacher", network, time.monotonic())] == ["", LATE, LATE]
 
 
 def test_what_comes_too_late_is_left_out_in_words(patched: pytest.MonkeyPatch) -> None:
