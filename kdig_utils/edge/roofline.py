@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.benchmark import set_torch_threads
 
+from kdig_utils.edge.timing import torch_threads
 from kdig_utils.method import models
 
 MATRIX = 1024  # rows and columns of the product that shows the peak
@@ -79,7 +79,7 @@ def peak(threads: int, moved: float, seconds: float = PEAK_SECONDS) -> Peak:
 def _seconds(call: Callable[[], object], threads: int, seconds: float) -> float:
     """The best of three means: a peak is what the machine can do when nothing disturbs it."""
     timer = timeit.Timer(call)
-    with set_torch_threads(threads):
+    with torch_threads(threads):
         timer.timeit(1)
         calls = max(1, int(seconds / 3 / timer.timeit(1)))
         return min(timer.repeat(3, calls)) / calls

@@ -3,12 +3,13 @@
 Times depend on the machine and on what else it does; multiply-accumulates do not.
 """
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,6 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.utils.benchmark import set_torch_threads
 
 from kdig_utils import paths
 from kdig_utils.edge.serving import block
@@ -141,10 +141,24 @@ def measure(
     parts = []
     for count, batch_size in itertools.product(threads, batch_sizes):
         timed = {name: partial(call_times, network, images[:batch_size]) for name, network in networks.items()}
-        with set_torch_threads(count):
+        with torch_threads(count):
             times = settled(interleave(timed, seconds, *((BLOCK_CALLS,) if batch_size == 1 else (2, 5))))
         parts.append(times.assign(batch_size=batch_size, threads=count))
     return pd.concat(parts, ignore_index=True)[["network", "batch_size", "threads", "round", "ms"]]
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use `count` CPU threads within the block.
+
+    As in `torch.utils.benchmark`, whose import asks for a GPU: after that a fork cannot use one (`first_calls`).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def speedup(latencies: pd.DataFrame, slow: str, fast: str, batch_size: int, threads: int) -> Speedup:

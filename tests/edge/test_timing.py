@@ -79,6 +79,13 @@ def test_the_interval_is_that_of_the_rounds():
     assert found.high - found.low < 0.8 * found.value  # unpaired it would be far wider
 
 
+def test_the_number_of_threads_is_put_back():
+    before = torch.get_num_threads()
+    with timing.torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_too_few_images_and_unmeasured_settings_are_named(images):
     with pytest.raises(ValueError, match="4 images cannot fill a batch of 64"):
         timing.measure({"a": Sleeps(0)}, images, (64,))
