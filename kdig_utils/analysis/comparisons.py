@@ -5,7 +5,7 @@ this module chooses among them, and corrects for how many were made.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -126,11 +126,6 @@ def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def against(baseline: str, methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
-    """The pairs that compare each of the other methods with one baseline."""
-    return [(method, baseline) for method in methods if method != baseline]
-
-
 def unpaired(first: pd.Series, second: pd.Series) -> Comparison:
     """Compare two methods whose runs share nothing: Welch's t-test, and permutations of all runs.
 
@@ -163,25 +158,22 @@ def paired(first: pd.Series, second: pd.Series) -> Comparison:
     return Comparison(len(a), *map(float, numbers))
 
 
-def equivalence(first: pd.Series, second: pd.Series, margin: float) -> Equivalence:
-    """Test whether two methods differ by less than `margin` points: runs that share nothing, unequal variances.
+def equivalence(first: pd.Series, second: pd.Series, margin: float, by_pairs: bool = False) -> Equivalence:
+    """Test whether two methods differ by less than `margin` points: unequal variances, or seed by seed.
 
     A large p of an ordinary test is no evidence for equality; a small p of this one is. The margin is chosen before
     looking (Lakens 2017, doi 10.1177/1948550617697177).
 
     Raises:
-        ValueError: the margin is not above 0, fewer than two runs of a method, or no spread in either.
+        ValueError: the margin is not above 0, or as in `unpaired` and `paired`.
     """
-    return _equivalence(*_samples(first, second), margin, _welch)
-
-
-def paired_equivalence(first: pd.Series, second: pd.Series, margin: float) -> Equivalence:
-    """The same, seed by seed, for runs that share their seeds.
-
-    Raises:
-        ValueError: as in `paired`, or the margin is not above 0.
-    """
-    return _equivalence(*_pairs(first, second), margin, stats.ttest_rel)
+    if not margin > 0:
+        raise ValueError(f"margin {margin} is not above 0: give the largest difference, in points, of no interest")
+    (a, b), test = (_pairs(first, second), stats.ttest_rel) if by_pairs else (_samples(first, second), _welch)
+    low, high = test(a, b).confidence_interval(1 - 2 * SIGNIFICANCE)
+    above, below = test(a + margin, b, alternative="greater"), test(a - margin, b, alternative="less")
+    numbers = (a.mean() - b.mean(), low, high, max(above.pvalue, below.pvalue))
+    return Equivalence(min(len(a), len(b)), *map(float, numbers))
 
 
 def family(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], compare: Compare = unpaired) -> pd.DataFrame:
@@ -190,7 +182,7 @@ def family(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], compare: Compar
     Args:
         rows: of the ledger, one experiment.
         pairs: methods to compare, first minus second.
-        compare: `unpaired`, `paired`, or one of the equivalence tests with its margin filled in.
+        compare: `unpaired`, `paired`, or `equivalence` with its margin filled in.
 
     Returns:
         Columns first, second, the fields of the comparison, and for each p-value its correction, as p_holm.
@@ -251,15 +243,6 @@ def holm(p_values: ArrayLike, tests: int | None = None) -> NDArray:
     return np.minimum(np.take_along_axis(ascending, np.argsort(order, axis=0), 0), 1)
 
 
-def _equivalence(a: NDArray, b: NDArray, margin: float, test: Callable) -> Equivalence:
-    if not margin > 0:
-        raise ValueError(f"margin {margin} is not above 0: give the largest difference, in points, of no interest")
-    low, high = test(a, b).confidence_interval(1 - 2 * SIGNIFICANCE)
-    above, below = test(a + margin, b, alternative="greater"), test(a - margin, b, alternative="less")
-    numbers = (a.mean() - b.mean(), low, high, max(above.pvalue, below.pvalue))
-    return Equivalence(min(len(a), len(b)), *map(float, numbers))
-
-
 def _bootstrap(a: NDArray, b: NDArray, paired: bool) -> tuple[float, float]:
     options = {"paired": paired, "n_resamples": RESAMPLES, "vectorized": True, "rng": np.random.default_rng(0)}
     low, high = stats.bootstrap((a, b), difference, **options).confidence_interval
@@ -305,4 +288,4 @@ def _pairs(first: pd.Series, second: pd.Series) -> tuple[NDArray, NDArray]:
 
 
 def _name(runs: pd.Series) -> str:
-    return str(getattr(runs, "name", None) or "a method")
+    return str(runs.name or "a method")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm, mean_interval, paired, paired_equivalence
+from kdig_utils.analysis.comparisons import equivalence, holm, mean_interval, paired
 from kdig_utils.experiments import campaigns
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.pairings import PAIRINGS
@@ -102,7 +102,7 @@ def differences(accuracies: dict[str, pd.Series], first: str, others: Iterable[s
         rows[name] = {"pairs": len(one)}
         if len(one) > 1:
             found = paired(one, other)
-            level = paired_equivalence(one, other, margin)
+            level = equivalence(one, other, margin, by_pairs=True)
             rows[name] |= found._asdict() | {"level_p": level.p}
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(DIFFERENCES)).astype(float)
     table = table.astype({"pairs": int}).assign(p_holm=holm(table["p"]), level_p_holm=holm(table["level_p"]))
