@@ -118,12 +118,11 @@ def runs_by_method(rows: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
-    """Mean of runs, and its 95 % t-interval: NaN for a single one."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan, math.nan
-    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(1 - SIGNIFICANCE)
-    return float(values.mean()), float(low), float(high)
+    """Mean of runs, and its 95 % t-interval: NaN for a single one, all three for none."""
+    runs, low, high = pd.Series(values, dtype=float), math.nan, math.nan
+    if len(runs) > 1:
+        low, high = stats.ttest_1samp(runs, 0.0).confidence_interval(1 - SIGNIFICANCE)
+    return float(runs.mean()), float(low), float(high)
 
 
 def unpaired(first: pd.Series, second: pd.Series) -> Comparison:
