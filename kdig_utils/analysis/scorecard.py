@@ -11,10 +11,9 @@ from scipy import stats
 
 from kdig_utils.analysis import claims, imagenet, verdicts
 from kdig_utils.analysis.claims import Claim
-from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, unpaired
+from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, sign_flips, unpaired
 from kdig_utils.analysis.counted import COMPUTED
 from kdig_utils.analysis.eligibility import Candidates, by_seed
-from kdig_utils.analysis.permutation import sign_flips
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 from kdig_utils.experiments import evidence, teachers
 from kdig_utils.method import artifacts
@@ -54,8 +53,12 @@ def scorecard(
     """
     held = _Evidence(Candidates(ledger), speedups or {}, explanations)
     direct = _judged(claims.claims(), held)
-    paired = [claim for claim in claims.claims() if claim.depends_on_pairing and claim.measure != "imagenet"]
-    conceptual = {row["name"]: row for row in _judged([as_matched(claim) for claim in paired], held)}
+    paired = [
+        replace(claim, settings={**claim.settings, "pairing": CONCEPTUAL})  # runs that give each image its own signals
+        for claim in claims.claims()
+        if claim.depends_on_pairing and claim.measure != "imagenet"
+    ]
+    conceptual = {row["name"]: row for row in _judged(paired, held)}
     conflicts = conflicting()
     none = {**dict.fromkeys(("value", "low", "high"), np.nan), "verdict": "", "interim": False}
     for row in direct:
@@ -63,11 +66,6 @@ def scorecard(
         row |= {f"matched_{name}": other[name] for name in none}
         row["conflicts"] = ", ".join(conflicts.get(row["name"], ()))
     return pd.DataFrame(direct)
-
-
-def as_matched(claim: Claim) -> Claim:
-    """The same claim on runs that give each image its own signals: the conceptual replication."""
-    return replace(claim, settings={**claim.settings, "pairing": CONCEPTUAL})
 
 
 def _judged(chosen: Sequence[Claim], held: _Evidence) -> list[dict]:
