@@ -14,6 +14,7 @@ from kdig_utils.analysis.claims import Claim
 from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, sign_flips, unpaired
 from kdig_utils.analysis.counted import COMPUTED
 from kdig_utils.analysis.eligibility import Candidates, by_seed
+from kdig_utils.analysis.sample_size import best_of_normal
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 from kdig_utils.experiments import evidence, teachers
 from kdig_utils.method import artifacts
@@ -237,7 +238,12 @@ def conflicting() -> dict[str, list[str]]:
 
 
 def _p_of_gap(one: Claim, other: Claim, deviation: float, df: int) -> float:
-    means, variances = zip(*(verdicts.implied_mean(claim, deviation) for claim in (one, other)), strict=True)
+    """Of the gap between the means behind two numbers of the paper, if its runs deviate so from one another."""
+    means, variances = [], []
+    for claim in (one, other):
+        above, wobble = best_of_normal(claim.paper_runs) if claim.statistic == "best" else (0, claim.paper_runs**-0.5)
+        means.append(claim.claimed - above * deviation)
+        variances.append((wobble * deviation) ** 2)
     return float(2 * stats.t.sf(abs(means[0] - means[1]) / sum(variances) ** 0.5, df))
 
 
