@@ -22,14 +22,7 @@ class Candidates:
     def of(self, claim: Claim) -> list[tuple[pd.Series, str]]:
         """The runs of the claim's size and protocol, whatever their method, each with what it lacks to count."""
         teacher = claim.measure == "teacher"
-        key = (
-            teacher and claim.name,
-            claim.k,
-            claim.seeds,
-            claim.registered,
-            claim.protocol,
-            *sorted(claim.settings.items()),
-        )
+        key = (teacher and claim.name, claim.k, claim.seeds, claim.registered, claim.protocol, str(claim.settings))
         if key not in self._known:
             alike = [run for run in self._runs if teacher or (run.k, run.protocol) == (claim.k, claim.protocol)]
             methods = ("teacher",) if teacher else METHODS
