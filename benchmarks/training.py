@@ -249,7 +249,7 @@ def take_turn(student: Steps, graphs: bool) -> None:
 def all_ways(spec: RunSpec, device: torch.device, compiled: bool) -> list[Way]:
     """The ways that this device has, the authors' first."""
     sample = load_sample("train")
-    signals = random_signals(sample, spec.k)
+    signals = random_signals(sample)
     repeated = torch.arange(POSITIONS) % len(sample)
     images = sample.subset(repeated).to(device)
     their_signals = signals_at(signals, images, repeated).to(device)

@@ -10,9 +10,8 @@ from scipy import stats
 
 from kdig_utils.analysis import claims
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm
-from kdig_utils.analysis.permutation import sign_flips
-from kdig_utils.analysis.sample_size import pairs_needed
+from kdig_utils.analysis.comparisons import holm, sign_flips
+from kdig_utils.analysis.sample_size import seeds_needed
 from kdig_utils.experiments import laptop
 from kdig_utils.experiments.evidence import NOT_RUN
 from kdig_utils.experiments.ledger import Ledger, student_spec
@@ -94,7 +93,7 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float) -> dict[str, A
         "p": float(test.pvalue),
         "p_exact": sign_flips(d),
         "level_p": max(float(each.pvalue) for each in apart),
-        "needed": pairs_needed(margin, spread, INDEPENDENT),
+        "needed": seeds_needed(margin, spread, correlation=INDEPENDENT),
     }
 
 

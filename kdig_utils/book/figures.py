@@ -27,13 +27,8 @@ DPI = 110
 
 def style() -> None:
     """Set the book's style for all figures that follow."""
-    settings = {
-        "figure.constrained_layout.use": True,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "figure.titleweight": "bold",
-    }
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9, rc=settings)
+    titles = {"axes.titleweight": "bold", "axes.titlelocation": "left", "figure.titleweight": "bold"}
+    sns.set_theme(style="whitegrid", font_scale=0.9, rc={"figure.constrained_layout.use": True, **titles})
 
 
 def show(figure: Figure, alt: str, caption: str, kind: str | Iterable[str]) -> None:
@@ -66,16 +61,12 @@ def png(figure: Figure) -> bytes:
 
 def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
     """Draw one image, (3, H, W) in [0, 1], without axes."""
-    _show(axes, image.permute(1, 2, 0).clamp(0, 1), title)
+    show_map(axes, image.permute(1, 2, 0).clamp(0, 1), title)
 
 
 def show_map(axes: Axes, values: Tensor, title: str = "", cmap: str = "inferno") -> None:
-    """Draw one map, (H, W), from its lowest to its highest value, without axes."""
-    _show(axes, values.float(), title, cmap)
-
-
-def _show(axes: Axes, values: Tensor, title: str, cmap: str | None = None) -> None:
-    axes.imshow(values.detach().cpu().numpy(), cmap=cmap)
+    """Draw one map, (H, W), from its lowest to its highest value, without axes; of colours, (H, W, 3), as it is."""
+    axes.imshow(values.detach().float().cpu().numpy(), cmap=cmap)
     axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
     axes.set_axis_off()
 

@@ -8,26 +8,29 @@ from typing import Annotated
 import torch
 
 from kdig_utils.experiments import laptop
+from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import print_line, print_now_and_then
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, WAYS, Way
 from kdig_utils.machine import keep_freed_memory
 
 
-def laptop_campaign(workers: int, at_once: int | None, way: str, budget_minutes: float, report_seconds: float) -> int:
+def laptop_campaign(
+    workers: int, at_once: int | None, way: str, budget_minutes: float, report_seconds: float, profile: str
+) -> int:
     """Train what is left of the protocol, in this process or in several that share the runs; return the exit status."""
     if workers < 1:
         raise ValueError(f"--workers {workers} trains nothing: give at least 1")
     if workers > 1:
-        words = ["--budget-minutes", str(budget_minutes), "--report-seconds", str(report_seconds)]
-        command = [sys.executable, "-m", "kdig_utils", "campaign", laptop.NAME, *words]
+        words = ["--budget-minutes", budget_minutes, "--report-seconds", report_seconds, "--profile", profile]
+        command = [sys.executable, "-m", "kdig_utils", "campaign", laptop.NAME, *map(str, words)]
         started = [subprocess.Popen(command) for _worker in range(workers)]
         return max(process.wait() for process in started)
     keep_freed_memory()
-    study, deadline = laptop.open_laboratory(), time.monotonic() + 60 * budget_minutes
-    how = side_by_side(WAYS[way], at_once, study.device)
-    run_ids = laptop.train(how, deadline, print_now_and_then(report_seconds))
-    done = study.ledger.read().query("run_id in @run_ids")
-    print(f"{laptop.NAME}: {len(done)} of {len(run_ids)} runs done, in {study.ledger.path.name}")
+    ledger, deadline = laptop.own_ledger_path(profile), time.monotonic() + 60 * budget_minutes
+    how = side_by_side(WAYS[way], at_once, laptop.open_laboratory(ledger).device)
+    run_ids = laptop.train(ledger, how, deadline, print_now_and_then(report_seconds))
+    done = Ledger(ledger).read().query("run_id in @run_ids")
+    print(f"{laptop.NAME}: {len(done)} of {len(run_ids)} runs done, in {ledger.name}")
     return 0
 
 

@@ -157,7 +157,7 @@ def campaign(
     if plan:
         return print_plan(name, profile)
     if name == laptop.NAME:
-        return laptop_campaign(workers, at_once, way, budget_minutes, report_seconds)
+        return laptop_campaign(workers, at_once, way, budget_minutes, report_seconds, profile)
     if math.isinf(budget_minutes):
         raise ValueError("a campaign needs --budget-minutes M: how long it may train")
     specs = [] if name == "next" else campaign_specs(name)
@@ -287,8 +287,12 @@ def unpack(
     file: Annotated[Sequence[Path], "all pieces of a pack"], *, profile: Annotated[str, "whose ledger"] = "full"
 ) -> None:
     """Put the runs of a pack, brought back from another machine, into the ledger, their files beside it."""
+    from kdig_utils.experiments import flight as flights
+
     study = open_study(profile)
     added = packs.unpack(file, study.ledger, study.folders)
+    for path in sorted(study.folders["flights"].glob(f"*{flights.LAPTOP_RUNS}")):
+        added += Ledger(laptop.own_ledger_path(profile)).merge(Ledger(path).read())
     for path in sorted(study.folders["flights"].glob("*_explanations.csv")):
         from kdig_utils.analysis import explanations
 
@@ -336,7 +340,7 @@ def carry_home(study: Study, run_ids: Iterable[str], folder: Path | None, name: 
     if folder is None:
         return
     rows = study.ledger.read().query("run_id in @run_ids")
-    pack = packs.pack(study.ledger, rows["run_id"], study.files(rows), folder, name)
+    pack = packs.pack(rows, study.files(rows), folder, name)
     print("packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pack.pieces))
     for path in pack.left_out:
         print(f"left out, no room: {path.parent.name}/{path.name}")

@@ -7,25 +7,25 @@ What there is is packed after each stage, and now and then within the long ones.
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import count
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from kdig_utils import paths
-from kdig_utils.experiments import packs, probes, teachers
-from kdig_utils.experiments.packs import Pack
+from kdig_utils.experiments import laptop, packs, probes, teachers
 from kdig_utils.experiments.queue import CAMPAIGN
 from kdig_utils.experiments.reports import first_line, print_line
 from kdig_utils.experiments.study import TEACHER_RECIPE, Study
@@ -34,12 +34,13 @@ from kdig_utils.method import artifacts
 from kdig_utils.method.spec import TeacherSpec
 
 # The part of the flight that is kept for a stage, and the most seconds; the other stages share what is left.
-SHARES = {"check": (0.2, 120.0), "explanations": (0.08, 40.0), "first calls": (0.1, 60.0)}
-ENDLESS = ("check", "first calls")  # they would measure for ever: they get no more than their share
+SHARES = {"check": (0.2, 120.0), "laptop": (0.2, 100.0), "explanations": (0.08, 40.0), "first calls": (0.1, 60.0)}
+ENDLESS = ("check", "laptop", "first calls")  # they could go on for long: they get no more than their share
 PROBE_SECONDS = {"cuda": 2.0, "cpu": 1.0}
 # What is asked first decides if time is short; `called` is what always works.
 PROBED = {"cuda": ("recorded", "compiled", "unbenchmarked", "called"), "cpu": ("called", "compiled")}
 NAME = "flight"  # of the pack
+LAPTOP_RUNS = "_laptop.csv"  # the ending of the copy of the laptop protocol's ledger
 PACK_EVERY = 100.0  # seconds, within a stage
 GRACE = 20.0  # seconds that a stage may take beyond its budget, to save and to end
 END = 10.0  # seconds of the flight that are kept for its last pack
@@ -60,14 +61,13 @@ class Flight:
     """
 
     def __init__(self, study: Study, seconds: float, folder: Path, goal: float) -> None:
-        self.study, self.seconds, self.goal = study, seconds, goal
+        self.study, self.seconds, self.folder, self.goal = study, seconds, folder, goal
         self.started = self.packed_at = time.monotonic()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
         self.known = set(study.ledger.read()["run_id"])
         self.ways = [("called", 1)]  # what always works, until the check has found better ones
-        self.kept = study.folder / "flight"  # a copy of the pack, in the workspace
-        self.folders = (folder, self.kept)  # what goes home first
+        self.kept = study.folder / "flight"  # the part of the pack that is not in the workspace
         paths.check_writable(folder, 2 * packs.PACK_MOST_BYTES)
         paths.check_writable(study.folders["flights"])
 
@@ -129,11 +129,7 @@ class Flight:
         return status
 
     def budgeted(self, stage: str, *words: object, grace: float = GRACE) -> int:
-        """The same for a command that knows profiles and stops by itself when the stage's time is over.
-
-        Args:
-            grace: seconds beyond that, in which it may save and end.
-        """
+        """The same for a command that stops when the stage's time is over; `grace` seconds later it is killed."""
         seconds = max(self.time_for(stage), 0.0)
         options = ("--profile", self.study.profile, "--budget-minutes", seconds / 60)
         return self.command(stage, *words, *options, seconds=seconds + grace)
@@ -149,25 +145,23 @@ class Flight:
         left_out = f", no room for {', '.join(path.name for path in pack.left_out)}" if pack.left_out else ""
         return self.log("pack", f"{len(pack.pieces)} files, {sizes:.1f} MB{left_out}")
 
-    def write_pack(self) -> Pack:
+    def write_pack(self) -> packs.Pack:
         """Log, tables, rows, curves, weights and open checkpoints, in this order, as far as they find room."""
-        folders, ledger = self.study.folders, self.study.ledger.read()
-        made = {path.stem for path in folders["weights"].glob("*.safetensors")}
-        rows = ledger[ledger["run_id"].isin(made)]
-        self.write_explanations(made)
-        endings = ("Z.log", "Z_check.json", "Z_explanations.csv")
-        flights = [path for ending in endings for path in sorted(folders["flights"].glob(f"2*{ending}"))]
-        files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *self.study.files(rows)]
-        home, _kept = (packs.pack(self.study.ledger, rows["run_id"], files, folder, NAME) for folder in self.folders)
-        return home
-
-    def write_explanations(self, run_ids: set[str]) -> None:
-        """The explanations of these runs, in a file of this flight."""
-        path = self.study.explanations_path
-        table = pd.read_csv(path, dtype=str) if path.is_file() else pd.DataFrame(columns=["run_id"])
-        if len(mine := table[table["run_id"].isin(run_ids)]):
+        study, folders, ledger = self.study, self.study.folders, self.study.ledger.read()
+        rows = ledger[ledger["run_id"].isin({path.stem for path in folders["weights"].glob("*.safetensors")})]
+        table = study.explanations_path
+        if table.is_file() and len(told := pd.read_csv(table, dtype=str).merge(rows["run_id"])):
             with paths.replacing(self.file("_explanations.csv")) as part:
-                mine.to_csv(part, index=False)
+                told.to_csv(part, index=False)
+        if (laptop_runs := laptop.own_ledger_path(study.profile)).is_file():
+            with paths.replacing(self.file(LAPTOP_RUNS)) as part:
+                shutil.copyfile(laptop_runs, part)
+        endings = ("Z.log", "Z_check.json", "Z_explanations.csv", LAPTOP_RUNS)
+        flights = [path for ending in endings for path in sorted(folders["flights"].glob(f"2*{ending}"))]
+        files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *study.files(rows)]
+        outside = [path for path in files if study.folder not in path.parents]
+        packs.pack(rows, outside, self.kept, NAME)
+        return packs.pack(rows, files, self.folder, NAME)
 
 
 def share(stage: str, seconds: float) -> float:
@@ -183,14 +177,12 @@ def kill_group(child: subprocess.Popen) -> None:
 
 
 def restore(flight: Flight) -> None:
-    """Take up what an earlier call on this machine has packed, where the machine got the repository's files anew.
+    """Take up what an earlier call on this machine made, where the repository's files came anew and the workspace not.
 
-    The workspace is still there then, with weights and checkpoints, which stay as they are.
+    The workspace has the weights and checkpoints; the rest is in the pack that was kept there.
     """
-    if pieces := sorted(flight.kept.glob(f"{NAME}.tar.*")):
-        with tempfile.TemporaryDirectory() as folder:
-            older = {**flight.study.folders, "checkpoints": Path(folder)}
-            added = packs.unpack(pieces, flight.study.ledger, older)
+    if pieces := list(flight.kept.glob(f"{NAME}.tar.*")):
+        added = packs.unpack(pieces, flight.study.ledger, flight.study.folders)
         flight.known |= set(added)
         flight.log("flight", f"goes on from an earlier call: {len(added)} rows that the ledger did not have")
 
@@ -208,13 +200,14 @@ def check(flight: Flight) -> None:
         if found and name == "called":
             continue
         path = flight.study.folder / "probes" / f"{name}.json"
-        if not probes.is_of_this_device(probes.facts_in(path)):
+        if not probes.of_this_device(path):
             words = ("probe", name, "--seconds", f"{seconds:.2f}", "--json", path)
             flight.command("check", *words, seconds=over - flight.elapsed)
-        if probes.is_of_this_device(facts := probes.facts_in(path)):
+        if facts := probes.of_this_device(path):
             found[name] = facts
+    device = {"device": probes.device_name(), "torch": version("torch")}
     with paths.replacing(flight.file("_check.json")) as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.write_text(json.dumps({**device, "ways": found}, indent=1) + "\n")
     flight.ways = probes.by_speed(found)
     flight.log("check", "ways, the fastest first: " + ", ".join(f"{name} × {count}" for name, count in flight.ways))
 
@@ -222,8 +215,7 @@ def check(flight: Flight) -> None:
 def probing_order(flight: Flight) -> tuple[str, ...]:
     """The ways to probe: the fastest one of an earlier flight on such a device, and those that it did not measure."""
     for path in sorted(flight.study.folders["flights"].glob("*_check.json"), reverse=True):
-        found = probes.facts_in(path)
-        if found and all(map(probes.is_of_this_device, found.values())):
+        if found := probes.of_this_device(path).get("ways"):
             unknown = [name for name in PROBED[flight.device] if name not in found]
             return tuple(dict.fromkeys([probes.by_speed(found)[0][0], *unknown]))
     return PROBED[flight.device]
@@ -231,21 +223,20 @@ def probing_order(flight: Flight) -> tuple[str, ...]:
 
 def teacher(flight: Flight) -> None:
     """Train and publish a teacher, unless there is one that is good enough; a trained one that is not gives way."""
-    study = flight.study
-    if study.profile != "smoke" and published_accuracy() >= flight.goal:
-        return flight.log("teacher", f"the published one has {published_accuracy():.2f} %")
+    study, published = flight.study, artifacts.manifest().get(teachers.best(), {}).get("test_accuracy", 0.0)
+    if study.profile != "smoke" and published >= flight.goal:
+        return flight.log("teacher", f"the published one has {published:.2f} %")
     spec = next_teacher(study, flight.goal)
-    if study.ledger.find(spec) is None:
-        for way in ("recorded", "called"):
-            words = ("teacher", "--seed", spec.seed, "--campaign", CAMPAIGN, "--way", way)
-            if flight.budgeted("teacher", *words) == 0:
-                break
+    for way in ("recorded", "called"):
+        words = ("teacher", "--seed", spec.seed, "--campaign", CAMPAIGN, "--way", way)
+        if study.ledger.find(spec) is not None or flight.budgeted("teacher", *words) == 0:
+            break
     row = study.ledger.find(spec)
     if row is None:
         flight.log("teacher", "not finished; the same command goes on")
     elif study.profile == "smoke":
         flight.log("publish", "a rehearsal publishes nothing")
-    elif row["test_accuracy"] > published_accuracy():
+    elif row["test_accuracy"] > published:
         for _try in range(2):  # the students of another teacher would not count
             if flight.command("publish", "publish", row["run_id"], seconds=PUBLISH_SECONDS) == 0:
                 break
@@ -253,16 +244,17 @@ def teacher(flight: Flight) -> None:
 
 
 def next_teacher(study: Study, goal: float) -> TeacherSpec:
-    """The teacher to train: that of the first seed that did not end below the goal."""
-    if study.profile == "smoke" and study.teacher_spec:
-        return replace(study.teacher_spec, data_md5=study.train.md5)
-    specs = (replace(TEACHER_RECIPE, seed=seed, data_md5=study.train.md5) for seed in count())
-    return next(spec for spec in specs if (row := study.ledger.find(spec)) is None or row["test_accuracy"] >= goal)
+    """The teacher to train: that of the first seed that did not end below the goal; a rehearsal has one only."""
+    spec = replace(study.teacher_spec or TEACHER_RECIPE, data_md5=study.train.md5)
+    while study.profile != "smoke" and (row := study.ledger.find(spec)) is not None and row["test_accuracy"] < goal:
+        spec = replace(spec, seed=spec.seed + 1)
+    return spec
 
 
-def published_accuracy() -> float:
-    """Test accuracy of the best published teacher, in per cent; 0 if there is none."""
-    return float(artifacts.manifest().get(teachers.best(), {}).get("test_accuracy", 0.0))
+def laboratory(flight: Flight) -> None:
+    """The runs of the laptop protocol, which move a 250th of the bytes of a run at the paper's settings."""
+    name, at_once = flight.ways[0]
+    flight.budgeted("laptop", "campaign", laptop.NAME, "--way", name, "--at-once", at_once)
 
 
 def train(flight: Flight) -> None:
@@ -281,19 +273,14 @@ def train(flight: Flight) -> None:
 
 def first_calls(flight: Flight) -> None:
     """The released timing protocol on this device, unless its file is there."""
-    path = flight.study.folders["first_calls"] / f"{device_file(flight.device)}.csv"
+    device = probes.device_name() if flight.device == "cuda" else "cpu"
+    path = flight.study.folders["first_calls"] / (re.sub(r"[\W_]+", "_", device.lower()).strip("_") + ".csv")
     if path.is_file():
         return flight.log("first calls", "measured before on this device")
     seconds = flight.time_for("first calls")
     words = ("first-calls", path, "--seconds", f"{max(seconds - FIRST_CALLS_END, 0):.0f}")
     flight.command("first calls", *words, seconds=seconds + GRACE)
     return None
-
-
-def device_file(device: str) -> str:
-    """A file name for what was measured on this device."""
-    name = probes.device_name() if device == "cuda" else "cpu"
-    return "_".join("".join(c if c.isalnum() else " " for c in name).lower().split())
 
 
 def summary(flight: Flight) -> str:
@@ -310,6 +297,7 @@ STAGES: dict[str, Callable[[Flight], object]] = {
     "restore": restore,
     "check": check,
     "teacher": teacher,
+    "laptop": laboratory,
     "signals": lambda flight: flight.budgeted("signals", "signals"),
     "queue": train,
     # The rows of each network are written when it is done: nothing to save.

@@ -11,15 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.paths import replacing
 
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
 PACK_MOST_BYTES = 60_000_000  # and in all files together
-MEMBERS = re.compile(
-    r"runs\.csv|(?:curves|weights|checkpoints)/[0-9a-f]{12}\.(?:csv|safetensors|pt)"
-    r"|(?:flights|first_calls)/[\w.-]+\.(?:log|json|csv)"
-)
+MEMBERS = re.compile(r"runs\.csv|(curves|weights|checkpoints|flights|first_calls)/\w[\w.-]*")  # and nothing elsewhere
 
 
 class Pack(NamedTuple):
@@ -29,15 +28,14 @@ class Pack(NamedTuple):
     left_out: list[Path]
 
 
-def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: Path, name: str) -> Pack:
-    """Write rows and files into a tar archive, cut into pieces of at most 16 MB: `NAME.tar.00`, `NAME.tar.01`, …
+def pack(rows: pd.DataFrame, files: Iterable[Path], folder: Path, name: str) -> Pack:
+    """Write ledger rows and files into a tar archive, cut into pieces of at most 16 MB: `NAME.tar.00`, `NAME.tar.01`, …
 
     A list of SHA-256 and the rows come first; `files`, each with its folder's name (`curves/…csv`,
     `weights/…safetensors`, `checkpoints/…pt`), follow in their order; one that 60 MB cannot hold is left out, and so is
     one that is gone by now. A pack of the same name makes way for the new one, which should hold its runs too.
     """
-    table = ledger.read()
-    members = {"runs.csv": table[table["run_id"].isin(set(run_ids))].to_csv(index=False).encode()}
+    members = {"runs.csv": rows.to_csv(index=False).encode()}
     left_out = []
     for path in files:
         with contextlib.suppress(FileNotFoundError):  # a run that ended meanwhile has no checkpoint any more
@@ -46,7 +44,14 @@ def pack(ledger: Ledger, run_ids: Iterable[str], files: Iterable[Path], folder: 
                 left_out.append(path)
             else:
                 members[f"{path.parent.name}/{path.name}"] = content
-    return Pack(_write_pieces(_archive(members), folder, name), left_out)
+    hashes = {member: hashlib.sha256(content).hexdigest() for member, content in members.items()}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for member, content in {"sha256.json": json.dumps(hashes).encode(), **members}.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return Pack(_write_pieces(archive.getvalue(), folder, name), left_out)
 
 
 def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
@@ -90,22 +95,11 @@ def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
     return pieces
 
 
-def _archive(members: dict[str, bytes]) -> bytes:
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in {"sha256.json": json.dumps(hashes).encode(), **members}.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def _members(content: bytes) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            found = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
-            members = {name: file.read() for name, file in found.items() if file is not None}
+            files = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+            members = {name: file.read() for name, file in files if file}
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
     hashes = json.loads(members.pop("sha256.json", b"{}"))

@@ -5,14 +5,13 @@ that its operations read and write at the rate of a large copy, whichever takes 
 a row find some of them in the caches, which a copy that is larger than the caches does not: a step may beat its floor.
 """
 
-import functools
 import math
-import operator
 
 import pandas as pd
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
+from kdig_utils.experiments.evidence import TRAIN_IMAGES
 from kdig_utils.method import models
 from kdig_utils.method.spec import RunSpec
 
@@ -40,19 +39,16 @@ def layer_elements(model: nn.Module) -> pd.DataFrame:
 
     A row for each convolution, batch norm, ReLU6 and residual sum; a block without a shortcut only calls its layers.
     """
-    calls = models.layer_calls(model, functools.reduce(operator.or_, KINDS))
+    calls = models.layer_calls(model, nn.Conv2d | nn.BatchNorm2d | nn.ReLU6 | InvertedResidual)
     return pd.DataFrame(
         {"layer": call.name, "kind": KINDS[type(call.layer)], "inputs": call.inputs, "outputs": call.outputs}
         for call in calls
-        if type(call.layer) in KINDS and getattr(call.layer, "use_res_connect", True)
+        if getattr(call.layer, "use_res_connect", True)
     )
 
 
 def step_macs(model: nn.Module, batch_size: int) -> int:
-    """Multiply-accumulates of a training step: three times those of the forward pass.
-
-    A little too many: nobody needs the gradient of the pixels.
-    """
+    """Multiply-accumulates of a training step; a little too many, as nobody needs the gradient of the pixels."""
     return PASSES * batch_size * models.count_macs(model)
 
 
@@ -68,8 +64,6 @@ def step_bytes(model: nn.Module, batch_size: int, value_bytes: int, traffic: dic
     return batch_size * value_bytes * values + ADAM_BYTES * models.count_parameters(model)
 
 
-def students_per_hour(
-    step_seconds: float, spec: RunSpec, n_images: int = 50_000, epoch_end_seconds: float = 0.0
-) -> float:
+def students_per_hour(step_seconds: float, spec: RunSpec, epoch_end_seconds: float = 0.0) -> float:
     """Finished runs of `spec` an hour, if a step of one student, and what comes between two epochs, cost this much."""
-    return 3600 / (spec.epochs * (step_seconds * math.ceil(n_images / spec.batch_size) + epoch_end_seconds))
+    return 3600 / (spec.epochs * (step_seconds * math.ceil(TRAIN_IMAGES / spec.batch_size) + epoch_end_seconds))

@@ -24,7 +24,7 @@ def accuracies(shifts: dict[str, float], deviation: float = 0.3, seeds: int = la
     of_the_seed = rng.normal(0, 2, (seeds, 1))
     own = rng.normal(0, deviation, (seeds, len(laptop.CONDITIONS)))
     table = pd.DataFrame(56 + of_the_seed + own, columns=list(laptop.CONDITIONS))
-    return table + pd.Series(shifts).reindex(table.columns, fill_value=0.0)
+    return table + pd.Series(shifts, dtype=float).reindex(table.columns, fill_value=0.0)
 
 
 def verdicts(table: pd.DataFrame) -> dict[tuple[str, str], str]:

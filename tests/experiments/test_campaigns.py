@@ -147,17 +147,17 @@ def test_merging_twice_adds_once_and_keeps_what_is_there(ledger: Ledger, tmp_pat
 
 
 @pytest.fixture
-def runs_on_disk(ledger: Ledger, tmp_path: Path) -> tuple[list[str], list[Path]]:
-    """Three runs of the ledger, one of them left out of the pack, with files of random bytes, 30 MB in all."""
+def runs_on_disk(ledger: Ledger, tmp_path: Path) -> tuple[pd.DataFrame, list[Path]]:
+    """Two of the three runs of the ledger, with files of random bytes, 30 MB in all."""
     fill(ledger, campaigns.specs("ablation")[:3])
-    run_ids = ledger.read()["run_id"].tolist()[:2]
+    rows = ledger.read().head(2)
     generator, files = np.random.default_rng(0), []
     for folder, suffix, size in (("curves", "csv", 5_000), ("weights", "safetensors", 15_000_000)):
-        for run_id in run_ids:
+        for run_id in rows["run_id"]:
             files.append(tmp_path / "from" / folder / f"{run_id}.{suffix}")
             files[-1].parent.mkdir(parents=True, exist_ok=True)
             files[-1].write_bytes(generator.bytes(size))
-    return run_ids, files
+    return rows, files
 
 
 def folders(root: Path) -> dict[str, Path]:
@@ -165,27 +165,27 @@ def folders(root: Path) -> dict[str, Path]:
 
 
 def test_what_is_packed_is_unpacked_in_pieces_of_16_mb(
-    ledger: Ledger, runs_on_disk: tuple[list[str], list[Path]], tmp_path: Path
+    runs_on_disk: tuple[pd.DataFrame, list[Path]], tmp_path: Path
 ) -> None:
-    run_ids, files = runs_on_disk
-    pieces, left_out = packs.pack(ledger, run_ids, files, tmp_path / "out", "ablation")
+    rows, files = runs_on_disk
+    pieces, left_out = packs.pack(rows, files, tmp_path / "out", "ablation")
     assert not left_out
     assert len(pieces) == math.ceil(30.01e6 / 16e6)
     assert max(path.stat().st_size for path in pieces) <= 16_000_000
     home = Ledger(tmp_path / "home" / "runs.csv")
-    assert packs.unpack(reversed(pieces), home, folders(tmp_path / "home")) == run_ids
-    assert home.read().equals(ledger.read().head(2))
+    assert packs.unpack(reversed(pieces), home, folders(tmp_path / "home")) == rows["run_id"].tolist()
+    assert home.read().equals(rows)
     for path in files:
         assert (tmp_path / "home" / path.parent.name / path.name).read_bytes() == path.read_bytes()
     assert packs.unpack(pieces, home, folders(tmp_path / "home")) == []
 
 
 def test_a_pack_that_would_be_too_large_leaves_files_out_and_names_them(
-    ledger: Ledger, runs_on_disk: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs_on_disk: tuple[pd.DataFrame, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_ids, files = runs_on_disk
+    rows, files = runs_on_disk
     monkeypatch.setattr(packs, "PACK_MOST_BYTES", 21_000_000)
-    pieces, left_out = packs.pack(ledger, run_ids, files, tmp_path / "out", "a")
+    pieces, left_out = packs.pack(rows, files, tmp_path / "out", "a")
     packs.unpack(pieces, Ledger(tmp_path / "home.csv"), folders(tmp_path / "home"))
     assert {path.parent.name for path in (tmp_path / "home").rglob("*.*")} == {"curves", "weights"}
     assert len(list((tmp_path / "home" / "weights").iterdir())) == 1
@@ -194,9 +194,9 @@ def test_a_pack_that_would_be_too_large_leaves_files_out_and_names_them(
 
 @pytest.mark.parametrize("damage", ["first piece missing", "last piece missing", "truncated", "not a pack"])
 def test_a_pack_that_is_not_whole_changes_nothing(
-    ledger: Ledger, runs_on_disk: tuple[list[str], list[Path]], tmp_path: Path, damage: str
+    runs_on_disk: tuple[pd.DataFrame, list[Path]], tmp_path: Path, damage: str
 ) -> None:
-    pieces = packs.pack(ledger, *runs_on_disk, tmp_path / "out", "ablation").pieces
+    pieces = packs.pack(*runs_on_disk, tmp_path / "out", "ablation").pieces
     if damage == "truncated":
         pieces[0].write_bytes(pieces[0].read_bytes()[:-1000])
     elif damage == "not a pack":

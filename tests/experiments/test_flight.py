@@ -19,7 +19,7 @@ from kdig_utils import __main__ as command_line
 from kdig_utils import machine
 from kdig_utils.analysis import explanations
 from kdig_utils.commands import make_runs
-from kdig_utils.experiments import flight, packs, probes, study
+from kdig_utils.experiments import flight, laptop, packs, probes, study
 from kdig_utils.experiments.flight import Flight
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import WAYS
@@ -80,7 +80,7 @@ def test_stages_come_in_their_order_with_the_fastest_way(
 ) -> None:
     commands, log = fly(small, tmp_path / "out", monkeypatch)
     stages = list(dict.fromkeys(stage for stage, *_rest in commands.called))
-    assert stages == ["check", "teacher", "signals", "queue", "explanations", "first calls"]
+    assert stages == ["check", "teacher", "laptop", "signals", "queue", "explanations", "first calls"]
     (words,) = commands.of("queue")
     assert words[words.index("--way") + 1] == "compiled"
     assert words[words.index("--at-once") + 1] == "4"
@@ -146,10 +146,11 @@ def test_an_earlier_flight_on_such_a_device_shortens_the_check(
     found = {way: facts("recorded") if way == "recorded" else slower for way in measured}
     earlier = small.folders["flights"] / "2026-01-01T00-00-00Z_check.json"
     earlier.parent.mkdir(parents=True)
-    earlier.write_text(json.dumps(found))
+    written = json.dumps({"device": "A Card 80 GB", "torch": version("torch"), "ways": found})
+    earlier.write_text(written)
     commands, _log = fly(small, tmp_path / "out", monkeypatch)
     assert [words[1] for words in commands.of("check")] == probed
-    assert json.loads(earlier.read_text()) == found
+    assert earlier.read_text() == written
 
 
 def test_what_was_probed_on_this_machine_is_not_probed_again(
@@ -322,14 +323,35 @@ def test_a_pack_brings_log_rows_and_explanations_home(
     assert explanations.read(told)["run_id"].tolist() == [run_id]
 
 
+def test_runs_of_the_laptop_protocol_come_home_into_a_ledger_of_their_own(
+    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, here, runs = tmp_path / "there.csv", tmp_path / "here.csv", laptop.runs(["student", "kd"], [0])
+    for run in runs:
+        Ledger(there).append(run, test_accuracy=55.0)
+    Ledger(here).append(runs[0], test_accuracy=56.0)
+    monkeypatch.setattr(laptop, "own_ledger_path", lambda _profile="full": there)
+    fly(small, tmp_path / "out", monkeypatch)
+    home = Study("full", tmp_path / "home", Ledger(tmp_path / "home" / "runs.csv"), tmp_path / "home" / "curves")
+    monkeypatch.setattr(laptop, "own_ledger_path", lambda _profile="full": here)
+    monkeypatch.setattr(make_runs, "open_study", lambda _profile: home)
+    make_runs.unpack(list((tmp_path / "out").glob("flight.tar.*")))
+    assert "1 runs added" in capsys.readouterr().out
+    assert Ledger(here).read()[["run_id", "test_accuracy"]].to_numpy().tolist() == [
+        [runs[0].run_id, 56.0],  # what is there already stays
+        [runs[1].run_id, 55.0],
+    ]
+    assert home.ledger.read().empty
+
+
 def test_a_smaller_pack_leaves_no_piece_of_a_larger_one_behind(tmp_path: Path) -> None:
-    ledger, big = Ledger(tmp_path / "runs.csv"), tmp_path / "weights" / f"{'a' * 12}.safetensors"
+    rows, big = Ledger(tmp_path / "runs.csv").read(), tmp_path / "weights" / f"{'a' * 12}.safetensors"
     big.parent.mkdir()
     big.write_bytes(bytes(2 * packs.PACK_BYTES))
-    packs.pack(ledger, [], [big], tmp_path, "flight")
+    packs.pack(rows, [big], tmp_path, "flight")
     assert len(list(tmp_path.glob("flight.tar.*"))) == 3
     (tmp_path / ".flight.tar.01.part").write_bytes(b"of a pack that was killed")
-    packs.pack(ledger, [], [], tmp_path, "flight")
+    packs.pack(rows, [], tmp_path, "flight")
     assert [path.name for path in tmp_path.glob("*flight.tar.*")] == ["flight.tar.00"]
 
 
@@ -340,7 +362,7 @@ def test_all_pieces_together_fit_through_the_door(tmp_path: Path) -> None:
     for path in paths:
         path.write_bytes(bytes(8_000_000))
     gone = tmp_path / "checkpoints" / f"{'b' * 12}.pt"  # of a run that has just ended
-    pack = packs.pack(Ledger(tmp_path / "runs.csv"), [], [gone, *paths], tmp_path, "flight")
+    pack = packs.pack(Ledger(tmp_path / "runs.csv").read(), [gone, *paths], tmp_path, "flight")
     assert len(pack.pieces) <= 8
     assert sum(path.stat().st_size for path in pack.pieces) < 64 * 2**20
     assert pack.left_out == paths[7:]
@@ -351,22 +373,24 @@ def test_all_pieces_together_fit_through_the_door(tmp_path: Path) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest student, in batches of eight."""
+    """The smallest student, in batches of eight, alone and beside another."""
     monkeypatch.setattr(probes, "SPEC", RunSpec("kd_ig", k=17, batch_size=8, epochs=1000))
+    monkeypatch.setattr(probes, "COUNTS", (1, 2))
 
 
 def test_a_probe_measures_the_device(quick: None) -> None:
-    found = list(probes.probe(WAYS["called"], 0.05, counts=(1, 2)))[-1]
+    found = list(probes.probe(WAYS["called"], 0.05))[-1]
     assert found["torch"] == version("torch")
     assert found["differences"]["all_steps"] < 1e-3
     assert all(step["images_per_second"] > 0 for step in found["ladder"])
 
 
 def test_more_runs_side_by_side_are_tried_only_while_that_gains(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "COUNTS", (1, 2, 3, 4))
     rates = iter([100.0, 150.0, 152.0, 300.0])
     monkeypatch.setattr(probes, "images_a_second", lambda students, seconds: next(rates))
     steps = [probes.steps_of(probes.SPEC, WAYS["called"], models.logits_and_features, torch.device("cpu"))]
-    ladder = list(probes.climb(steps, WAYS["called"], models.logits_and_features, 0.0, (1, 2, 3, 4)))
+    *_shorter, ladder = probes.climb(steps, WAYS["called"], models.logits_and_features, 0.0)
     assert [step["at_once"] for step in ladder] == [1, 2, 3]
 
 

@@ -57,8 +57,8 @@ def test_each_fusion_moves_fewer_bytes_and_no_other_work(k: int) -> None:
 def test_students_an_hour_follow_from_the_papers_settings() -> None:
     """50,000 images in batches of 64 are 782 steps an epoch, the last one smaller; 100 epochs."""
     assert profiling.students_per_hour(3600 / 78_200, RunSpec("student")) == pytest.approx(1)
-    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=1), 64) == 3600
-    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=2), 64, epoch_end_seconds=9.0) == 3600 / 20
+    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=1)) == 3600 / 782
+    assert profiling.students_per_hour(1.0, RunSpec("student", epochs=2), epoch_end_seconds=18.0) == 3600 / 1600
 
 
 @pytest.mark.slow
