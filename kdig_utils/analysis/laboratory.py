@@ -116,6 +116,14 @@ def in_words(row: pd.Series) -> str:
     return f"{found}: {row.verdict}{needs}"
 
 
+def told(table: pd.DataFrame) -> str:
+    """Each contrast with what was predicted of it before the first run and what it found: a list in Markdown."""
+    return "\n".join(
+        f"- *{row.name}* ({row.text}). Predicted: {row.prediction}. Found: {in_words(row)}."
+        for row in table.itertuples()
+    )
+
+
 def basis(table: pd.DataFrame) -> str:
     """What a figure of these contrasts rests on, for its caption."""
     seeds = (

@@ -12,9 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kdig_utils.analysis import laboratory
-from kdig_utils.experiments import evidence
-from kdig_utils.method.spec import METHODS
+from kdig_utils import paths
+from kdig_utils.analysis import claims, laboratory
+from kdig_utils.analysis.comparisons import mean_interval
+from kdig_utils.experiments import campaigns, evidence, laptop
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.method.spec import METHODS, RunSpec
 
 # Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
 COLOURS = ("#555555", "#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255")
@@ -89,6 +92,36 @@ def draw_contrasts(axes: Axes, table: pd.DataFrame) -> None:
         axes.text(1.02, place, words, transform=right, va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
     axes.set(xlabel="difference in test accuracy, points")
+
+
+def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
+    """The same contrasts between runs at the paper's settings with these methods and pairings; return their evidence.
+
+    Args:
+        table: rows of `laboratory.contrasts`.
+    """
+    ledger = Ledger(paths.ledger_path()).read().query("train_images == @evidence.TRAIN_IMAGES")
+    found = []
+    for row in table.itertuples():
+        of_condition = {}
+        for name in row.weights:
+            changes = {"method": laptop.CONDITIONS[name].method, "pairing": laptop.CONDITIONS[name].pairing}
+            runs = campaigns.rows_of(ledger, [RunSpec(seed=seed, **changes) for seed in range(campaigns.SEEDS)])
+            of_condition[name] = runs.set_index("seed")["test_accuracy"].astype(float)
+        found.append(laboratory.differences(pd.DataFrame(of_condition), row.weights, campaigns.SEEDS))
+    if not any(map(len, found)):
+        waiting(axes)
+        return evidence.NOT_RUN
+    axes.axvspan(-claims.margin(), claims.margin(), color="#DDDDDD", zorder=0)
+    axes.axvline(0, color="black", lw=1)
+    for place, d in enumerate(found):
+        axes.text(1.02, place, f"{len(d)} seeds", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+        if len(d):
+            mean, low, high = mean_interval(d)
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="D", color=COLOURS[2])
+    axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
+    axes.set(xlabel="difference in test accuracy, points")
+    return evidence.TRAINED
 
 
 def waiting(axes: Axes, words: str = "at the paper's scale: not run yet") -> None:
