@@ -105,8 +105,9 @@ def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
     for row in table.itertuples():
         of_condition = {}
         for name in row.weights:
-            changes = {"method": laptop.CONDITIONS[name].method, "pairing": laptop.CONDITIONS[name].pairing}
-            runs = campaigns.rows_of(ledger, [RunSpec(seed=seed, **changes) for seed in range(campaigns.SEEDS)])
+            method, pairing = laptop.CONDITIONS[name].method, laptop.CONDITIONS[name].pairing
+            wanted = [RunSpec(method, seed=seed, pairing=pairing) for seed in range(campaigns.SEEDS)]
+            runs = campaigns.rows_of(ledger, wanted)
             of_condition[name] = runs.set_index("seed")["test_accuracy"].astype(float)
         found.append(laboratory.differences(pd.DataFrame(of_condition), row.weights, campaigns.SEEDS))
     if not any(map(len, found)):
