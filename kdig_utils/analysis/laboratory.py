@@ -137,15 +137,48 @@ def surface(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns alpha, temperature, validation, test (per cent), seeds; one row a registered cell, NaN where none ran.
     """
-    wanted = {run.bare_id: (run.alpha, run.temperature) for run in laptop.surface()}
-    cells = [wanted.get(student_spec(row).bare_id, (np.nan, np.nan)) for _index, row in rows.iterrows()]
-    its = rows.assign(alpha=[cell[0] for cell in cells], temperature=[cell[1] for cell in cells])
-    means = its.dropna(subset=["alpha"]).groupby(["alpha", "temperature"])
+    means = _of_surface(rows).groupby(["alpha", "temperature"])
     found = means.agg(
         validation=("validation_accuracy", "mean"), test=("test_accuracy", "mean"), seeds=("seed", "nunique")
     )
-    grid = pd.MultiIndex.from_product([laptop.ALPHAS, laptop.TEMPERATURES], names=["alpha", "temperature"])
-    return found.reindex(grid).fillna({"seeds": 0}).reset_index().astype({"seeds": int})
+    return found.reindex(_cells()).fillna({"seeds": 0}).reset_index().astype({"seeds": int})
+
+
+def promises(rows: pd.DataFrame, chosen_by: str) -> pd.DataFrame:
+    """L5: each seed chooses a cell by its own runs; how much better it looks there than with the other seeds.
+
+    A seed moves all its runs alike. So the cell is held against the mean of all cells of the same seed, both times.
+
+    Args:
+        rows: as `read` gives them; a seed takes part if it has run every cell.
+        chosen_by: `validation_accuracy` or `test_accuracy`.
+
+    Returns:
+        Index seed; columns alpha and temperature of its choice, reported (test accuracy of the run that it chose, per
+        cent) and promised (points too high; NaN with one seed).
+    """
+    seen, tested = (
+        _of_surface(rows).pivot_table(name, "seed", ["alpha", "temperature"]).reindex(columns=_cells()).dropna()
+        for name in (chosen_by, "test_accuracy")
+    )
+    above, found = tested.sub(tested.mean(axis=1), axis=0), {}
+    for seed, cell in seen.idxmax(axis=1).items():
+        promised = above.at[seed, cell] - above[cell].drop(seed).mean()
+        found[seed] = (*cell, tested.at[seed, cell], promised)
+    columns = [*seen.columns.names, "reported", "promised"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("seed")
+
+
+def _cells() -> pd.MultiIndex:
+    return pd.MultiIndex.from_product([laptop.ALPHAS, laptop.TEMPERATURES], names=["alpha", "temperature"])
+
+
+def _of_surface(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs of L5, with their alpha and temperature; accuracies as numbers."""
+    wanted = {run.bare_id: (run.alpha, run.temperature) for run in laptop.surface()}
+    cells = [wanted.get(student_spec(row).bare_id, (np.nan, np.nan)) for _index, row in rows.iterrows()]
+    its = rows.assign(alpha=[cell[0] for cell in cells], temperature=[cell[1] for cell in cells])
+    return its.dropna(subset=["alpha"]).astype({"validation_accuracy": float, "test_accuracy": float})
 
 
 def crossed(rows: pd.DataFrame) -> pd.DataFrame:

@@ -106,6 +106,24 @@ def test_surface_and_draws_are_read_from_their_runs() -> None:
     assert laboratory.crossed(table)["images"].nunique() == 9  # the last draw lacks a seed
 
 
+def test_a_choice_promises_the_luck_of_the_run_that_it_saw_and_nothing_that_a_seed_moves_alike() -> None:
+    rng, runs = np.random.default_rng(5), laptop.surface()
+    steady = [row_of(run, 50 + 3 * run.alpha + run.seed, validation_accuracy=45 + run.temperature) for run in runs]
+    for chosen_by, alpha, temperature in (("test_accuracy", 1.0, 1.0), ("validation_accuracy", 0.01, 8.0)):
+        found = laboratory.promises(pd.DataFrame(steady), chosen_by)
+        assert found["promised"].tolist() == pytest.approx([0, 0, 0])
+        assert found[["alpha", "temperature"]].drop_duplicates().to_numpy().tolist() == [[alpha, temperature]]
+    promised = {"test_accuracy": [], "validation_accuracy": []}
+    for _study in range(12):
+        luck = pd.DataFrame(steady).assign(**{name: rng.normal(50, 1, len(steady)) for name in promised})
+        for chosen_by, values in promised.items():
+            values.append(laboratory.promises(luck, chosen_by)["promised"].mean())
+    assert np.mean(promised["test_accuracy"]) == pytest.approx(1.87, abs=0.3)  # the best of 20 normal values
+    assert np.mean(promised["validation_accuracy"]) == pytest.approx(0, abs=0.5)
+    assert laboratory.promises(pd.DataFrame(steady[:30]), "test_accuracy")["promised"].isna().all()  # one whole seed
+    assert laboratory.promises(pd.DataFrame(steady[:10]), "test_accuracy").empty
+
+
 # The committed rows
 
 
