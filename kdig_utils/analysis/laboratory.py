@@ -117,6 +117,24 @@ def in_words(row: pd.Series) -> str:
     return f"{found}: {row.verdict}{needs}"
 
 
+def told(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `contrasts` to read, by name: the pilot, what came out, and whether what was predicted held."""
+    needed, rows = f"seeds to see {registered()['margin']:g} points", []
+    for row in table.itertuples():
+        decided = row.verdict not in (NOT_RUN, UNDECIDED)
+        rows.append({
+            "contrast": row.name,
+            "pilot": f"{np.mean(row.pilot):+.2f} ({len(row.pilot)} seeds)" if row.pilot else "",
+            "effect, points": f"{row.effect:+.2f} ({row.low:+.2f} to {row.high:+.2f})" if row.pairs > 1 else "",
+            "seeds": f"{row.pairs} of {row.seeds}",
+            needed: f"{row.needed:.0f}" if row.pairs > 1 else "",
+            "verdict": row.verdict,
+            "predicted": row.prediction,
+            "held": ("yes" if row.verdict == row.prediction else "no") if decided else "open",
+        })  # fmt: skip
+    return pd.DataFrame(rows).set_index("contrast")
+
+
 def basis(table: pd.DataFrame) -> str:
     """What a figure of these contrasts rests on, for its caption."""
     seeds = (

@@ -58,6 +58,16 @@ def test_no_verdict_before_the_last_planned_seed() -> None:
     assert verdicts(nine)["L1", "the usual weight"] == "not run yet"
 
 
+def test_a_table_says_whether_a_prediction_held_and_leaves_it_open_without_a_verdict() -> None:
+    found = laboratory.told(laboratory.contrasts(accuracies({"kd": 3.0, "ig": 2.0}, deviation=0.15)))
+    assert found.loc["the usual weight", "held"] == "yes"
+    assert found.loc["half of the images", ["predicted", "verdict", "held"]].tolist() == ["below", "above", "no"]
+    assert found.loc["the usual weight", "pilot"] == "+2.96 (4 seeds)"
+    few = laboratory.told(laboratory.contrasts(accuracies({"kd": 3.0}).iloc[:1]))
+    assert set(few["held"]) == {"open"}
+    assert set(few["effect, points"]) == {""}
+
+
 def test_more_seeds_than_planned_change_nothing() -> None:
     many = accuracies({"kd": 3.0}, seeds=40)
     ten = laboratory.differences(many, CONTRASTS["L1", "the usual weight"]["weights"], 10)
