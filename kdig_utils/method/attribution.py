@@ -84,10 +84,7 @@ def attribute(
     check_finite(baselines, "baselines")
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     check_model(model, inputs, baselines, targets)
-    with torch.no_grad():
-        ends = [[model(rows.clone()) for rows in part.split(internal_batch_size)] for part in (inputs, baselines)]
-    rise = (torch.cat(ends[0]) - torch.cat(ends[1])).gather(1, targets.unsqueeze(1)).squeeze(1)
-    check_finite(rise.unsqueeze(1), "outputs")
+    rise = _rise(model, inputs, baselines, targets, internal_batch_size)
     refine = partial(_refine, inputs, baselines, targets, rise, error, max_steps)
     try:
         network = _secant_network(model, inputs, error, compiled)
@@ -125,6 +122,16 @@ def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Te
         raise ValueError(
             "the output for an input depends on the rest of its batch: attribute a model that is in eval()"
         )
+
+
+@torch.no_grad()
+def _rise(
+    model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int
+) -> Tensor:
+    high, low = (torch.cat([model(rows.clone()) for rows in part.split(batch_size)]) for part in (inputs, baselines))
+    rise = (high - low).gather(1, targets.unsqueeze(1)).squeeze(1)
+    check_finite(rise.unsqueeze(1), "outputs")
+    return rise
 
 
 def half_pays(device: torch.device) -> bool:

@@ -109,13 +109,9 @@ def compute_signals(
         ValueError: the folder holds the signals of another teacher, other images or other settings.
     """
     manifest, teacher = manifest_of(teacher, images, settings), copy.deepcopy(teacher).eval()
-    # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
-    folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
-    device = next(teacher.parameters()).device
-    at_once = most_at_once(folded, (3, 32, 32), device)
-    on_cpu = device.type == "cpu"  # it wants its caches to hold a batch, and a GPU wants many images
-    maker = MapMaker(folded, settings, at_once // 2 if on_cpu else at_once, on_cpu and len(images) >= COMPILE_FROM)
-    side = answers(teacher, torch.zeros(1, 3, 32, 32, device=device), settings.tap)["attention"].shape[1]
+    maker, at_once = map_maker(teacher, settings, len(images))
+    black = torch.zeros(1, 3, 32, 32, device=next(teacher.parameters()).device)
+    side = answers(teacher, black, settings.tap)["attention"].shape[1]
     arrays = open_store(folder, manifest, side, settings.storage)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     way = chosen_way(maker, images, remaining, deadline, say)
@@ -129,6 +125,15 @@ def compute_signals(
         pace = time.monotonic() - started
         report(int(arrays["done"].sum()), len(images))
     return open_signals(teacher, images, folder, settings)
+
+
+def map_maker(teacher: Teacher, settings: SignalSettings, images: int) -> tuple[MapMaker, int]:
+    """A maker of maps, and images a batch: a CPU wants its caches to hold them, a GPU wants many."""
+    # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
+    folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
+    device = next(teacher.parameters()).device
+    at_once, on_cpu = most_at_once(folded, (3, 32, 32), device), device.type == "cpu"
+    return MapMaker(folded, settings, at_once // 2 if on_cpu else at_once, on_cpu and images >= COMPILE_FROM), at_once
 
 
 def signals_of_batch(
