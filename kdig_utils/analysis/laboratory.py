@@ -140,7 +140,7 @@ def told(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def basis(table: pd.DataFrame) -> str:
-    """What a figure of these contrasts rests on, for its caption."""
+    """What a figure of contrasts in the protocol's own setting, those of L1 to L4, rests on, for its caption."""
     seeds = (
         f"{table['pairs'].min()} to {table['pairs'].max()}" if table["pairs"].nunique() > 1 else table["pairs"].max()
     )
