@@ -29,8 +29,7 @@ from kdig_utils.method import artifacts
 from kdig_utils.method.attribution import attribute, half_pays
 from kdig_utils.method.cifar10 import load_sample
 from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
-from kdig_utils.method.secant_rule import secant_attributions
-from kdig_utils.method.secants import SecantNetwork
+from kdig_utils.method.secants import SecantNetwork, secant_attributions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

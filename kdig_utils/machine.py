@@ -85,11 +85,6 @@ def usable_cpu_numbers() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def usable_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(usable_cpu_numbers())
-
-
 def free_memory(device: "torch.device") -> int:
     """Bytes of a GPU's memory that nobody has taken."""
     import torch  # a process that only runs ONNX files does without

@@ -5,16 +5,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-BINS = 15
+BINS = 15  # of equal width, each open below and closed above
 
 
-def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> pd.DataFrame:
-    """The reliability diagram: images by confidence, in bins of equal width (Guo et al. 2017, arXiv 1706.04599).
+def reliability(probabilities: Tensor, labels: Tensor) -> pd.DataFrame:
+    """The reliability diagram: images by confidence, in `BINS` (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         probabilities: (N, classes), each row adding up to 1.
         labels: true classes, (N,).
-        bins: each open below and closed above.
 
     Returns:
         One row a bin: low, high, images, confidence and accuracy (both in [0, 1]; NaN where a bin is empty).
@@ -28,7 +27,7 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> pd.D
     if float(values.min()) < 0 or float((values.sum(1) - 1).abs().max()) > 1e-3:
         raise ValueError("the rows are no probabilities: apply softmax to logits first")
     confidence, answer = (found.numpy() for found in values.max(1))
-    edges = np.linspace(0, 1, bins + 1)
+    edges = np.linspace(0, 1, BINS + 1)
     images = pd.DataFrame({"confidence": confidence, "accuracy": (answer == labels.cpu().numpy()).astype(float)})
     groups = images.groupby(np.searchsorted(edges[1:-1], confidence))
     table = pd.DataFrame({"low": edges[:-1], "high": edges[1:]})
@@ -36,18 +35,18 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> pd.D
     return table.join(groups.mean())
 
 
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     """Mean distance of accuracy from confidence over the bins of `reliability`, weighted by their images, in [0, 1]."""
-    table = reliability(probabilities, labels, bins)
+    table = reliability(probabilities, labels)
     gap = (table["accuracy"] - table["confidence"]).abs().fillna(0.0)
     return float(gap @ table["images"] / table["images"].sum())
 
 
-def error_if_calibrated(probabilities: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0) -> np.ndarray:
+def error_if_calibrated(probabilities: Tensor, draws: int = 200, seed: int = 0) -> np.ndarray:
     """What `expected_calibration_error` would be if the network were calibrated, (draws,): it is never zero.
 
     Each draw takes labels from the network's own probabilities: what is left is the noise of so many images in bins.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.multinomial(probabilities.cpu().double(), draws, replacement=True, generator=generator)
-    return np.array([expected_calibration_error(probabilities, column, bins) for column in labels.T])
+    return np.array([expected_calibration_error(probabilities, column) for column in labels.T])

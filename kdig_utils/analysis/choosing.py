@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdig_utils.analysis.sample_size import best_of_normal
-from kdig_utils.experiments.hyperparameters import LEVELS, settings_in
+from kdig_utils.experiments.hyperparameters import LEVELS, VALIDATION_IMAGES, settings_in
 from kdig_utils.method import losses
 
 REPEATS = 2000
+TEST_IMAGES = 10_000
 
 
 class Noise(NamedTuple):
@@ -59,10 +60,8 @@ def optimism(rows: pd.DataFrame, chosen_by: str, repeats: int = REPEATS, seed: i
     return float(np.take_along_axis(np.stack(too_high), best[None], axis=0).mean())
 
 
-def noise_of_runs(
-    deviation: float, accuracy: float, correlation: float, test_images: int = 10_000, validation_images: int = 5_000
-) -> Noise:
-    """Split the spread of runs on one test set into better networks and luck on its images.
+def noise_of_runs(deviation: float, accuracy: float, correlation: float) -> Noise:
+    """Split the spread of runs on the 10,000 test images into better networks and luck on these images.
 
     A network is right on each image or not, which gives a binomial variance of accuracy · (1 - accuracy) / images.
     What networks have in common, the hard images, moves all of them together and is no part of the spread.
@@ -81,8 +80,8 @@ def noise_of_runs(
             "between 0 and 100, and a correlation in [0, 1]"
         )
     own = (1 - correlation) * accuracy * (100 - accuracy)
-    seed = math.sqrt(max(deviation**2 - own / test_images, 0.0))
-    return Noise(seed, math.sqrt(own / test_images), math.sqrt(own / validation_images))
+    test, validation = math.sqrt(own / TEST_IMAGES), math.sqrt(own / VALIDATION_IMAGES)
+    return Noise(math.sqrt(max(deviation**2 - test**2, 0.0)), test, validation)
 
 
 def expected_optimism(n: int, noise: Noise) -> dict[str, float]:
@@ -109,14 +108,14 @@ def simulate_choices(settings: Sequence[float], noise: Noise, repeats: int = REP
         One row a chooser and repeat: chosen_by, reported (test accuracy of the chosen run), setting (true mean of the
         chosen setting, which fresh seeds would show), lost (best setting's mean minus that, in points).
     """
-    rng, means = np.random.default_rng(seed), np.asarray(settings, dtype=float)
-    networks = means + noise.seed * rng.standard_normal((repeats, len(means)))
-    tested = networks + noise.test * rng.standard_normal(networks.shape)
-    validated = networks + noise.validation * rng.standard_normal(networks.shape)
+    means = np.asarray(settings, dtype=float)
+    networks, test, validation = np.random.default_rng(seed).standard_normal((3, repeats, len(means)))
+    networks = means + noise.seed * networks
+    seen = {"test": networks + noise.test * test, "validation": networks + noise.validation * validation}
     tables = []
-    for name, seen in {"test": tested, "validation": validated}.items():
-        best = seen.argmax(axis=1)
-        reported = tested[np.arange(repeats), best]
+    for name, accuracies in seen.items():
+        best = accuracies.argmax(axis=1)
+        reported = seen["test"][np.arange(repeats), best]
         tables.append(pd.DataFrame({"chosen_by": name, "reported": reported, "setting": means[best]}))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(lost=means.max() - table["setting"])
@@ -166,5 +165,4 @@ def parameter_gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 def degrees_between(first: Tensor, second: Tensor) -> float:
     """Angle between two vectors, from 0 to 180 degrees."""
-    cosine = float(F.cosine_similarity(first, second, dim=0))
-    return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+    return math.degrees(F.cosine_similarity(first, second, dim=0).clamp(-1, 1).acos())

@@ -41,30 +41,14 @@ STATISTICS = ("mean", "best")
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim and what settles it.
+    """One claim and what settles it: the fields of claims.yml, whose head explains them.
 
     Attributes:
-        name: short and unique.
         group: the question that it belongs to, a key of `groups()`.
-        text: what is claimed, for a reader.
-        source: where.
-        value: path into paper.json, as `headline.kd_accuracy`; two paths mean their difference, for a latency_ratio
-            their quotient, four (first - second) - (third - fourth); of a list, its mean. Or a number: a bound that
-            the claim's words imply where they give none.
         measure: one of `MEASURES`.
-        unit: of the number.
-        evidence: the kind of evidence that settles it, one of `evidence.KINDS`, a protocol with its name.
+        evidence: one of `evidence.KINDS`, a protocol with its name.
         methods: the methods whose runs or networks are measured; two for a difference, four for an interaction.
-        settings: what a run must have to count, besides the paper's values of the other fields of its spec.
-        seeds: runs of each method at which the claim is judged; before, a verdict is an interim one.
-        statistic: what the paper's number is of its runs, `mean` or `best`; of a single run its mean.
-        paper_runs: how many these are.
-        family: the tests that are corrected together.
-        tolerance: the largest distance from the paper's number that counts as the same, in its unit. For an accuracy:
-            the widest interval of the distance, to each side, at which agreement is worth the word.
         chapter: the notebook that shows it.
-        registered: when it was written down, or last changed: a run that ended before does not count.
-        k: feature blocks removed.
 
     Raises:
         ValueError: unknown measure, statistic or kind of evidence, or a negative tolerance.

@@ -5,8 +5,9 @@ this module chooses among them, and corrects for how many were made.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,14 @@ from scipy import special, stats
 from statsmodels.formula.api import ols
 
 from kdig_utils.analysis.claims import SIGNIFICANCE, paper
-from kdig_utils.analysis.permutation import RESAMPLES, difference, reshuffled, sign_flips
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS
 
 # What tells runs of the paper apart, which have no spec.
 SETTINGS = ("k", "epochs", "pairing", "train_fraction")
+RESAMPLES = 9999
+ENUMERATED = 200_000  # permutations up to which all are tried: ten runs against ten have 184,756, ten pairs 1,024
+TIED = 1e-9  # relative: sums that differ by less are the same, but for rounding
 _welch = partial(stats.ttest_ind, equal_var=False)
 Compare = Callable[[pd.Series, pd.Series], NamedTuple]
 
@@ -118,17 +121,11 @@ def runs_by_method(rows: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
-    """Mean of runs, and its 95 % t-interval: NaN for a single one."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan, math.nan
-    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(1 - SIGNIFICANCE)
-    return float(values.mean()), float(low), float(high)
-
-
-def against(baseline: str, methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
-    """The pairs that compare each of the other methods with one baseline."""
-    return [(method, baseline) for method in methods if method != baseline]
+    """Mean of runs, and its 95 % t-interval: NaN for a single one, all three for none."""
+    runs, low, high = pd.Series(values, dtype=float), math.nan, math.nan
+    if len(runs) > 1:
+        low, high = stats.ttest_1samp(runs, 0.0).confidence_interval(1 - SIGNIFICANCE)
+    return float(runs.mean()), float(low), float(high)
 
 
 def unpaired(first: pd.Series, second: pd.Series) -> Comparison:
@@ -163,25 +160,43 @@ def paired(first: pd.Series, second: pd.Series) -> Comparison:
     return Comparison(len(a), *map(float, numbers))
 
 
-def equivalence(first: pd.Series, second: pd.Series, margin: float) -> Equivalence:
-    """Test whether two methods differ by less than `margin` points: runs that share nothing, unequal variances.
+def equivalence(first: pd.Series, second: pd.Series, margin: float, by_pairs: bool = False) -> Equivalence:
+    """Test whether two methods differ by less than `margin` points: unequal variances, or seed by seed.
 
     A large p of an ordinary test is no evidence for equality; a small p of this one is. The margin is chosen before
     looking (Lakens 2017, doi 10.1177/1948550617697177).
 
     Raises:
-        ValueError: the margin is not above 0, fewer than two runs of a method, or no spread in either.
+        ValueError: the margin is not above 0, or as in `unpaired` and `paired`.
     """
-    return _equivalence(*_samples(first, second), margin, _welch)
+    if not margin > 0:
+        raise ValueError(f"margin {margin} is not above 0: give the largest difference, in points, of no interest")
+    (a, b), test = (_pairs(first, second), stats.ttest_rel) if by_pairs else (_samples(first, second), _welch)
+    low, high = test(a, b).confidence_interval(1 - 2 * SIGNIFICANCE)
+    above, below = test(a + margin, b, alternative="greater"), test(a - margin, b, alternative="less")
+    numbers = (a.mean() - b.mean(), low, high, max(above.pvalue, below.pvalue))
+    return Equivalence(min(len(a), len(b)), *map(float, numbers))
 
 
-def paired_equivalence(first: pd.Series, second: pd.Series, margin: float) -> Equivalence:
-    """The same, seed by seed, for runs that share their seeds.
+def sign_flips(differences: NDArray) -> float:
+    """p of the permutation test for pairs, which flips the sign of each pair's difference; NaN for one pair.
 
-    Raises:
-        ValueError: as in `paired`, or the margin is not above 0.
+    Exact where all ways can be tried (arXiv 2511.19794 on few seeds), else from 9,999 drawn ones.
     """
-    return _equivalence(*_pairs(first, second), margin, stats.ttest_rel)
+    pairs = len(differences)
+    if pairs < 2:
+        return math.nan
+    if 2**pairs > ENUMERATED:
+        return _drawn_p((differences,), np.mean, "samples")
+    return _two_sided(_signs(pairs) @ differences, differences.sum())
+
+
+def reshuffled(first: NDArray, second: NDArray) -> float:
+    """p of the permutation test for runs that share nothing: exact where all splits can be tried, else drawn."""
+    if math.comb(len(first) + len(second), len(first)) > ENUMERATED:
+        return _drawn_p((first, second), _difference, "independent")
+    means = np.concatenate([first, second])[_splits(len(first), len(second))].mean(1)
+    return _two_sided(means, first.mean())
 
 
 def family(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], compare: Compare = unpaired) -> pd.DataFrame:
@@ -190,7 +205,7 @@ def family(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], compare: Compar
     Args:
         rows: of the ledger, one experiment.
         pairs: methods to compare, first minus second.
-        compare: `unpaired`, `paired`, or one of the equivalence tests with its margin filled in.
+        compare: `unpaired`, `paired`, or `equivalence` with its margin filled in.
 
     Returns:
         Columns first, second, the fields of the comparison, and for each p-value its correction, as p_holm.
@@ -251,18 +266,37 @@ def holm(p_values: ArrayLike, tests: int | None = None) -> NDArray:
     return np.minimum(np.take_along_axis(ascending, np.argsort(order, axis=0), 0), 1)
 
 
-def _equivalence(a: NDArray, b: NDArray, margin: float, test: Callable) -> Equivalence:
-    if not margin > 0:
-        raise ValueError(f"margin {margin} is not above 0: give the largest difference, in points, of no interest")
-    low, high = test(a, b).confidence_interval(1 - 2 * SIGNIFICANCE)
-    above, below = test(a + margin, b, alternative="greater"), test(a - margin, b, alternative="less")
-    numbers = (a.mean() - b.mean(), low, high, max(above.pvalue, below.pvalue))
-    return Equivalence(min(len(a), len(b)), *map(float, numbers))
+def _drawn_p(samples: tuple[NDArray, ...], statistic: Callable, kind: str) -> float:
+    options = {"n_resamples": RESAMPLES, "vectorized": True, "rng": np.random.default_rng(0)}
+    return float(stats.permutation_test(samples, statistic, permutation_type=kind, **options).pvalue)
+
+
+@cache
+def _signs(pairs: int) -> NDArray:
+    """All ways to flip signs, a row each."""
+    return np.array(list(product((1, -1), repeat=pairs)), dtype=np.int8)
+
+
+@cache
+def _splits(first: int, second: int) -> NDArray:
+    """All choices of `first` positions out of both, a row each: a list that SciPy makes anew each time."""
+    return np.array(list(combinations(range(first + second), first)), dtype=np.uint8)
+
+
+def _two_sided(null: NDArray, observed: float) -> float:
+    """Twice the smaller tail, as SciPy has it."""
+    slack = TIED * np.abs(null).max()
+    return float(min(1.0, 2 * min((null >= observed - slack).mean(), (null <= observed + slack).mean())))
+
+
+def _difference(a: NDArray, b: NDArray, axis: int = -1) -> NDArray:
+    """Of the means of two samples, along an axis."""
+    return a.mean(axis=axis) - b.mean(axis=axis)
 
 
 def _bootstrap(a: NDArray, b: NDArray, paired: bool) -> tuple[float, float]:
     options = {"paired": paired, "n_resamples": RESAMPLES, "vectorized": True, "rng": np.random.default_rng(0)}
-    low, high = stats.bootstrap((a, b), difference, **options).confidence_interval
+    low, high = stats.bootstrap((a, b), _difference, **options).confidence_interval
     return low, high
 
 
@@ -305,4 +339,4 @@ def _pairs(first: pd.Series, second: pd.Series) -> tuple[NDArray, NDArray]:
 
 
 def _name(runs: pd.Series) -> str:
-    return str(getattr(runs, "name", None) or "a method")
+    return str(runs.name or "a method")

@@ -22,14 +22,7 @@ class Candidates:
     def of(self, claim: Claim) -> list[tuple[pd.Series, str]]:
         """The runs of the claim's size and protocol, whatever their method, each with what it lacks to count."""
         teacher = claim.measure == "teacher"
-        key = (
-            teacher and claim.name,
-            claim.k,
-            claim.seeds,
-            claim.registered,
-            claim.protocol,
-            *sorted(claim.settings.items()),
-        )
+        key = (teacher and claim.name, claim.k, claim.seeds, claim.registered, claim.protocol, str(claim.settings))
         if key not in self._known:
             alike = [run for run in self._runs if teacher or (run.k, run.protocol) == (claim.k, claim.protocol)]
             methods = ("teacher",) if teacher else METHODS
@@ -56,7 +49,7 @@ def prepared(ledger: pd.DataFrame) -> pd.DataFrame:
     other = [evidence.unlike(spec, brief.spec(spec.method, 0, setting)) if spec else "a teacher" for spec in students]
     near = ["another brief run" if spec and brief.includes(spec) else "" for spec in students]
     table = table.assign(
-        other_settings=[evidence.unlike_the_paper(spec) if spec else "" for spec in students],
+        other_settings=[evidence.unlike(spec) if spec else "" for spec in students],
         other_than_brief=other,
         protocol=[named if lacks else brief.NAME for lacks, named in zip(other, near, strict=True)],
         date=pd.to_datetime(table["finished"], format="ISO8601", utc=True, errors="coerce"),

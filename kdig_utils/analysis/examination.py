@@ -3,9 +3,7 @@
 All networks get the same questions. Each answer is a mean over images with an interval; `explanations` keeps them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +18,7 @@ from kdig_utils.method import cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map
 from kdig_utils.method.models import predict
-from kdig_utils.method.pairings import permuted
+from kdig_utils.method.pairings import another, permuted
 
 CONTROLS = ("untrained", "edges", "difference")
 RESAMPLES = 2000
@@ -120,12 +118,12 @@ def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
 def examine(network: nn.Module, asked: Examination) -> dict[str, Mean]:
     """All measures of one network, in evaluation mode, on the device of the examination's images.
 
-    For their names see `map_measures`, `pointing_measures`, `corruption_measures`, `captum_measures` and
+    For their names see `map_measures`, `pointing_measures`, `corruption_measures`, `perturbation_measures` and
     `calibration_measures`.
     """
     values = map_measures(network, asked) | pointing_measures(network, asked) | corruption_measures(network, asked)
     means = {name: mean_over_images(of_image) for name, of_image in values.items()}
-    return means | captum_measures(network, asked) | calibration_measures(network, asked.classified)
+    return means | perturbation_measures(network, asked) | calibration_measures(network, asked.classified)
 
 
 def examine_controls(asked: Examination) -> dict[str, dict[str, Mean]]:
@@ -152,7 +150,8 @@ def map_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
     """
     maps = ig_maps(network, asked.explained, asked.effort.n_steps)
     values = likeness(maps, asked)
-    for name, others in faithfulness.similarity_controls(asked.teacher_maps).items():
+    shuffled = asked.teacher_maps[another(len(maps), seed=0).to(maps.device)]
+    for name, others in (("shuffled", shuffled), ("random", permuted(asked.teacher_maps, seed=0))):
         values |= {f"{key}_{name}": value for key, value in faithfulness.similarity(maps, others).items()}
     pixels, labels = asked.explained.images(), asked.explained.labels
     for suffix, ranked in {"": maps, "_random": permuted(maps, seed=0)}.items():
@@ -173,28 +172,23 @@ def likeness(maps: Tensor, asked: Examination) -> dict[str, Tensor]:
     return faithfulness.similarity(maps, asked.teacher_maps) | {"spearman_partial": partial}
 
 
-def captum_measures(network: nn.Module, asked: Examination) -> dict[str, Mean]:
-    """Captum's two, on few images; none where it is not installed: a later call, elsewhere, adds them.
+def perturbation_measures(network: nn.Module, asked: Examination) -> dict[str, Mean]:
+    """What is measured on few images, as each becomes many.
 
     Returns:
         `sensitivity`: how far the IG map moves under noise that is hardly seen (`faithfulness.map_sensitivity`);
         `unexplained`: the share of the logit's changes that the attributions do not foretell
         (`faithfulness.infidelity_and_scale`).
     """
-    if find_spec("captum") is None:
-        return {}
-    moved, error, scale = (torch.cat(values) for values in zip(*_captum_values(network, asked), strict=True))
-    return {"sensitivity": mean_over_images(moved), "unexplained": mean_over_images(error, scale)}
-
-
-def _captum_values(network: nn.Module, asked: Examination) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Sensitivity, infidelity and its scale, a few images at a time."""
     order = torch.randperm(len(asked.explained), generator=torch.Generator().manual_seed(0))[: asked.effort.perturbed]
+    n_steps, values = asked.effort.n_steps, []
     for seed, part in enumerate(order.to(asked.explained.labels.device).split(PART)):
-        pixels, labels, n_steps = asked.explained.images(part), asked.explained.labels[part], asked.effort.n_steps
+        pixels, labels = asked.explained.images(part), asked.explained.labels[part]
         found = faithfulness.attributions(network, pixels, labels, n_steps)
-        error, scale = faithfulness.infidelity_and_scale(network, pixels, found, labels, seed)
-        yield faithfulness.map_sensitivity(network, pixels, labels, n_steps, seed=seed), error, scale
+        moved = faithfulness.map_sensitivity(network, pixels, labels, n_steps, seed=seed)
+        values.append((moved, *faithfulness.infidelity_and_scale(network, pixels, found, labels, seed)))
+    moved, error, scale = map(torch.cat, zip(*values, strict=True))
+    return {"sensitivity": mean_over_images(moved), "unexplained": mean_over_images(error, scale)}
 
 
 def pointing_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:

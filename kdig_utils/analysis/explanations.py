@@ -7,14 +7,13 @@ controls that no network had a part in, or no training: these have no `run_id`.
 import math
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
 from torch import nn
 
-from kdig_utils.analysis.examination import Effort, Mean, captum_measures, examine, examine_controls, prepare
+from kdig_utils.analysis.examination import Effort, Mean, examine, examine_controls, prepare
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts
@@ -76,12 +75,11 @@ def explain_runs(
         found = examine_controls(asked).items()
         record(pd.concat([_rows(means, "", control, k=5, seed=0) for control, means in found]), path)
     runs = study.ledger.read() if runs is None else runs
-    begun, whole = (set(table.loc[table["measure"] == name, "run_id"]) for name in ("spearman", "unexplained"))
-    for row, network in _networks(study, runs[~runs["run_id"].isin(whole if find_spec("captum") else begun)]):
+    whole = table.loc[table["measure"] == "unexplained", "run_id"]  # which machines lent before 2026-11-28 left out
+    for row, network in _networks(study, runs[~runs["run_id"].isin(whole)]):
         if time.monotonic() > deadline:
             break
-        measures = captum_measures if row["run_id"] in begun else examine
-        means = measures(network.to(study.device), asked)
+        means = examine(network.to(study.device), asked)
         record(_rows(means, *row[["run_id", "method", "k", "seed"]]), path)
         report(f"{row['run_id']}  {row['method']:9} k {row['k']}  seed {row['seed']}: explained")
     return read(path)

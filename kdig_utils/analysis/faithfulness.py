@@ -4,11 +4,8 @@ Every function gives one number an image, so that means get intervals over the i
 would give is no measure: for each one the control stands beside it.
 """
 
-import importlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,21 +16,14 @@ from torch.nn import functional as F
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline, integrated_gradients
 from kdig_utils.method.models import most_at_once
-from kdig_utils.method.pairings import another, edges, permuted
+from kdig_utils.method.pairings import another, edges
 
 Forward = Callable[[Tensor], Tensor]
 SIMILARITIES = ("spearman", "cosine", "top_tenth")
 TILES = 4
 FORWARD = 256  # images in one forward pass
-SQUARES = 10  # that are taken from each image for its infidelity
+SQUARES, SIDE = 10, 8  # squares that are taken from each image for its infidelity, and their side in pixels
 NOISY_COPIES = 4  # of each image for the sensitivity of its map
-
-
-def captum_metrics() -> ModuleType:
-    """Captum's metrics; a machine that is lent for minutes may lack them, and needs them for two measures only."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its progress bars ask for widgets that this book does without
-        return importlib.import_module("captum.metrics")
 
 
 def attributions(model: Forward, images: Tensor, target: Tensor, n_steps: int) -> Tensor:
@@ -83,11 +73,6 @@ def _spearman(maps: Tensor, others: Tensor) -> Tensor:
     ranks = (torch.from_numpy(rankdata(values.flatten(1).cpu().numpy(), axis=1)) for values in (maps, others))
     first, second = (values - values.mean(1, keepdim=True) for values in ranks)
     return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
-
-
-def similarity_controls(maps: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Two stand-ins for the teacher's maps, (N, H, W): `shuffled`, of other images, and `random`, pixels permuted."""
-    return {"shuffled": maps[another(len(maps), seed).to(maps.device)], "random": permuted(maps, seed)}
 
 
 def blind_maps(images: ImageSet) -> dict[str, Tensor]:
@@ -153,10 +138,11 @@ def deletion_and_insertion(
     }
 
 
+@torch.no_grad()
 def infidelity_and_scale(
     model: Forward, images: Tensor, attributions: Tensor, target: Tensor, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Captum's infidelity (Yeh et al. 2019, arXiv 1901.09392), and that of an attribution of zeros, each (N,).
+    """Infidelity (Yeh et al. 2019, arXiv 1901.09392) of attributions, and of an attribution of zeros, each (N,).
 
     Squares of the image are replaced by the mean colour; a faithful attribution foretells by how much the logit falls.
     The ratio of the two means is the share that it leaves unexplained: 0 for an attribution that foretells exactly, 1
@@ -166,54 +152,42 @@ def infidelity_and_scale(
         attributions: with their signs, (N, 3, H, W), of the logit from the mean colour.
         seed: of the places of the squares, the same for every model.
     """
-    grey = baseline("mean_colour", images)
-
-    def error(values: Tensor) -> Tensor:
-        squares = SquareRemoval(torch.Generator().manual_seed(seed))
-        return captum_metrics().infidelity(
-            model, squares, images, values, grey, target=target, n_perturb_samples=SQUARES
-        )
-
-    return error(attributions), error(torch.zeros_like(attributions))
+    copies = images.repeat_interleave(SQUARES, 0)
+    taken = squares(copies, torch.Generator().manual_seed(seed))
+    changed = torch.where(taken, baseline("mean_colour", copies), copies)
+    after = model(changed).unflatten(0, (-1, SQUARES)).gather(2, target.view(-1, 1, 1).expand(-1, SQUARES, 1))
+    fall = model(images).gather(1, target.unsqueeze(1)) - after.squeeze(2)
+    foretold = (attributions.unsqueeze(1) * taken.unflatten(0, (-1, SQUARES))).flatten(2).sum(2)
+    return (foretold - fall).square().mean(1), fall.square().mean(1)
 
 
-@dataclass
-class SquareRemoval:
-    """Captum's `perturb_func` for attributions that contain the factor (input - baseline): 1 where a pixel is taken."""
-
-    generator: torch.Generator
-    side: int = 8
-
-    def __call__(self, inputs: Tensor, baselines: Tensor) -> tuple[Tensor, Tensor]:
-        """The pixels of one square anywhere in each image, and the images without them, both (N, C, H, W)."""
-        sides = torch.tensor(inputs.shape[-2:])
-        corners = torch.rand(len(inputs), 2, generator=self.generator) * (sides - self.side + 1)
-        places = (torch.arange(int(side)) - first[:, None] for side, first in zip(sides, corners.long().T, strict=True))
-        in_rows, in_columns = ((place >= 0) & (place < self.side) for place in places)
-        taken = (in_rows[:, None, :, None] & in_columns[:, None, None, :]).expand_as(inputs).to(inputs)
-        return taken, inputs - taken * (inputs - baselines)
+def squares(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The pixels of one square anywhere in each image: (N, C, H, W) to booleans, (N, 1, H, W)."""
+    sides = torch.tensor(images.shape[-2:])
+    corners = (torch.rand(len(images), 2, generator=generator) * (sides - SIDE + 1)).long()
+    places = (torch.arange(int(side)) - first[:, None] for side, first in zip(sides, corners.T, strict=True))
+    in_rows, in_columns = ((place >= 0) & (place < SIDE) for place in places)
+    return (in_rows[:, None, :, None] & in_columns[:, None, None, :]).to(images.device)
 
 
 def map_sensitivity(
     model: Forward, images: Tensor, target: Tensor, n_steps: int, radius: float = 0.02, seed: int = 0
 ) -> Tensor:
-    """Captum's sensitivity_max of the IG map, (N,): the largest relative change under noise (arXiv 1901.09392).
+    """The largest relative change of the IG map under noise, (N,): max-sensitivity of Yeh et al. 2019.
 
     Args:
         radius: of the noise, uniform, in units of pixels from 0 to 1.
         seed: of the noise, the same for every model.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def maps(inputs: Tensor | tuple[Tensor], target: Tensor) -> tuple[Tensor]:
-        (inputs,) = inputs if isinstance(inputs, tuple) else (inputs,)  # Captum passes both, and takes tuples back
-        return (attribution_map(attributions(model, inputs, target, n_steps)),)
-
-    def noisy(inputs: Tensor, radius: float) -> Tensor:
-        noise = torch.rand(inputs.shape, generator=generator).to(inputs.device)
-        return inputs + radius * (2 * noise - 1)
-
-    return captum_metrics().sensitivity_max(maps, images, noisy, radius, NOISY_COPIES, target=target)
+    copies = images.repeat_interleave(NOISY_COPIES, 0)
+    noise = torch.rand(copies.shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
+    noisy, targets = copies + radius * (2 * noise - 1), target.repeat_interleave(NOISY_COPIES)
+    before, after = (
+        attribution_map(attributions(model, inputs, classes, n_steps)).flatten(1)
+        for inputs, classes in ((images, target), (noisy, targets))
+    )
+    moved = (after.unflatten(0, (-1, NOISY_COPIES)) - before.unsqueeze(1)).norm(dim=2)
+    return moved.amax(1) / before.norm(dim=1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 from kdig_utils.analysis.comparisons import mean_interval
 from kdig_utils.analysis.eligibility import by_seed, with_teacher_accuracy
 from kdig_utils.experiments import evidence
-from kdig_utils.experiments.ledger import of_one_teacher
+from kdig_utils.experiments.ledger import of_one_teacher, student_spec
 from kdig_utils.method import models
 from kdig_utils.method.artifacts import model_for
 
@@ -62,7 +62,7 @@ def ours(ledger: pd.DataFrame, epochs: int, train_images: int) -> pd.DataFrame:
     table = with_teacher_accuracy(ledger)
     right = (table["epochs"] == epochs) & (table["train_images"] == train_images) & (table["pairing"] == "matched")
     free = ("epochs", "batch_size", "n_steps")
-    alike = [not evidence.other_settings(run, ignoring=free) for _index, run in table[right].iterrows()]
+    alike = [not evidence.unlike(student_spec(run), ignoring=free) for _index, run in table[right].iterrows()]
     chosen = of_one_teacher(table[right][np.array(alike, bool)])
     factors, rows = sizes().set_index("k")["factor"], []
     for (method, k), runs in chosen.groupby(["method", "k"]):

@@ -10,15 +10,15 @@ from scipy import stats
 
 from kdig_utils.analysis import claims
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm
-from kdig_utils.analysis.permutation import sign_flips
-from kdig_utils.analysis.sample_size import pairs_needed
+from kdig_utils.analysis.comparisons import holm, sign_flips
+from kdig_utils.analysis.sample_size import power, seeds_needed
 from kdig_utils.experiments import laptop
 from kdig_utils.experiments.evidence import NOT_RUN
 from kdig_utils.experiments.ledger import Ledger, student_spec
 
 ABOVE, BELOW, LEVEL, UNDECIDED = "above", "below", "level", "undecided"
-NUMBERS = ("effect", "low", "high", "deviation", "p", "p_exact", "level_p")
+NUMBERS = ("effect", "low", "high", "deviation", "p", "p_exact", "level_p", "needed")
+PILOT_DEVIATION = 1.0  # points: about that of the pilot's differences
 INDEPENDENT = 0.5  # the correlation at which a difference deviates as much as a run
 
 
@@ -64,23 +64,26 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns question, name, text, prediction, seeds (planned), pairs (there), effect with its 95 % interval low to
         high (points), deviation of the differences, p of the paired t-test, p_exact (sign flips), level_p (two
-        one-sided tests with the registered margin), p_holm and level_p_holm within the question, power (chance of
-        seeing an effect of the margin's size, from the pilot's deviation where there is one), needed (seeds for such
-        a chance of 0.8, at the deviation found), and verdict: `above`, `below`, `level` or `undecided` once all
-        seeds are there, else `not run yet`.
+        one-sided tests with the registered margin), p_holm and level_p_holm within the question, power (chance that
+        the planned seeds see one point, at the pilot's deviation, or 1 where there is no pilot), needed (seeds that
+        see the margin with a chance of 0.8, at the deviation found), and verdict: `above`, `below`, `level` or
+        `undecided` once all seeds are there, else `not run yet`.
     """
     protocol = registered()
     rows = [_measured(contrast, table, protocol["margin"]) for contrast in protocol["contrasts"]]
     found = pd.DataFrame(rows)
+    whole = found["pairs"] >= found["seeds"]  # an interim p does not help the others: it is not final
     for _question, its in found.groupby("question"):
-        found.loc[its.index, "p_holm"] = holm(its["p"])
-        found.loc[its.index, "level_p_holm"] = holm(its["level_p"])
+        for name in ("p", "level_p"):
+            found.loc[its.index, f"{name}_holm"] = holm(its[name].where(whole[its.index]))
     return found.assign(verdict=[_verdict(row) for row in found.itertuples()])
 
 
 def _measured(contrast: dict, table: pd.DataFrame, margin: float) -> dict[str, Any]:
     d = differences(table, contrast["weights"], contrast["seeds"])
-    row = {**contrast, "pairs": len(d), **dict.fromkeys(NUMBERS, np.nan), "needed": np.nan}
+    pilot = np.std(contrast["pilot"], ddof=1) if contrast["pilot"] else PILOT_DEVIATION
+    planned = power(1.0, float(pilot), contrast["seeds"], correlation=INDEPENDENT)
+    row = {**contrast, "pairs": len(d), "power": planned, **dict.fromkeys(NUMBERS, np.nan)}
     if len(d) < 2 or np.ptp(d) == 0:
         return row
     test, spread = stats.ttest_1samp(d, 0.0), float(d.std(ddof=1))
@@ -94,7 +97,7 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float) -> dict[str, A
         "p": float(test.pvalue),
         "p_exact": sign_flips(d),
         "level_p": max(float(each.pvalue) for each in apart),
-        "needed": pairs_needed(margin, spread, INDEPENDENT),
+        "needed": seeds_needed(margin, spread, correlation=INDEPENDENT),
     }
 
 
@@ -117,8 +120,27 @@ def in_words(row: pd.Series) -> str:
     return f"{found}: {row.verdict}{needs}"
 
 
+def told(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `contrasts` to read, by name: the pilot, what came out, and whether what was predicted held."""
+    needed, rows = f"seeds to see {registered()['margin']:g} points", []
+    for row in table.itertuples():
+        decided = row.verdict not in (NOT_RUN, UNDECIDED)
+        rows.append({
+            "contrast": row.name,
+            "compared": row.text,
+            "pilot": f"{np.mean(row.pilot):+.2f} ({len(row.pilot)} seeds)" if row.pilot else "",
+            "effect, points": f"{row.effect:+.2f} ({row.low:+.2f} to {row.high:+.2f})" if row.pairs > 1 else "",
+            "seeds": f"{row.pairs} of {row.seeds}",
+            needed: f"{row.needed:.0f}" if row.pairs > 1 else "",
+            "verdict": row.verdict,
+            "predicted": row.prediction,
+            "held": ("yes" if row.verdict == row.prediction else "no") if decided else "open",
+        })  # fmt: skip
+    return pd.DataFrame(rows).set_index("contrast")
+
+
 def basis(table: pd.DataFrame) -> str:
-    """What a figure of these contrasts rests on, for its caption."""
+    """What a figure of contrasts in the protocol's own setting, those of L1 to L4, rests on, for its caption."""
     seeds = (
         f"{table['pairs'].min()} to {table['pairs'].max()}" if table["pairs"].nunique() > 1 else table["pairs"].max()
     )

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm, mean_interval, paired, paired_equivalence
+from kdig_utils.analysis.comparisons import equivalence, holm, mean_interval, paired
 from kdig_utils.experiments import campaigns
-from kdig_utils.experiments.ledger import spec_of
+from kdig_utils.experiments.ledger import student_spec
 from kdig_utils.method.pairings import PAIRINGS
-from kdig_utils.method.spec import RunSpec, Spec
+from kdig_utils.method.spec import RunSpec
 
 NOT_RUN = "not run yet"
 NO_OVERLAY = "none"
@@ -27,6 +27,7 @@ READINGS: dict[str, dict[str, str]] = {
     "the map's content matters, and so does its place": dict.fromkeys(CONTROLS, "above"),
     "content matters, and its place does not": {"shuffled": "above", "index-matched": "level"},
     "form is enough, and no teacher is needed": {NO_OVERLAY: "above", "edges": "level"},
+    "half the brightness is enough, without any map": {NO_OVERLAY: "above", "black": "level"},
     "whatever is blended in, it helps alike": {**dict.fromkeys(CONTROLS, "level"), NO_OVERLAY: "above"},
     "nothing that is blended in makes a difference": dict.fromkeys(CONTROLS, "level"),
 }
@@ -49,19 +50,14 @@ def with_answers(ledger: pd.DataFrame, alpha: float, temperature: float) -> dict
 def _accuracies_of(ledger: pd.DataFrame, specs: dict[str, RunSpec]) -> dict[str, pd.Series]:
     """By the campaigns' seeds, whichever campaign trained them; all of the teacher that most of these runs have."""
     wanted = [dataclasses.replace(spec, seed=seed) for spec in specs.values() for seed in range(campaigns.SEEDS)]
-    rows = campaigns.rows_of(ledger, wanted)
-    setting = pd.Series([_setting(spec_of(row)) for _index, row in rows.iterrows()], rows.index, dtype=object)
-    found = {}
+    rows, found = campaigns.rows_of(ledger, wanted), {}
+    settings = [(row["method"], student_spec(row).setting()) for _index, row in rows.iterrows()]
     for name, spec in specs.items():
-        its = rows[setting == _setting(spec)].set_index("seed").sort_index()
+        its = rows.loc[[one == (spec.method, spec.setting()) for one in settings]].set_index("seed").sort_index()
         if (twice := its.index.duplicated()).any():
             raise ValueError(f"{name} has seed {its.index[twice][0]} twice: choose the rows of one data set")
         found[name] = its["test_accuracy"].astype(float).rename(name)
     return found
-
-
-def _setting(spec: Spec) -> str:
-    return f"{spec.method} {spec.setting()}" if isinstance(spec, RunSpec) else ""
 
 
 def gains(accuracies: dict[str, pd.Series]) -> pd.DataFrame:
@@ -74,8 +70,7 @@ def gains(accuracies: dict[str, pd.Series]) -> pd.DataFrame:
     baseline, *_others = accuracies.values()
     rows = {}
     for name, values in accuracies.items():
-        mean, low, high = mean_interval(values) if len(values) else (np.nan,) * 3
-        rows[name] = {"runs": len(values), "mean": mean, "low": low, "high": high}
+        rows[name] = dict(zip(GAINS, (len(values), *mean_interval(values)), strict=False))
         its, those = _at_shared_seeds(values, baseline)
         if values is not baseline and len(its) > 1:
             gain = paired(its, those)
@@ -101,12 +96,13 @@ def differences(accuracies: dict[str, pd.Series], first: str, others: Iterable[s
         one, other = _at_shared_seeds(accuracies[first], accuracies[name])
         rows[name] = {"pairs": len(one)}
         if len(one) > 1:
-            found = paired(one, other)
-            level = paired_equivalence(one, other, margin)
-            rows[name] |= found._asdict() | {"level_p": level.p}
+            level = equivalence(one, other, margin, by_pairs=True)
+            rows[name] |= paired(one, other)._asdict() | {"level_p": level.p}
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(DIFFERENCES)).astype(float)
     table = table.astype({"pairs": int}).assign(p_holm=holm(table["p"]), level_p_holm=holm(table["level_p"]))
-    return table.assign(finding=[_finding(row) for row in table.itertuples()])
+    shown, above = table["p_holm"] < SIGNIFICANCE, table["difference"] > 0
+    conditions = [table["p_holm"].isna(), shown & above, shown, table["level_p_holm"] < SIGNIFICANCE]
+    return table.assign(finding=np.select(conditions, [NOT_RUN, "above", "below", "level"], "undecided"))
 
 
 def _at_shared_seeds(first: pd.Series, second: pd.Series) -> tuple[pd.Series, pd.Series]:
@@ -114,23 +110,15 @@ def _at_shared_seeds(first: pd.Series, second: pd.Series) -> tuple[pd.Series, pd
     return first[shared], second[shared]
 
 
-def _finding(row: pd.Series) -> str:
-    if pd.isna(row.p_holm):
-        return NOT_RUN
-    if row.p_holm < SIGNIFICANCE:
-        return "above" if row.difference > 0 else "below"
-    return "level" if row.level_p_holm < SIGNIFICANCE else "undecided"
-
-
 def readings(controls: pd.DataFrame) -> dict[str, str]:
     """For each of `READINGS` whether matched minus `CONTROLS` makes it `supported`, `not supported` or `not run yet`.
 
     Not supported is not refuted: the difference that decides may be undecided.
     """
-    return {reading: _support(controls["finding"][list(wanted)], wanted) for reading, wanted in READINGS.items()}
-
-
-def _support(found: pd.Series, wanted: dict[str, str]) -> str:
-    if NOT_RUN in set(found):
-        return NOT_RUN
-    return "supported" if dict(found) == wanted else "not supported"
+    supports = {}
+    for reading, wanted in READINGS.items():
+        found = dict(controls["finding"][list(wanted)])
+        supports[reading] = "supported" if found == wanted else "not supported"
+        if NOT_RUN in found.values():
+            supports[reading] = NOT_RUN
+    return supports

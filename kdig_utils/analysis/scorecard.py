@@ -11,10 +11,10 @@ from scipy import stats
 
 from kdig_utils.analysis import claims, imagenet, verdicts
 from kdig_utils.analysis.claims import Claim
-from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, unpaired
+from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, sign_flips, unpaired
 from kdig_utils.analysis.counted import COMPUTED
 from kdig_utils.analysis.eligibility import Candidates, by_seed
-from kdig_utils.analysis.permutation import sign_flips
+from kdig_utils.analysis.sample_size import best_of_normal
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 from kdig_utils.experiments import evidence, teachers
 from kdig_utils.method import artifacts
@@ -54,8 +54,12 @@ def scorecard(
     """
     held = _Evidence(Candidates(ledger), speedups or {}, explanations)
     direct = _judged(claims.claims(), held)
-    paired = [claim for claim in claims.claims() if claim.depends_on_pairing and claim.measure != "imagenet"]
-    conceptual = {row["name"]: row for row in _judged([as_matched(claim) for claim in paired], held)}
+    paired = [
+        replace(claim, settings={**claim.settings, "pairing": CONCEPTUAL})  # runs that give each image its own signals
+        for claim in claims.claims()
+        if claim.depends_on_pairing and claim.measure != "imagenet"
+    ]
+    conceptual = {row["name"]: row for row in _judged(paired, held)}
     conflicts = conflicting()
     none = {**dict.fromkeys(("value", "low", "high"), np.nan), "verdict": "", "interim": False}
     for row in direct:
@@ -63,11 +67,6 @@ def scorecard(
         row |= {f"matched_{name}": other[name] for name in none}
         row["conflicts"] = ", ".join(conflicts.get(row["name"], ()))
     return pd.DataFrame(direct)
-
-
-def as_matched(claim: Claim) -> Claim:
-    """The same claim on runs that give each image its own signals: the conceptual replication."""
-    return replace(claim, settings={**claim.settings, "pairing": CONCEPTUAL})
 
 
 def _judged(chosen: Sequence[Claim], held: _Evidence) -> list[dict]:
@@ -239,7 +238,12 @@ def conflicting() -> dict[str, list[str]]:
 
 
 def _p_of_gap(one: Claim, other: Claim, deviation: float, df: int) -> float:
-    means, variances = zip(*(verdicts.implied_mean(claim, deviation) for claim in (one, other)), strict=True)
+    """Of the gap between the means behind two numbers of the paper, if its runs deviate so from one another."""
+    means, variances = [], []
+    for claim in (one, other):
+        above, wobble = best_of_normal(claim.paper_runs) if claim.statistic == "best" else (0, claim.paper_runs**-0.5)
+        means.append(claim.claimed - above * deviation)
+        variances.append((wobble * deviation) ** 2)
     return float(2 * stats.t.sf(abs(means[0] - means[1]) / sum(variances) ** 0.5, df))
 
 

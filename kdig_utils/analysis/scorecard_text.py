@@ -1,12 +1,11 @@
 """The scorecard in words: why each claim has its verdict, in sentences that are computed from its row."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from kdig_utils.analysis import claims
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, SIGNIFICANCE
-from kdig_utils.paths import repository_root
 
 DIGITS = {"%": ".2f", "points": "+.2f", "M": ".2f", "": ",.0f", "rank correlation": "+.3f", "relative": ".0e"}
 
@@ -67,19 +66,15 @@ def _difference_in_words(row: Mapping) -> str:
     return p + corrected + (size if np.isfinite(row["gap"]) else "")
 
 
-def _time_in_words(row: Mapping) -> str:
-    return f"{row['gap']:+.3g}, tolerance {row['tolerance']:g}, on this machine"
-
-
 def _or_unknown(value: float) -> str:
     return "unknown" if np.isnan(value) else f"{value:.2g}"
 
 
-WORDS = {
+WORDS: dict[str, Callable[[Mapping], str]] = {
     **dict.fromkeys(("accuracy", "teacher_gap"), _accuracy_in_words),
     **dict.fromkeys(("difference", "interaction", "no_difference", "direction"), _difference_in_words),
     **dict.fromkeys(("map_similarity", "imagenet"), _difference_in_words),
-    "latency_ratio": _time_in_words,
+    "latency_ratio": lambda row: f"{row['gap']:+.3g}, tolerance {row['tolerance']:g}, on this machine",
 }
 
 
@@ -87,14 +82,8 @@ def reasons(row: Mapping) -> str:
     """One paragraph on a row of the scorecard: what is claimed, what we have, how it was judged, where it is shown."""
     said = f"The paper gives {claimed(row)}" if any(isinstance(part, str) for part in row["paths"]) else "In words"
     parts = [f"{said} ({row['source']}).", _evidence(row), _judgement(row), _conceptual(row), _conflict(row)]
-    return " ".join([*filter(None, parts), f"Shown in {chapter_link(row['chapter'])}."])
-
-
-def chapter_link(chapter: str) -> str:
-    """A Markdown link from one notebook to another, or its number in words if the chapter is not there yet."""
-    number = f"chapter {chapter[:2]}"
-    exists = (repository_root() / "notebooks" / f"{chapter}.ipynb").is_file()
-    return f"[{number}]({chapter}.ipynb)" if exists else f"{number}, which is not written yet"
+    shown = f"Shown in [chapter {row['chapter'][:2]}]({row['chapter']}.ipynb)."
+    return " ".join([*filter(None, parts), shown])
 
 
 def _evidence(row: Mapping) -> str:

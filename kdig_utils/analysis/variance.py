@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
@@ -88,18 +89,15 @@ def normality(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a method has fewer than four runs, or all its runs end alike.
     """
-    tested = [_normality_of(values) for values in runs_by_method(rows).values()]
-    columns = ["method", "runs", "mean", "deviation", "lilliefors_p", "shapiro_p"]
-    return pd.DataFrame(tested, columns=columns).astype({"runs": int}).set_index("method")
-
-
-def _normality_of(values: pd.Series) -> tuple:
-    if len(values) < FEWEST_FOR_NORMALITY:
-        few = f"{values.name} has {len(values)} runs"
-        raise ValueError(f"{few}: a test of normality needs {FEWEST_FOR_NORMALITY} or more")
-    _check_spread(values, f"all runs of {values.name}")
-    p_values = lilliefors(values)[1], stats.shapiro(values).pvalue
-    return values.name, len(values), values.mean(), values.std(ddof=1), *p_values
+    tested = {}
+    for method, values in runs_by_method(rows).items():
+        if len(values) < FEWEST_FOR_NORMALITY:
+            few = f"{method} has {len(values)} runs"
+            raise ValueError(f"{few}: a test of normality needs {FEWEST_FOR_NORMALITY} or more")
+        _check_spread(values, f"all runs of {method}")
+        p_values = {"lilliefors_p": lilliefors(values)[1], "shapiro_p": stats.shapiro(values).pvalue}
+        tested[method] = {"runs": len(values), "mean": values.mean(), "deviation": values.std(), **p_values}
+    return pd.DataFrame.from_dict(tested, orient="index").rename_axis("method")
 
 
 def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = ()) -> Components:
@@ -128,8 +126,13 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
         )
     _check_spread(rows["test_accuracy"].astype(float))
     formula = " + ".join(["test_accuracy ~ 1", *(f"C({name})" for name in fixed), f"C({group})"])
-    table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit())
-    return _components(table.loc[f"C({group})"], table.loc["Residual"], groups, runs)
+    table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit()).loc[[f"C({group})", "Residual"]]
+    # The expected mean square between groups is within + runs × between.
+    above, within = table["mean_sq"]
+    least, most = above / _f_limits(*table["df"])
+    low, high = (max(0.0, (limit - within) / (limit + (runs - 1) * within)) for limit in (least, most))
+    between = (above - within) / runs
+    return Components(between, within, between / (between + within), low, high, groups, runs)
 
 
 def _check_spread(accuracies: pd.Series, whose: str = "all runs") -> None:
@@ -137,24 +140,9 @@ def _check_spread(accuracies: pd.Series, whose: str = "all runs") -> None:
         raise ValueError(f"{whose} end alike, at {accuracies.iloc[0]:.2f} %: check that their seeds differ")
 
 
-def _components(between: pd.Series, within: pd.Series, groups: int, runs: int) -> Components:
-    """From the two lines of the table: the expected mean square between is within + runs × between."""
-    inside = float(within["mean_sq"])
-    variance = (float(between["mean_sq"]) - inside) / runs
-    ratio = float(between["mean_sq"]) / inside if inside > 0 else np.inf
-    low, high = (_share(ratio / limit, runs) for limit in _f_limits(between["df"], within["df"]))
-    return Components(variance, inside, variance / (variance + inside), low, high, groups, runs)
-
-
-def _share(ratio: float, runs: int) -> float:
-    """The intraclass correlation that goes with a ratio of mean squares; never below 0."""
-    return 1.0 if np.isinf(ratio) else max(0.0, (ratio - 1) / (ratio + runs - 1))
-
-
-def _f_limits(df_above: float, df_below: float) -> tuple[float, float]:
+def _f_limits(df_above: float, df_below: float) -> NDArray:
     """Between which F lies with 95 % chance, the upper limit first."""
-    low, high = stats.f(df_above, df_below).interval(1 - SIGNIFICANCE)
-    return float(high), float(low)
+    return stats.f(df_above, df_below).ppf([1 - SIGNIFICANCE / 2, SIGNIFICANCE / 2])
 
 
 def added_variance(together: pd.DataFrame, alone: pd.DataFrame) -> pd.DataFrame:
@@ -181,30 +169,7 @@ def added_variance(together: pd.DataFrame, alone: pd.DataFrame) -> pd.DataFrame:
 
 def _ratio_of_variances(together: pd.Series, alone: pd.Series) -> dict[str, float]:
     _check_spread(alone, f"all runs of {alone.name}")
-    above, below = float(together.var(ddof=1)), float(alone.var(ddof=1))
-    df = len(together) - 1, len(alone) - 1
-    low, high = (above / below / limit for limit in _f_limits(*df))
-    return {
-        "together": above,
-        "alone": below,
-        "added": above - below,
-        "ratio": above / below,
-        "low": low,
-        "high": high,
-        "p": float(stats.f(*df).sf(above / below)),
-    }
-
-
-def fresh_sample_factor(fraction: float) -> float:
-    """How much more a result varies from one fresh training set to the next than between subsets of one pool.
-
-    Subsets drawn without replacement overlap, and show only 1 − `fraction` of the variance of fresh sets of their size:
-    exact for a mean, to first order for anything smooth (the delete-d jackknife: Shao & Wu 1989,
-    doi 10.1214/aos/1176347263). It applies to the images' variance, not to the seed's.
-
-    Raises:
-        ValueError: the fraction is not above 0 and below 1.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction {fraction} is outside (0, 1): give the share of the pool that each subset takes")
-    return 1 / (1 - fraction)
+    above, below, df = together.var(), alone.var(), (len(together) - 1, len(alone) - 1)
+    ratio, (low, high) = above / below, above / below / _f_limits(*df)
+    found = {"together": above, "alone": below, "added": above - below, "ratio": ratio, "low": low, "high": high}
+    return {**found, "p": stats.f(*df).sf(ratio)}

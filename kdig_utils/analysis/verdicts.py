@@ -207,12 +207,6 @@ def pooled_deviation(samples: Sequence[ArrayLike]) -> tuple[NDArray, int]:
     return np.where(deviation > NOTHING, deviation, np.nan), df  # no spread is no evidence
 
 
-def implied_mean(claim: Claim, deviation: float) -> tuple[float, float]:
-    """The mean of the runs behind the paper's number, and its variance, if runs deviate so from one another."""
-    above, wobble = best_of_normal(claim.paper_runs) if claim.statistic == "best" else (0, claim.paper_runs**-0.5)
-    return claim.claimed - above * deviation, (wobble * deviation) ** 2
-
-
 def comparison_of(claim: Claim) -> tuple:
     """What tells tests apart: two claims on one comparison of the same runs are one test."""
     return claim.methods, claim.k, claim.settings.get("train_images")

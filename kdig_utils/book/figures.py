@@ -12,25 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kdig_utils.analysis import laboratory
-from kdig_utils.experiments import evidence
-from kdig_utils.method.spec import METHODS
+from kdig_utils import paths
+from kdig_utils.analysis import claims, laboratory
+from kdig_utils.analysis.comparisons import mean_interval
+from kdig_utils.experiments import campaigns, evidence, laptop
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.method.spec import METHODS, RunSpec
 
 # Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
 COLOURS = ("#555555", "#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255")
 METHOD_COLOURS = dict(zip(("teacher", *METHODS), COLOURS, strict=True))
-DPI = 110
+DPI = 100
 
 
 def style() -> None:
     """Set the book's style for all figures that follow."""
-    settings = {
-        "figure.constrained_layout.use": True,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "figure.titleweight": "bold",
-    }
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9, rc=settings)
+    titles = {"axes.titleweight": "bold", "axes.titlelocation": "left", "figure.titleweight": "bold"}
+    sns.set_theme(style="whitegrid", font_scale=0.9, rc={"figure.constrained_layout.use": True, **titles})
 
 
 def show(figure: Figure, alt: str, caption: str, kind: str | Iterable[str]) -> None:
@@ -63,16 +61,12 @@ def png(figure: Figure) -> bytes:
 
 def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
     """Draw one image, (3, H, W) in [0, 1], without axes."""
-    _show(axes, image.permute(1, 2, 0).clamp(0, 1), title)
+    show_map(axes, image.permute(1, 2, 0).clamp(0, 1), title)
 
 
 def show_map(axes: Axes, values: Tensor, title: str = "", cmap: str = "inferno") -> None:
-    """Draw one map, (H, W), from its lowest to its highest value, without axes."""
-    _show(axes, values.float(), title, cmap)
-
-
-def _show(axes: Axes, values: Tensor, title: str, cmap: str | None = None) -> None:
-    axes.imshow(values.detach().cpu().numpy(), cmap=cmap)
+    """Draw one map, (H, W), from its lowest to its highest value, without axes; of colours, (H, W, 3), as it is."""
+    axes.imshow(values.detach().float().cpu().numpy(), cmap=cmap)
     axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
     axes.set_axis_off()
 
@@ -98,6 +92,37 @@ def draw_contrasts(axes: Axes, table: pd.DataFrame) -> None:
         axes.text(1.02, place, words, transform=right, va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
     axes.set(xlabel="difference in test accuracy, points")
+
+
+def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
+    """The same contrasts between runs at the paper's settings with these methods and pairings; return their evidence.
+
+    Args:
+        table: rows of `laboratory.contrasts`.
+    """
+    ledger = Ledger(paths.ledger_path()).read().query("train_images == @evidence.TRAIN_IMAGES")
+    found = []
+    for row in table.itertuples():
+        of_condition = {}
+        for name in row.weights:
+            method, pairing = laptop.CONDITIONS[name].method, laptop.CONDITIONS[name].pairing
+            wanted = [RunSpec(method, seed=seed, pairing=pairing) for seed in range(campaigns.SEEDS)]
+            runs = campaigns.rows_of(ledger, wanted)
+            of_condition[name] = runs.set_index("seed")["test_accuracy"].astype(float)
+        found.append(laboratory.differences(pd.DataFrame(of_condition), row.weights, campaigns.SEEDS))
+    if not any(map(len, found)):
+        waiting(axes)
+        return evidence.NOT_RUN
+    axes.axvspan(-claims.margin(), claims.margin(), color="#DDDDDD", zorder=0)
+    axes.axvline(0, color="black", lw=1)
+    for place, d in enumerate(found):
+        axes.text(1.02, place, f"{len(d)} seeds", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+        if len(d):
+            mean, low, high = mean_interval(d)
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="D", color=COLOURS[2])
+    axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
+    axes.set(xlabel="difference in test accuracy, points")
+    return evidence.TRAINED
 
 
 def waiting(axes: Axes, words: str = "at the paper's scale: not run yet") -> None:

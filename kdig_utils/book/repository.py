@@ -1,4 +1,4 @@
-"""What the repository shows the world: its address, the README's table of results, the weights of chosen runs."""
+"""What the repository shows the world: its address, its chapters, and the README's table of results."""
 
 import re
 import tomllib
@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdig_utils.analysis import claims, plan, scorecard, verdicts
+from kdig_utils.analysis import claims, laboratory, plan, scorecard, verdicts
 from kdig_utils.experiments import campaigns, evidence, teachers
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
-from kdig_utils.paths import replacing, repository_root
+from kdig_utils.paths import repository_root
 
+README_QUESTIONS = ("L1", "L2", "L3", "L4")  # of the laptop protocol
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Where a file of the book names the book's own repository; other links to GitHub are other people's.
 OWN_ADDRESS = re.compile(
@@ -41,26 +42,33 @@ def notebooks() -> list[Path]:
     return sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def stale_addresses() -> Iterator[tuple[Path, str]]:
-    """Each file that names another repository as the book's own, with that `OWNER/NAME`."""
-    root = repository_root()
+def stale_addresses() -> Iterator[tuple[Path, str, str]]:
+    """Each file that names another repository as the book's own, with that `OWNER/NAME`, and its text put right."""
+    root, own = repository_root(), address().removeprefix("https://github.com/")
     named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
-    for path in (*named, *sorted(root.glob("book/*.md")), *notebooks()):
-        found = set(OWN_ADDRESS.findall(path.read_text())) - {_slug()} if path.is_file() else set()
-        yield from ((path, slug) for slug in sorted(found))
-
-
-def write_address(path: Path, slug: str) -> None:
-    """Write the public address into a file that names the repository `slug`, OWNER/NAME, as the book's own."""
-    old, new = slug.split("/")[1], _slug().split("/")[1]
-    text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{_slug()}", path.read_text())
-    with replacing(path) as part:
-        part.write_text(re.sub(rf"(\bcd (?:-q )?){re.escape(old)}\b", rf"\g<1>{new}", text))
+    for path in filter(Path.is_file, (*named, *sorted(root.glob("book/*.md")), *notebooks())):
+        text = path.read_text()
+        for slug in sorted(set(OWN_ADDRESS.findall(text)) - {own}):
+            text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{own}", text)
+            folder = re.escape(slug.split("/")[1])  # that a clone makes
+            text = re.sub(rf"(\bcd (?:-q )?){folder}\b", rf"\g<1>{own.split('/')[1]}", text)
+            yield path, slug, text
 
 
 def results_table(ledger: pd.DataFrame) -> str:
-    """What the README shows of the ledger, in Markdown: claims by kind of evidence, methods, and the queue."""
-    return "\n\n".join(table(ledger) for table in (claims_table, methods_table, queue_table))
+    """What the README shows, in Markdown: the laptop laboratory, claims by kind of evidence, methods, and the queue."""
+    tables = (claims_table(ledger), methods_table(ledger), queue_table(ledger))
+    return "\n\n".join([laboratory_table(laboratory.contrasts(laboratory.accuracies(laboratory.read()))), *tables])
+
+
+def laboratory_table(contrasts: pd.DataFrame) -> str:
+    """The contrasts of `README_QUESTIONS`, in points, with what was expected of them before the runs."""
+    titles = {name: question["title"] for name, question in laboratory.registered()["questions"].items()}
+    lines = ["| question | compared, in points of test accuracy | found | expected |", "|---|---|---|---|"]
+    for row in contrasts[contrasts["question"].isin(README_QUESTIONS)].itertuples():
+        question = titles.pop(row.question, "")
+        lines.append(f"| {question} | {row.text} | {laboratory.in_words(row)} | {row.prediction} |")
+    return "\n".join(lines)
 
 
 def claims_table(ledger: pd.DataFrame) -> str:
@@ -79,10 +87,8 @@ def methods_table(ledger: pd.DataFrame) -> str:
     """
     students = campaigns.main_runs(ledger)
     shown = {"teacher": teachers.of(students, ledger), **dict(iter(students.groupby("method")))}
-    lines = [
-        "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    headings = "| method | learns from labels and | seeds | epochs | test accuracy | evidence | in the paper |"
+    lines = [headings, "|---" * 7 + "|"]
     for method in ("teacher", *METHODS):
         signals = ", ".join(TEACHER_SIGNALS[part] for part in TEACHER_SIGNALS if part in method.split("_"))
         runs = claims.lookup("teacher.accuracy" if method == "teacher" else f"ablation_runs.{method}")
@@ -135,7 +141,3 @@ def readme_with(table: str) -> str:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}, once each, around its table of results")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
-def _slug() -> str:
-    return address().removeprefix("https://github.com/")

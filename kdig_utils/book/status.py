@@ -1,6 +1,5 @@
 """What is there and what is missing, a line each: for the command `status`, and for what the others print."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from kdig_utils.experiments import campaigns
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method import artifacts
-from kdig_utils.method.spec import METHODS
+from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 
 
 def campaign_lines(ledger: pd.DataFrame) -> list[str]:
@@ -46,12 +45,11 @@ def with_other_settings(table: pd.DataFrame) -> pd.DataFrame:
 
     Runs with one method, k, number of epochs and these words were trained alike, but for seed, images and teacher.
     """
-    return table.assign(other_settings=[_other_settings(run) for run in table.to_dict("records")])
+    return table.assign(other_settings=[_other_settings(spec_of(run)) for run in table.to_dict("records")])
 
 
-def _other_settings(run: dict) -> str:
-    defaults = {field.name: field.default for field in fields(spec_of(run))}
-    others = {name: value for name, value in spec_of(run).setting().items() if value != defaults[name]}
+def _other_settings(spec: RunSpec | TeacherSpec) -> str:
+    others = {name: value for name, value in spec.setting().items() if value != getattr(type(spec), name)}
     words = {"k": "", "epochs": "", "initial_sha256": "after earlier epochs"}
     told = [words.get(name, f"{name.replace('_', ' ')} {value}") for name, value in others.items()]
     return ", ".join(filter(None, told))
@@ -74,11 +72,14 @@ def signals_line(folder: Path) -> str:
     return f"{folder.name} ({folder.parts[-3]}): {int(done.sum()):,} of {len(done):,} images"
 
 
-def artifact_lines(damaged: dict[str, str]) -> list[str]:
-    """A line for each published network: what it is, or why it cannot be used."""
-    return [
-        f"{name}: {damaged[name]}"
-        if name in damaged
-        else f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"
-        for name, entry in artifacts.manifest().items()
-    ]
+def artifact_lines() -> list[tuple[str, bool]]:
+    """A line for each published network: what it is, or why it cannot be loaded; and whether it can."""
+    lines = []
+    for name, entry in artifacts.manifest().items():
+        words, whole = f"whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}", True
+        try:
+            artifacts.load(name)
+        except (OSError, ValueError) as error:
+            words, whole = str(error), False
+        lines.append((f"{name}: {words}", whole))
+    return lines

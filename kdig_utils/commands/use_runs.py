@@ -88,18 +88,18 @@ def status() -> int:
     """Say what is there and what is missing."""
     from kdig_utils.analysis import plan
 
-    damaged, ledger, folder = publishing.damaged_artifacts(), Ledger(paths.ledger_path()).read(), paths.workspace()
+    ledger, folder, published = Ledger(paths.ledger_path()).read(), paths.workspace(), artifact_lines()
     sections = {
         "ledger": ledger_lines(ledger),
         "queue": plan.progress_lines(ledger),
         "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
         "runs in progress": [checkpoint_line(path) for path in sorted(folder.glob("*/checkpoints/*.pt"))],
         "teacher signals": [signals_line(path.parent) for path in sorted(folder.glob("*/signals/*/done.npy"))],
-        "artifacts": artifact_lines(damaged),
+        "artifacts": [line for line, _whole in published],
     }
     for title, lines in sections.items():
         print(f"{title}\n  " + "\n  ".join(lines or ["none"]))
-    return int(bool(damaged))
+    return int(not all(whole for _line, whole in published))
 
 
 def answers_line(ledger: pd.DataFrame) -> str:
@@ -149,10 +149,11 @@ def links(*, check: Check = False) -> None:
     """Write the public address of pyproject.toml into every file that links to it."""
     from kdig_utils.book import repository
 
-    root, stale = paths.repository_root(), list(repository.stale_addresses())
-    for path, slug in stale:
+    changed = []
+    for path, slug, text in repository.stale_addresses():
+        changed.append(str(path.relative_to(paths.repository_root())))
         if check:
-            raise ValueError(f"{path.relative_to(root)} names {slug}: run `python -m kdig_utils links`")
-        repository.write_address(path, slug)
-    changed = ", ".join(str(path.relative_to(root)) for path, _slug in stale)
-    print(f"{repository.address()}: changed {changed or 'nothing'}")
+            raise ValueError(f"{changed[-1]} names {slug}: run `python -m kdig_utils links`")
+        with paths.replacing(path) as part:
+            part.write_text(text)
+    print(f"{repository.address()}: changed {', '.join(changed) or 'nothing'}")

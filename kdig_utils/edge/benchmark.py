@@ -4,23 +4,25 @@ Each network in each runtime runs in a fresh process of its own; the processes a
 order drawn anew each round. What cannot be had (a runtime, an export, an instruction) is said in its row.
 """
 
+import itertools
+import json
 import math
 import os
-import tempfile
+import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
-from kdig_utils.edge import report, roofline, timing
-from kdig_utils.edge.candidates import Candidate, classify, exported, measured, opened
-from kdig_utils.machine import usable_cpus
+from kdig_utils import machine
+from kdig_utils.edge import roofline, runtimes, timing
+from kdig_utils.edge.runtimes import Candidate, at_once, exported, heard
 from kdig_utils.method import artifacts, cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.paths import check_writable
+from kdig_utils.paths import check_writable, replacing
 
 PATIENCE = 100.0  # seconds for everything
 MEASURING = 0.03  # of the patience, for each batch size and number of threads
@@ -29,6 +31,15 @@ SHARES = {"peaks": 0.1, "exports": 0.42, "opening": 0.62, "measuring": 0.88, "cl
 BATCHES = (1, 64)
 EXACT = "eager fp32"  # the runtime and precision whose outputs are right, and whose teacher is the 1.0 of speed-ups
 LEAST_CALLS = {50: 1, 95: 20, 99: 100}  # settled, for each percentile
+SHOWN = [
+    *("model", "runtime", "precision", "p50_ms", "p95_ms", "predicted_ms", "speedup", "95 %"),
+    *("accuracy", "accuracy_images", "bytes", "load_ms", "peak_mb"),
+]
+VNNI = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # instructions that add up 8-bit products
+NO_VNNI = (
+    "no instruction for sums of 8-bit products (VNNI): 8 bits are slower here, and ONNX Runtime's sums of products of "
+    "unsigned by signed bytes can overflow: read the accuracy"
+)
 
 
 def run(student: str, patience: float, json_path: Path | None) -> None:
@@ -46,13 +57,12 @@ def run(student: str, patience: float, json_path: Path | None) -> None:
     networks = {model: artifacts.load(name) for model, name in names.items()}
     test = cifar10.load("test") if os.environ.get("KDIG_DATA") else cifar10.load_sample("test")
     rows = [{**found, "artifact": names[found["model"]]} for found in latency_rows(networks, test, patience=patience)]
-    print(report.table(rows))
-    print(
-        f"accuracy in % of so many images of {test.name}; times in ms, speed-up against the teacher in eager PyTorch,"
-    )
+    print(table(rows))
+    words = "times in ms, speed-up against the teacher in eager PyTorch,"
+    print(f"accuracy in % of so many images of {test.name}; {words}")
     print("bytes of the file, peak memory in MB of a process that opens it for one image")
     if json_path:
-        report.write(rows, json_path)
+        write(rows, json_path)
         print(f"{len(rows)} rows in {json_path}")
 
 
@@ -62,12 +72,11 @@ def latency_rows(
     threads: tuple[int, ...] | None = None,
     batches: tuple[int, ...] = BATCHES,
     patience: float = PATIENCE,
-    tell: Callable[[str], None] = print,
 ) -> list[dict]:
     """Measure every network in every runtime; one row for each batch size and number of threads.
 
     Args:
-        networks: by name; one must be `teacher`, whose eager latency is 1.0 (`openers.open_eager`).
+        networks: by name; one must be `teacher`, whose eager latency is 1.0 (`serving.open_eager`).
         test: the images that give the accuracies.
         threads: by default one, and all that this process may use.
         patience: seconds for everything, shared out as in `SHARES`; what comes later is left out, in words.
@@ -76,49 +85,26 @@ def latency_rows(
         Rows with the keys `timing.COLUMNS`, None where there is no figure.
     """
     ends = {part: time.monotonic() + share * patience for part, share in SHARES.items()}
-    counts = threads or tuple(sorted({1, usable_cpus()}))
+    counts = threads or tuple(sorted({1, len(machine.usable_cpu_numbers())}))
     # Every other time from the last number of threads to the first: fewer files are opened anew.
     settings = [(batch, count) for turn, batch in enumerate(batches) for count in counts[:: -1 if turn % 2 else 1]]
-    facts = report.machine_facts()  # before anything is measured: the load is that of others
+    facts = machine_facts()  # before anything is measured: the load is that of others
     tables = {name: roofline.layers(network) for name, network in networks.items()}
     peaks, words = roofline.peaks(list(tables.values()), settings, ends["peaks"])
     facts["note"] = "; ".join(filter(None, (str(facts["note"]), words)))
-    tell(f"exporting {', '.join(networks)}")
-    candidates = exported(networks, ends["exports"])
-    times = _heard(candidates, test, settings, ends, MEASURING * patience, tell)
-    shared = {name: {"weights": models.weights_sha256(network)[:12], **facts} for name, network in networks.items()}
-    outputs = {each.name: compared(each, candidates, test) for each in candidates}
-
-    def row(each: Candidate, batch: int, count: int) -> dict:
+    print(f"exporting {', '.join(networks)}")
+    written = at_once(lambda name: exported(name, networks[name], ends["exports"]), networks)
+    candidates = list(itertools.chain.from_iterable(written))
+    times = heard(candidates, test.pixels.numpy(), settings, ends, MEASURING * patience)
+    weights = {name: models.weights_sha256(network)[:12] for name, network in networks.items()}
+    rows = []
+    for (batch, count), calls in times.items():
         peak = peaks.get((batch, count))
-        least = roofline.predicted(tables[each.model], each.precision, batch, peak) if peak else {}
-        timed = statistics(times[batch, count], each.name)
-        return whole(each, batch, count, {**shared[each.model], **timed, **least, **outputs[each.name]})
-
-    return [row(each, batch, count) for batch, count in settings for each in candidates]
-
-
-def _heard(
-    candidates: list[Candidate],
-    test: ImageSet,
-    settings: list[tuple[int, int]],
-    ends: Mapping[str, float],
-    seconds: float,
-    tell: Callable[[str], None],
-) -> dict[tuple[int, int], pd.DataFrame]:
-    """The calls of all candidates by setting (`measured`); their logits are left with them."""
-    times = {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        pixels = Path(folder) / "pixels.npy"
-        np.save(pixels, test.pixels.numpy())
-        tell(f"opening {len(candidates)} processes")
-        with opened(candidates, pixels, ends["opening"], ends["answers"]):
-            for batch, threads in settings:
-                tell(f"measuring batch {batch} with {threads} thread{'s' * (threads > 1)}")
-                times[batch, threads] = measured(candidates, batch, threads, seconds, ends["measuring"])
-            tell("classifying test images")
-            classify(candidates, len(test), max(batch for batch, _threads in settings), ends["classifying"])
-    return times
+        for each in candidates:
+            least = roofline.predicted(tables[each.model], each.precision, batch, peak) if peak else {}
+            found = {**statistics(calls, each.name), **least, **compared(each, candidates, test)}
+            rows.append(whole(each, batch, count, {"weights": weights[each.model], **facts, **found}))
+    return rows
 
 
 def statistics(times: pd.DataFrame, name: str) -> dict[str, float]:
@@ -162,3 +148,48 @@ def whole(candidate: Candidate, batch: int, threads: int, found: Mapping[str, ob
     if row["p50_ms"] is None:
         return {**row, "status": words}
     return {**row, "status": "ok" if row["accuracy"] is not None else f"no accuracy: {words}"}
+
+
+def machine_facts() -> dict[str, object]:
+    """What a reader needs to know of the machine: processor, instructions, load, clock, versions, day."""
+    flags = machine.processor_flags()
+    clock = time.get_clock_info("perf_counter")
+    return {
+        "machine": machine.processor(),
+        "flags": " ".join(flags),
+        "cpus": len(machine.usable_cpu_numbers()),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "clock": f"perf_counter: {clock.implementation}, {1e9 * clock.resolution:.3g} ns",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": runtimes.versions(),
+        "day": time.strftime("%Y-%m-%d", time.gmtime()),
+        "note": NO_VNNI if flags and not VNNI & set(flags) else "",
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text, best first within each setting; those without figures say why."""
+    frame, parts = pd.DataFrame(rows).astype({"bytes": "Int64", "accuracy_images": "Int64"}), []
+    for (threads, batch), found in frame.groupby(["threads", "batch"]):
+        parts.append(f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
+        timed = found[found["p50_ms"].notna()].sort_values("p50_ms")
+        if len(timed):
+            interval = [f"{low:.2f}-{high:.2f}" for low, high in timed[["speedup_low", "speedup_high"]].to_numpy(float)]
+            shown = timed.assign(**{"95 %": interval})[SHOWN].rename(columns={"accuracy_images": "images"})
+            parts.append(shown.to_string(index=False, float_format="%.2f", na_rep="-"))
+        missing = found[found["status"] != "ok"]
+        names = missing["model"] + " " + missing["runtime"] + " " + missing["precision"]
+        parts += [f"  {', '.join(group)}: {words}" for words, group in names.groupby(missing["status"], sort=False)]
+    first = rows[0]
+    parts.append(f"{first['machine']} ({first['flags']}), {first['cpus']} CPUs, load {first['load_average']}")
+    parts.append(f"{first['versions']}; {first['system']}; {first['clock']}")
+    if first["note"]:
+        parts.append(f"note: {first['note']}")
+    return "\n".join(parts)
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """Write the rows as JSON, for results/latency, with four digits."""
+    short = json.loads(json.dumps(rows), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    with replacing(path) as part:
+        part.write_text(json.dumps(short, indent=1) + "\n")

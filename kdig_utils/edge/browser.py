@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kdig_utils import paths
-from kdig_utils.edge import exporting
+from kdig_utils.edge import exporting, serving
 from kdig_utils.method import artifacts, cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline, integrated_gradients
@@ -120,7 +120,9 @@ def _write_networks(folder: Path) -> None:
     teacher, student = artifacts.load("teacher"), artifacts.load(STUDENT)
     shown = examples(teacher, student)
     entries = _export("teacher", teacher, shown, folder) + _export("student", student, shown, folder)
-    pictures = _write_pictures(shown, ig_maps(teacher, shown.images(), shown.labels), folder)
+    images = shown.images()
+    explained = integrated_gradients(teacher, images, baseline("mean_colour", images), shown.labels, n_steps=50)
+    pictures = _write_pictures(shown, attribution_map(explained), folder)
     assets = {"classes": cifar10.CLASSES, "student": STUDENT, "networks": entries, "examples": pictures}
     (folder / "assets.json").write_text(json.dumps(assets))
 
@@ -134,18 +136,14 @@ def examples(teacher: nn.Module, student: nn.Module) -> ImageSet:
     return test.subset(torch.cat([first, disputed[~torch.isin(disputed, first)][:DISAGREEMENTS]]))
 
 
-def ig_maps(teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The teacher's IG map of each image for its label, by the paper's 50 steps, divided by its maximum: (N, H, W)."""
-    maps = attribution_map(integrated_gradients(teacher, images, baseline("mean_colour", images), labels, n_steps=50))
-    return maps / maps.amax((1, 2), keepdim=True)
-
-
 def _export(name: str, network: nn.Module, shown: ImageSet, folder: Path) -> list[dict]:
     """Write one network in fp32 and in int8; say of each how large it is and what it says of the examples."""
-    fp32, int8 = (folder / f"{name}_{precision}.onnx" for precision in ("fp32", "int8"))
-    exporting.export_onnx(network, fp32)
-    exporting.quantise_onnx(fp32, int8, exporting.calibration_images())
-    logits = {"fp32": models.predict(network, shown), "int8": _onnx_logits(int8, shown.images())}
+    files = {precision: folder / f"{name}_{precision}.onnx" for precision in ("fp32", "int8")}
+    exporting.export_onnx(network, files["fp32"])
+    exporting.quantise_onnx(files["fp32"], files["int8"])
+    read, call = serving.open_onnxruntime(files["int8"], 0, threads=1, batch=len(shown))
+    read[:] = shown.images()
+    logits = {"fp32": models.predict(network, shown), "int8": torch.tensor(call())}
     macs = models.count_macs(network)
     return [
         {
@@ -156,28 +154,23 @@ def _export(name: str, network: nn.Module, shown: ImageSet, folder: Path) -> lis
             "macs": macs,
             "probabilities": np.round(logits[precision].softmax(1).double().numpy(), 6).tolist(),
         }
-        for precision, path in (("fp32", fp32), ("int8", int8))
+        for precision, path in files.items()
     ]
 
 
-def _onnx_logits(path: Path, images: Tensor) -> Tensor:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors: it warns of each constant that quantisation left over
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return torch.cat([torch.from_numpy(session.run(None, {"images": image.numpy()})[0]) for image in images.split(1)])
-
-
 def _write_pictures(shown: ImageSet, maps: Tensor, folder: Path) -> list[dict]:
-    """Write each example and its map as PNG of 32 × 32; the map in the colours of the book's figures."""
-    coloured = matplotlib.colormaps["inferno"](maps.numpy(), bytes=True)[..., :3]
+    """Write each example and its map as PNG of 32 × 32; the map in the colours of the book's figures, up to 1."""
+    bright = (maps / maps.amax((1, 2), keepdim=True)).numpy()
+    pictures = {
+        "picture": shown.pixels.permute(0, 2, 3, 1).numpy(),
+        "map": matplotlib.colormaps["inferno"](bright, bytes=True)[..., :3],
+    }
     entries = []
-    for place, (pixels, ig_map) in enumerate(zip(shown.pixels.permute(0, 2, 3, 1).numpy(), coloured, strict=True)):
-        entry = {"picture": f"picture_{place:02d}.png", "map": f"map_{place:02d}.png"}
-        for name, values in zip(entry.values(), (pixels, ig_map), strict=True):
-            Image.fromarray(values).save(folder / name)
-        entries.append({**entry, "label": int(shown.labels[place]), "index": int(shown.indices[place])})
+    for place, (label, index) in enumerate(zip(shown.labels.tolist(), shown.indices.tolist(), strict=True)):
+        files = {kind: f"{kind}_{place:02d}.png" for kind in pictures}
+        for kind, values in pictures.items():
+            Image.fromarray(values[place]).save(folder / files[kind])
+        entries.append({**files, "label": label, "index": index})
     return entries
 
 

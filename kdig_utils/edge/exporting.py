@@ -48,11 +48,10 @@ def export_onnx(model: nn.Module, path: Path) -> None:
 
 def export_onnx_int8(model: nn.Module, path: Path) -> None:
     """Write the same in 8 bits, calibrated on `calibration_images`; its `images` are bytes, 0 to 255."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        fp32, floats = Path(name) / "fp32.onnx", Path(name) / "int8.onnx"
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fp32 = Path(folder) / "fp32.onnx"
         export_onnx(model, fp32)
-        quantise_onnx(fp32, floats, calibration_images())
-        take_bytes(floats, path)
+        quantise_onnx(fp32, path, takes_bytes=True)
 
 
 def calibration_images() -> Tensor:
@@ -61,13 +60,15 @@ def calibration_images() -> Tensor:
     return train.images(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES])
 
 
-def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) -> None:
+def quantise_onnx(fp32_path: Path, int8_path: Path, takes_bytes: bool = False) -> None:
     """Write an ONNX file with 8-bit weights (a scale each channel) and activations (a scale each tensor).
 
     Integer arithmetic as in Jacob et al. (arXiv 1712.05877), a scale each channel and no retraining as in
-    Krishnamoorthi (arXiv 1806.08342): the scales come from the ranges that the calibration images, (N, 3, 32, 32) in
-    [0, 1], reach; weights are symmetric, biases have 32 bits. Input and output stay float32. Only what computes is
-    kept: no names of layers, no shapes, no zero points that are zero.
+    Krishnamoorthi (arXiv 1806.08342): the scales come from the ranges that the calibration images reach; weights are
+    symmetric, biases have 32 bits. Input and output stay float32. Only what computes is kept.
+
+    Args:
+        takes_bytes: `images` are the bytes of the pixels, 0 to 255; the logits stay the same.
 
     Raises:
         ModuleNotFoundError: onnx or onnxruntime is not installed.
@@ -75,7 +76,7 @@ def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) 
     import onnx
     from onnxruntime import quantization
 
-    batches = iter([{"images": batch.numpy()} for batch in calibration_images.split(CALIBRATION_BATCH)])
+    batches = iter([{"images": batch.numpy()} for batch in calibration_images().split(CALIBRATION_BATCH)])
     with replacing(int8_path) as part, contextlib.ExitStack() as at_the_end:
         at_the_end.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)  # it recommends a step that this export does not need
@@ -88,40 +89,31 @@ def quantise_onnx(fp32_path: Path, int8_path: Path, calibration_images: Tensor) 
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
         )
-        onnx.save(_slimmed(onnx.load(part)), part)
+        network = _slimmed(onnx.load(part))
+        if takes_bytes:
+            _take_bytes(network.graph)
+        onnx.save(network, part)
 
 
-def take_bytes(path: Path, bytes_path: Path) -> None:
-    """Write the 8-bit network of `path` so that `images` are the bytes of the pixels, 0 to 255, (N, 3, 32, 32).
+def _take_bytes(graph: "onnx.GraphProto") -> None:
+    """Let `images` be bytes: to turn n into n / 255, which the first layer turns back into n, is work for nothing."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    A pixel is a byte to begin with: turning it into a float of n / 255, which the first layer turns back into the
-    byte n, is work without a result. The logits stay the same.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(path)
-    graph = model.graph
     first = next(node for node in graph.node if "images" in node.input)
-    if first.op_type == "QuantizeLinear":
+    quantised = first.op_type == "QuantizeLinear"  # else it is the teacher, which normalises first, in float32
+    if quantised:
         scale = next(value for value in graph.initializer if value.name == first.input[1])
-        scale.CopyFrom(numpy_helper.from_array(np.array(1 / 255, np.float32), scale.name))
         graph.node.remove(first)
-        _rename_input(graph, first.output[0], "images")
-    else:  # the teacher normalises first, in float32
-        graph.initializer.append(numpy_helper.from_array(np.array(1 / 255, np.float32), "byte"))
-        _rename_input(graph, "images", "pixels")
-        graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", ["images", "byte"], ["pixels"]))
-    graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
-    with replacing(bytes_path) as part:
-        onnx.save(model, part)
-
-
-def _rename_input(graph: "onnx.GraphProto", before: str, after: str) -> None:
+        renamed = {first.output[0]: "images"}
+    else:
+        scale = graph.initializer.add(name="byte")
+        renamed = {"images": "pixels"}
+    scale.CopyFrom(numpy_helper.from_array(np.array(1 / 255, np.float32), scale.name))
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name == before:
-                node.input[place] = after
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    if not quantised:
+        graph.node.insert(0, helper.make_node("DequantizeLinear", ["images", "byte"], ["pixels"]))
+    graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
 
 
 def _slimmed(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -137,25 +129,16 @@ def _slimmed(model: "onnx.ModelProto") -> "onnx.ModelProto":
             del node.input[2]  # symmetric: a zero point of 0 goes without saying
     used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     nodes = [node for node in graph.node if used.intersection(node.output)]
-    slim = onnx.helper.make_graph(
-        nodes, "kdig", graph.input, graph.output, [value for value in graph.initializer if value.name in used]
-    )
-    _shorten_names(slim)
-    return onnx.helper.make_model(slim, opset_imports=model.opset_import, ir_version=model.ir_version)
-
-
-def _shorten_names(graph: "onnx.GraphProto") -> None:
+    kept = [value for value in graph.initializer if value.name in used]
     names = {"": ""} | {value.name: value.name for value in (*graph.input, *graph.output)}
-
-    def short(name: str) -> str:
-        return names.setdefault(name, f"{len(names):x}")
-
-    for node in graph.node:
+    for node in nodes:
         node.name = node.doc_string = ""
         for slots in (node.input, node.output):
-            slots[:] = [short(name) for name in slots]
-    for value in graph.initializer:
-        value.name = short(value.name)
+            slots[:] = [names.setdefault(name, f"{len(names):x}") for name in slots]
+    for value in kept:
+        value.name = names[value.name]
+    slim = onnx.helper.make_graph(nodes, "kdig", graph.input, graph.output, kept)
+    return onnx.helper.make_model(slim, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def export_executorch(model: nn.Module, path: Path) -> None:

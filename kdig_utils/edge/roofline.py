@@ -20,7 +20,7 @@ from kdig_utils.method import models
 
 MATRIX = 1024  # rows and columns of the product that shows the peak
 BYTES = {"fp32": 4, "int8": 1}
-PEAK_SECONDS = 0.1  # for each measurement of the benchmark
+PEAK_SECONDS = 0.1  # for each measurement
 
 
 class Peak(NamedTuple):
@@ -45,15 +45,14 @@ def peaks(
         for batch, threads in settings:
             if time.monotonic() > end:
                 return found, "no time to measure all peaks of the machine"
-            moved = max(float(_traffic(table, "fp32", batch).max()) for table in tables)
-            found[batch, threads] = peak(threads, moved, PEAK_SECONDS)
+            found[batch, threads] = peak(threads, max(float(_traffic(table, "fp32", batch).max()) for table in tables))
     except Exception as error:  # a machine whose peaks cannot be measured still has its benchmark
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return found, f"the peaks of the machine could not be measured: {why}"
     return found, ""
 
 
-def peak(threads: int, moved: float, seconds: float = 0.3) -> Peak:
+def peak(threads: int, moved: float, seconds: float = PEAK_SECONDS) -> Peak:
     """Measure the machine: products of 1024 × 1024 matrices in PyTorch and, if it is here, ONNX Runtime; a copy.
 
     In 8 bits ONNX Runtime alone is asked if it is here: PyTorch's product is a plain loop where oneDNN is absent.
@@ -107,19 +106,13 @@ def layers(model: nn.Module) -> pd.DataFrame:
     """Each convolution and linear layer, in order, for one image: kind, macs, weights, activations (in and out)."""
     rows = []
     for _name, layer, inputs, outputs in models.layer_calls(model, nn.Conv2d | nn.Linear):
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        weight = layer.weight
-        row = {"kind": _kind(layer), "macs": weight[0].numel() * outputs, "weights": weight.numel() + len(weight)}
+        weight = layer.get_parameter("weight")
+        kind = "linear" if isinstance(layer, nn.Linear) else "convolution"
+        if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.kernel_size == (1, 1)):
+            kind = "depthwise" if layer.groups > 1 else "pointwise"
+        row = {"kind": kind, "macs": weight[0].numel() * outputs, "weights": weight.numel() + len(weight)}
         rows.append({**row, "activations": inputs + outputs})
     return pd.DataFrame(rows)
-
-
-def _kind(layer: nn.Conv2d | nn.Linear) -> str:
-    if isinstance(layer, nn.Linear):
-        return "linear"
-    if layer.groups > 1:
-        return "depthwise"
-    return "pointwise" if layer.kernel_size == (1, 1) else "convolution"
 
 
 def _traffic(table: pd.DataFrame, precision: str, batch: int) -> pd.Series:

@@ -4,6 +4,7 @@ Times depend on the machine and on what else it does; multiply-accumulates do no
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import platform
@@ -122,14 +123,14 @@ def measure(
     networks: Mapping[str, nn.Module],
     images: Tensor,
     batch_sizes: Sequence[int] = (1, 64),
-    threads: Sequence[int] | None = None,
+    threads: Sequence[int] = (1,),
     seconds: float = 2.0,
 ) -> pd.DataFrame:
     """Latencies in eager PyTorch at steady state: columns network, batch_size, threads, round, ms.
 
     Args:
         images: at least as many as the largest batch.
-        threads: numbers of CPU threads; by default one, and all that PyTorch uses.
+        threads: numbers of CPU threads.
         seconds: for each batch size and number of threads.
 
     Raises:
@@ -138,18 +139,20 @@ def measure(
     if len(images) < max(batch_sizes):
         raise ValueError(f"{len(images)} images cannot fill a batch of {max(batch_sizes)}: give more images")
     parts = []
-    for count in threads or sorted({1, torch.get_num_threads()}):
-        for batch_size in batch_sizes:
-            timed = {name: partial(call_times, network, images[:batch_size]) for name, network in networks.items()}
-            with torch_threads(count):
-                times = settled(interleave(timed, seconds, *((BLOCK_CALLS,) if batch_size == 1 else (2, 5))))
-            parts.append(times.assign(batch_size=batch_size, threads=count))
+    for count, batch_size in itertools.product(threads, batch_sizes):
+        timed = {name: partial(call_times, network, images[:batch_size]) for name, network in networks.items()}
+        with torch_threads(count):
+            times = settled(interleave(timed, seconds, *((BLOCK_CALLS,) if batch_size == 1 else (2, 5))))
+        parts.append(times.assign(batch_size=batch_size, threads=count))
     return pd.concat(parts, ignore_index=True)[["network", "batch_size", "threads", "round", "ms"]]
 
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use `count` CPU threads within the block."""
+    """Let PyTorch use `count` CPU threads within the block.
+
+    As in `torch.utils.benchmark`, whose import asks for a GPU: after that a fork cannot use one (`first_calls`).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -224,8 +227,7 @@ def record_first_calls(path: Path, seconds: float) -> int:
 
 
 def _first_calls(order: Sequence[str], batch: int, calls: int, device: str) -> pd.DataFrame:
-    make = {"teacher": models.teacher, "student": lambda: models.student(5)}
-    networks = {name: make[name]().to(device) for name in order}
+    networks = {name: (models.teacher() if name == "teacher" else models.student(5)).to(device) for name in order}
     images = torch.rand(batch, 3, 32, 32).to(device)
     return pd.DataFrame(
         {"network": name, "call": call, "ms": ms, "threads": torch.get_num_threads()}
@@ -236,8 +238,8 @@ def _first_calls(order: Sequence[str], batch: int, calls: int, device: str) -> p
 
 def submitted_first_calls() -> pd.DataFrame:
     """The calls of all files in results/latency/first_calls, with the column `file`, the book's own first."""
-    files = _book_first(paths.repository_root() / "results" / "latency" / "first_calls", "csv")
-    return pd.concat([pd.DataFrame(), *(pd.read_csv(path).assign(file=path.stem) for path in files)])
+    files = (pd.read_csv(path).assign(file=path.stem) for path in _records("first_calls/*.csv"))
+    return pd.concat([pd.DataFrame(), *files])
 
 
 def submitted() -> pd.DataFrame:
@@ -245,13 +247,13 @@ def submitted() -> pd.DataFrame:
 
     Where there is no file, there is no row, but the columns are there.
     """
-    files = _book_first(paths.repository_root() / "results" / "latency", "json")
-    rows = [{**row, "file": path.stem} for path in files for row in json.loads(path.read_text())]
+    rows = [{**row, "file": path.stem} for path in _records("*.json") for row in json.loads(path.read_text())]
     return pd.DataFrame(rows, columns=None if rows else [*COLUMNS, "file"])
 
 
-def _book_first(folder: Path, ending: str) -> list[Path]:
-    return sorted(folder.glob(f"*.{ending}"), key=lambda path: (path.stem != BOOK, path.stem))
+def _records(pattern: str) -> list[Path]:
+    files = (paths.repository_root() / "results" / "latency").glob(pattern)
+    return sorted(files, key=lambda path: (path.stem != BOOK, path.stem))
 
 
 def books_own(record: pd.DataFrame) -> pd.DataFrame:

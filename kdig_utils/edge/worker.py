@@ -21,6 +21,7 @@ from typing import Any
 from kdig_utils.machine import process_environment, start
 
 LATE = "left out: it was not ready in time; --patience SECONDS gives more, and what was exported is kept"
+EDGE = ("onnx", "onnxruntime", "openvino")  # the packages of the group [edge] of requirements.txt
 DEATHS = {  # by exit status
     -4: "this CPU lacks an instruction that the runtime needs",
     -9: "the process ended with status -9, perhaps out of memory",
@@ -28,26 +29,21 @@ DEATHS = {  # by exit status
 
 
 class Lost(RuntimeError):
-    """The process of one network died, or refused; the message says why."""
-
-    def __init__(self, words: str, name: str) -> None:
-        super().__init__(words)
-        self.name = name
+    """A process died, or refused; the message says why."""
 
 
 class Process:
     """A process of its own, which answers one request at a time, and is killed if it has not by `end`.
 
     Args:
-        name: of the network, for `Lost`.
         end: a moment of `time.monotonic`; may be moved.
     """
 
-    def __init__(self, name: str, end: float) -> None:
-        self.name, self.end = name, end
+    def __init__(self, end: float) -> None:
+        self.end = end
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = start(
-            [sys.executable, "-m", "kdig_utils.edge.serving"],
+            [sys.executable, "-c", "from kdig_utils.edge import serving; serving.main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -56,7 +52,7 @@ class Process:
             process_group=0,
         )
 
-    def ask(self, do: str, **arguments: object) -> Any:
+    def ask(self, do: str, *arguments: object) -> Any:
         """The answer, from JSON, of a method of `serving.Server`.
 
         Raises:
@@ -65,30 +61,20 @@ class Process:
         late = threading.Timer(max(0.0, self.end - time.monotonic()), self._kill)
         late.start()
         try:
-            line = self._answer(json.dumps({"do": do, **arguments}) + "\n")
+            self._signal("SIGCONT")
+            print(json.dumps([do, *arguments]), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline() if self.process.stdout else ""
+        except BrokenPipeError:
+            line = ""
         finally:
             late.cancel()
+            self._signal("SIGSTOP")
         if not line.endswith("\n"):
-            raise Lost(self._death() if time.monotonic() < self.end else LATE, self.name)
+            raise Lost(self._death() if time.monotonic() < self.end else LATE)
         reply = json.loads(line)
         if "error" in reply:
-            raise Lost(reply["error"], self.name)
+            raise Lost(reply["error"])
         return reply["answer"]
-
-    def _answer(self, request: str) -> str:
-        """The line that answers; what there is of it if the process dies."""
-        questions, answers = self.process.stdin, self.process.stdout
-        assert questions is not None
-        assert answers is not None
-        self._signal("SIGCONT")
-        try:
-            questions.write(request)
-            questions.flush()
-            return answers.readline()
-        except BrokenPipeError:
-            return ""
-        finally:
-            self._signal("SIGSTOP")
 
     def _death(self) -> str:
         """Why the process ended: its status, and the last line that it wrote."""
@@ -118,15 +104,11 @@ class Process:
                 os.killpg(self.process.pid, getattr(signal, name))
 
 
-def in_words(error: str, extra: str = "") -> str:
-    """A runtime's error as one line that says what to do, where that is known.
-
-    Args:
-        extra: of pyproject.toml, which installs what is missing; without it pip is told the package.
-    """
-    line = " ".join(error.split())
+def in_words(error: Exception | str) -> str:
+    """A runtime's error as one line that says what to do, where that is known."""
+    line = " ".join(str(error).split())
     if missing := re.search(r"No module named '(\w+)", line):
-        remedy = f"'.[{extra}]' in the folder of the book" if extra else missing[1]
+        remedy = "'.[edge]' in the folder of the book" if missing[1] in EDGE else missing[1]
         return f"{missing[1]} is not installed: pip install {remedy}"
     if "C++ compiler" in line or "InvalidCxxCompiler" in line:
         return "torch.compile found no C++ compiler: install one (g++ or clang++), or set CXX"

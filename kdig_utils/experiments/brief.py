@@ -6,8 +6,8 @@ setting is the default; three alternatives are registered beside it, and the cho
 5,000 held-out training images, with a seed that no claim uses.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -37,18 +37,14 @@ ALTERNATIVES = (Setting(2e-3, 64), Setting(8e-3, 64), Setting(8e-3, 128))
 SETTINGS = (DEFAULT, *ALTERNATIVES)
 
 
-def spec(
-    method: str, seed: int, setting: Setting = DEFAULT, pairing: str = "matched", answers: str = "stored"
-) -> RunSpec:
+def spec(method: str, seed: int, setting: Setting = DEFAULT, pairing: str = "matched") -> RunSpec:
     """A run of the protocol."""
-    its = {"epochs": EPOCHS, "schedule": SCHEDULE, **setting._asdict()}
-    return RunSpec(method, seed=seed, pairing=pairing, answers=answers, **its)
+    return RunSpec(method, seed=seed, epochs=EPOCHS, schedule=SCHEDULE, pairing=pairing, **setting._asdict())
 
 
 def candidates() -> list[RunSpec]:
     """The four runs between which the choice is made, the default first."""
-    runs = (spec("student", CHOICE_SEED, setting) for setting in SETTINGS)
-    return [dataclasses.replace(run, validation_images=CHOICE_IMAGES) for run in runs]
+    return [replace(spec("student", CHOICE_SEED, setting), validation_images=CHOICE_IMAGES) for setting in SETTINGS]
 
 
 def specs(setting: Setting = DEFAULT) -> list[RunSpec]:
@@ -89,7 +85,7 @@ def chosen(ledger: pd.DataFrame, scaled: Callable[[RunSpec], RunSpec] = lambda s
         run = student_spec(row)
         if not run.validation_images and (setting := in_use.get(_measure(run))):
             return setting
-        setting = to_try.get(dataclasses.replace(run, data_md5=""))
+        setting = to_try.get(replace(run, data_md5=""))
         if setting and row["validation_accuracy"] > best:
             best, chosen_so_far = row["validation_accuracy"], setting
     return chosen_so_far

@@ -32,7 +32,7 @@ def protocol(name: str) -> str:
 
 def protocol_in(kind: str) -> str:
     """The name of the protocol in a kind of evidence; empty in all other kinds."""
-    return kind.removeprefix(PREFIX) if kind.startswith(PREFIX) else ""
+    return kind.partition(PREFIX)[2]
 
 
 def in_order(kinds: Iterable[str]) -> list[str]:
@@ -54,9 +54,7 @@ def in_words(kinds: str | Iterable[str]) -> str:
         ValueError: none is given, or one is not in the vocabulary.
     """
     named = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
-    if not named:
-        raise ValueError(f"no kind of evidence is given: use one of {'; '.join(KINDS)}")
-    for kind in named:
+    for kind in named or [""]:
         check(kind)
     return " · ".join(named)
 
@@ -80,24 +78,17 @@ def _of_run(run: pd.Series) -> str:
     named = [
         own or (budget if run["epochs"] != RunSpec.epochs else ""),
         f"{run['train_images']:,.0f} images" if fewer else "",
-        unlike_the_paper(spec, ["epochs", "sample_seed", *(("schedule", *brief.Setting._fields) if own else ())]),
+        unlike(spec, ignoring=["epochs", "sample_seed", *(("schedule", *brief.Setting._fields) if own else ())]),
     ]
     return protocol("; ".join(filter(None, named))) if any(named) else TRAINED
 
 
-def other_settings(run: pd.Series, ignoring: Collection[str] = ()) -> str:
-    """The fields of a student's spec, but those in `ignoring`, that are not the paper's, in words; empty if none."""
-    return "" if run["method"] == "teacher" else unlike_the_paper(student_spec(run), ignoring)
+def unlike(spec: RunSpec, wanted: RunSpec | None = None, ignoring: Collection[str] = ()) -> str:
+    """The fields of a student's spec that are not as wanted, by default as the paper's, in words; empty if none.
 
-
-def unlike_the_paper(spec: RunSpec, ignoring: Collection[str] = ()) -> str:
-    """The same of a spec."""
-    return unlike(spec, RunSpec(spec.method), ignoring)
-
-
-def unlike(spec: RunSpec, wanted: RunSpec, ignoring: Collection[str] = ()) -> str:
-    """The fields of a spec, but those that a claim names itself and those in `ignoring`, that are not as wanted."""
-    ours, theirs = (each.setting(*FREE_FIELDS, *ignoring) for each in (spec, wanted))
+    Those that a claim names itself and those in `ignoring` are left out.
+    """
+    ours, theirs = (each.setting(*FREE_FIELDS, *ignoring) for each in (spec, wanted or RunSpec(spec.method)))
     return "; ".join(
         f"{name.replace('_', ' ')} {value}, not {theirs[name]}" for name, value in ours.items() if value != theirs[name]
     )

@@ -6,8 +6,8 @@ can see what choosing on those would have cost.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from kdig_utils.experiments.ledger import of_one_teacher, spec_of
@@ -48,10 +48,9 @@ def base_spec(method: str, profile: str = "full") -> RunSpec:
 
 
 def at_setting(base: RunSpec, setting: Mapping[str, float], seed: int) -> RunSpec:
-    """`base` with these hyperparameters and this seed."""
-    alpha, temperature = setting.get("alpha", base.alpha), setting.get("temperature", base.temperature)
-    overlaid, gamma = setting.get("overlay_probability", base.overlay_probability), setting.get("gamma", base.gamma)
-    return replace(base, seed=seed, alpha=alpha, temperature=temperature, overlay_probability=overlaid, gamma=gamma)
+    """`base` with the hyperparameters of its method at this setting, and this seed."""
+    changes: dict[str, Any] = {name: setting[name] for name in searched(base.method)}
+    return replace(base, seed=seed, **changes)
 
 
 def trials(ledger: pd.DataFrame, base: RunSpec) -> pd.DataFrame:
@@ -71,12 +70,8 @@ def trials(ledger: pd.DataFrame, base: RunSpec) -> pd.DataFrame:
     values = {name: [getattr(spec, name) for spec in specs] for name in names}
     rows = same.assign(**values, fresh=same["seed"].astype(int) >= FRESH_SEEDS.start).loc[varied]
     rows = rows if sha else of_one_teacher(rows)
-    return rows.astype(dict.fromkeys(names, float)).reset_index(drop=True)
-
-
-def runs_at(rows: pd.DataFrame, setting: Mapping[str, float]) -> pd.DataFrame:
-    """Those of the `trials` that were trained at this setting."""
-    return rows[(rows[list(setting)] == list(setting.values())).all(axis=1)]
+    numbers = (*names, "validation_accuracy", "test_accuracy")
+    return rows.astype(dict.fromkeys(numbers, float)).reset_index(drop=True)
 
 
 def choices(rows: pd.DataFrame) -> pd.DataFrame:
@@ -93,41 +88,32 @@ def choices(rows: pd.DataFrame) -> pd.DataFrame:
         and fresh_accuracy (their mean test accuracy, NaN without any), optimism: reported minus fresh, in points.
     """
     names = settings_in(rows)
-    proposed, fresh = rows[~rows["fresh"]].sort_values("seed"), rows[rows["fresh"]]
+    proposed = rows[~rows["fresh"]].sort_values("seed", kind="stable")
+    papers = pd.DataFrame([{name: float(getattr(RunSpec, name)) for name in names}])
     chosen = {
-        "validation": best_first(proposed, "validation_accuracy").head(1),
-        "test": best_first(proposed, "test_accuracy").head(1),
-        "paper": runs_at(proposed, {name: getattr(RunSpec, name) for name in names}).head(1),
+        "validation": proposed.nlargest(1, "validation_accuracy"),
+        "test": proposed.nlargest(1, "test_accuracy"),
+        "paper": proposed.merge(papers).head(1),
     }
-    columns = [*names, "validation_accuracy", "test_accuracy"]
-    table = pd.concat(chosen, names=["chosen_by"]).droplevel(1)[columns].astype(float)
-    again = [runs_at(fresh, dict(row))["test_accuracy"].astype(float) for _by, row in table[names].iterrows()]
-    table = table.assign(fresh_runs=[len(its) for its in again], fresh_accuracy=[its.mean() for its in again])
+    table = pd.concat(chosen, names=["chosen_by"]).droplevel(1)[[*names, "validation_accuracy", "test_accuracy"]]
+    fresh = rows[rows["fresh"]].groupby(names)["test_accuracy"].agg(fresh_runs="size", fresh_accuracy="mean")
+    table = table.join(fresh, on=names).fillna({"fresh_runs": 0}).astype({"fresh_runs": int})
     return table.assign(optimism=table["test_accuracy"] - table["fresh_accuracy"])
 
 
-def candidates(rows: pd.DataFrame) -> list[dict[str, float]]:
-    """The settings that may be preferred: the three best by validation, and the paper's; no test image had a say.
+def finalists(rows: pd.DataFrame, *choosers: str) -> list[dict[str, float]]:
+    """The three best settings by validation, and what `choosers` of `choices` chose, each once.
+
+    `paper` and they are the candidates that may be preferred: no test image had a say. With `test`, to see what its
+    choice would have cost, they are the settings that are worth fresh seeds.
 
     Args:
         rows: of `trials`.
     """
     names = settings_in(rows)
-    best = best_first(rows[~rows["fresh"]], "validation_accuracy")[names].drop_duplicates().head(FINALISTS)
-    papers = choices(rows)[names].filter(["paper"], axis=0)
-    return pd.concat([best, papers]).drop_duplicates().to_dict("records")
-
-
-def finalists(rows: pd.DataFrame) -> list[dict[str, float]]:
-    """The settings worth fresh seeds: the candidates, and the test images' choice, to see what that would have cost.
-
-    Args:
-        rows: of `trials`.
-    """
-    names = settings_in(rows)
-    chosen_on_test = choices(rows)[names].filter(["test"], axis=0)
-    both = pd.concat([pd.DataFrame(candidates(rows), columns=names), chosen_on_test])
-    return both.drop_duplicates().to_dict("records")
+    best_first = rows[~rows["fresh"]].sort_values("validation_accuracy", ascending=False, kind="stable")
+    best = best_first[names].drop_duplicates().head(FINALISTS)
+    return pd.concat([best, choices(rows)[names].filter(choosers, axis=0)]).drop_duplicates().to_dict("records")
 
 
 def preferred(ledger: pd.DataFrame, method: str = "kd") -> dict[str, float] | None:
@@ -140,16 +126,12 @@ def preferred(ledger: pd.DataFrame, method: str = "kd") -> dict[str, float] | No
         Its hyperparameters, or None while the search and its fresh seeds are not run yet.
     """
     rows = trials(ledger, base_spec(method))
-    settings = candidates(rows)
-    runs = [runs_at(rows[rows["fresh"]], setting)["validation_accuracy"].astype(float) for setting in settings]
-    if not runs or min(map(len, runs)) < len(FRESH_SEEDS):
+    names = settings_in(rows)
+    fresh = rows[rows["fresh"]].groupby(names)["validation_accuracy"].agg(["size", "mean"])
+    candidates = pd.DataFrame(finalists(rows, "paper"), columns=names).astype(float).join(fresh, on=names)
+    if candidates.empty or not (candidates["size"] >= len(FRESH_SEEDS)).all():
         return None
-    return settings[int(np.argmax([its.mean() for its in runs]))]
-
-
-def best_first(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Rows with the highest value first; among equals their order stays."""
-    return rows.sort_values(by, ascending=False, kind="stable")
+    return candidates.loc[candidates["mean"].idxmax(), names].to_dict()
 
 
 def settings_in(rows: pd.DataFrame) -> list[str]:

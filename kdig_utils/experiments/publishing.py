@@ -1,13 +1,11 @@
 """Weights of chosen runs go into artifacts/: checked, in float16 where that costs nothing."""
 
 import pandas as pd
-from torch import nn
 
 from kdig_utils.experiments import teachers
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, models
-from kdig_utils.method.cifar10 import ImageSet
 
 HALF_TOLERANCE = 0.05  # points of test accuracy that float16 may cost: a sixth of what the seed alone moves
 
@@ -32,24 +30,10 @@ def publish_run(study: Study, row: pd.Series) -> dict:
     name = teachers.name_of(row, study.ledger.read()) if spec.method == "teacher" else f"{spec.method}_k{spec.k}"
     teaches = spec.method == "teacher" and (name == teachers.NEXT or teachers.NEXT not in artifacts.manifest())
     rounded = artifacts.rounded(model, spec.method, spec.k)
-    half = models.weights_sha256(rounded) == found or (not teaches and alike(rounded, model, study.test))
+    half = models.weights_sha256(rounded) == found
+    if not half and not teaches:
+        half = abs(models.accuracy(rounded, study.test) - models.accuracy(model, study.test)) < HALF_TOLERANCE
     texts = {column: str(row[column]) for column in ("run_id", "method", "weights_sha256")}
     counts = {column: int(row[column]) for column in ("k", "seed", "epochs")}
     artifacts.publish(name, model, half, **texts, **counts, test_accuracy=float(row["test_accuracy"]))
     return artifacts.manifest()[name]
-
-
-def alike(rounded: nn.Module, model: nn.Module, test: ImageSet) -> bool:
-    """Whether two networks have the same accuracy, within `HALF_TOLERANCE`."""
-    return abs(models.accuracy(rounded, test) - models.accuracy(model, test)) < HALF_TOLERANCE
-
-
-def damaged_artifacts() -> dict[str, str]:
-    """Why a published network cannot be loaded, by its name; empty if all are whole."""
-    problems = {}
-    for name in artifacts.manifest():
-        try:
-            artifacts.load(name)
-        except (OSError, ValueError) as error:
-            problems[name] = str(error)
-    return problems

@@ -9,7 +9,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 from filelock import FileLock
@@ -30,7 +30,7 @@ with warnings.catch_warnings():  # of its progress bar, which is never shown
     from optuna.distributions import BaseDistribution, IntDistribution
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-    from optuna.storages._heartbeat import BaseHeartbeat, get_heartbeat_thread
+    from optuna.storages._heartbeat import get_heartbeat_thread
     from optuna.trial import FrozenTrial, Trial, TrialState
 # Optuna's heartbeat is meant for `Study.optimize`, and called experimental: here it serves trials asked and told.
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -58,7 +58,7 @@ def levels_of(spec: RunSpec) -> dict[str, int]:
 
 
 def base_of(study: Study, method: str) -> RunSpec:
-    """The same as this study trains it: with its teacher, images and measure."""
+    """The run that is varied, as this study trains it: with its teacher, images and measure."""
     return study.completed(study.scaled(base_spec(method, study.profile)))
 
 
@@ -100,7 +100,7 @@ def search(
     base = base_of(study, method)
     proposals = open_search(study, base, storage, seed)
     _signals = study.signals  # may take long, and no trial is under way meanwhile
-    while time.monotonic() < deadline and (asked := next_trials(study, proposals, base, n_trials, at_once)):
+    while time.monotonic() < deadline and (asked := ask(study, proposals, base, n_trials, at_once)):
         train(study, proposals, base, asked, deadline, report)
     return trials(study.ledger.read(), base)
 
@@ -118,12 +118,18 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Two workers that begin at the same time would both make the tables, and both enqueue the paper's setting.
     with FileLock(study.folder / LOCK):
-        sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
         try:
+            storage_of_all = RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {},
+                heartbeat_interval=BEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+            )
             proposals = optuna.create_study(
-                storage=_storage(url),
+                storage=storage_of_all,
                 study_name=f"{base.method}_k{base.k}_{base.run_id}",
-                sampler=sampler,
+                sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed),
                 direction="maximize",
                 load_if_exists=True,
             )
@@ -136,17 +142,6 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
         remember(proposals, trials(study.ledger.read(), base), base)
         proposals.enqueue_trial(levels_of(base), skip_if_exists=True)
     return proposals
-
-
-def _storage(url: str) -> RDBStorage:
-    """The storage, which gives the trials of killed workers to others; one in an SQLite file waits for them."""
-    return RDBStorage(
-        url,
-        engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {},
-        heartbeat_interval=BEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-    )
 
 
 def remember(proposals: optuna.Study, rows: pd.DataFrame, base: RunSpec) -> None:
@@ -175,30 +170,23 @@ def trials_under_way(study: Study, method: str, storage: str | None = None) -> i
     return sum(not trial.state.is_finished() for trial in found)
 
 
-def next_trials(study: Study, proposals: optuna.Study, base: RunSpec, n_trials: int, at_once: int) -> list[Trial]:
-    """`ask`, one worker of the folder after the other: SQLite would give a waiting trial to two at once."""
-    with FileLock(study.folder / LOCK):
-        return ask(proposals, base, n_trials, at_once)
-
-
-def ask(proposals: optuna.Study, base: RunSpec, n_trials: int, at_once: int) -> list[Trial]:
+def ask(study: Study, proposals: optuna.Study, base: RunSpec, n_trials: int, at_once: int) -> list[Trial]:
     """The next trials, at most `at_once`, given back ones first; none when the search has its `n_trials`."""
-    fail_stale_trials(proposals)
     asked: list[Trial] = []
-    while len(asked) < at_once:
-        others = _counted(proposals)
-        if len(others) >= n_trials and not any(trial.state == TrialState.WAITING for trial in others):
-            break
-        trial = proposals.ask(search_space(base.method))
-        # From now on it is taken over if this worker dies: Optuna passes over a trial that never gave a sign of life.
-        if isinstance(proposals._storage, BaseHeartbeat):
-            proposals._storage.record_heartbeat(trial._trial_id)
-        # Another worker may have asked at the same moment: numbers are given once, so the higher one is too many.
-        if sum(other.number < trial.number for other in _counted(proposals)) >= n_trials:
-            proposals.tell(trial, state=TrialState.FAIL)
-            break
-        trial.set_user_attr("seed", trial.user_attrs.get("seed", trial.number))
-        asked.append(trial)
+    # One worker of the folder after the other: SQLite would give a waiting trial to two at once.
+    with FileLock(study.folder / LOCK):
+        fail_stale_trials(proposals)
+        begun = sum(trial.state != TrialState.WAITING for trial in _counted(proposals))
+        for _place in range(min(at_once, n_trials - begun)):
+            trial = proposals.ask(search_space(base.method))
+            # From now on it is taken over if this worker dies: Optuna passes over a trial without any sign of life.
+            with get_heartbeat_thread(trial._trial_id, proposals._storage):
+                trial.set_user_attr("seed", trial.user_attrs.get("seed", trial.number))
+            # A worker elsewhere may have asked at the same moment: numbers are given once, the higher is too many.
+            if sum(other.number < trial.number for other in _counted(proposals)) >= n_trials:
+                proposals.tell(trial, state=TrialState.FAIL)
+                break
+            asked.append(trial)
     return asked
 
 
@@ -207,12 +195,7 @@ def _counted(proposals: optuna.Study) -> list[FrozenTrial]:
 
 
 def train(
-    study: Study,
-    proposals: optuna.Study,
-    base: RunSpec,
-    asked: Sequence[Trial],
-    deadline: float,
-    report: Report,
+    study: Study, proposals: optuna.Study, base: RunSpec, asked: Sequence[Trial], deadline: float, report: Report
 ) -> None:
     """Train the runs of these trials side by side; tell the search how each ended, however the training ends.
 
@@ -221,7 +204,10 @@ def train(
     """
     specs, diverged = [spec_of_trial(trial, base) for trial in asked], ""
     try:
-        with signs_of_life(proposals, asked):
+        with contextlib.ExitStack() as signs_of_life:  # the storage learns that these trials are under way
+            for thread in [get_heartbeat_thread(trial._trial_id, proposals._storage) for trial in asked]:
+                thread.start()
+                signs_of_life.callback(thread.join)
             study.run_all(specs, CAMPAIGN, Way(len(asked)), deadline, report)
     except TrainingDiverged as error:
         diverged = str(error)
@@ -238,27 +224,12 @@ def train(
                     RetryHeartbeatStaleTrialCallback()(proposals, proposals.tell(trial, state=TrialState.FAIL))
 
 
-@contextlib.contextmanager
-def signs_of_life(proposals: optuna.Study, asked: Sequence[Trial]) -> Iterator[None]:
-    """Meanwhile the storage learns every half minute that these trials are under way."""
-    with contextlib.ExitStack() as threads:
-        for trial in asked:
-            thread = get_heartbeat_thread(trial._trial_id, proposals._storage)
-            thread.start()
-            threads.callback(thread.join)
-        yield
-
-
 def confirm(
-    study: Study,
-    method: str,
-    at_once: int = 1,
-    deadline: float = math.inf,
-    report: Report = print_line,
+    study: Study, method: str, at_once: int = 1, deadline: float = math.inf, report: Report = print_line
 ) -> pd.DataFrame:
     """Train the finalists of a search again with fresh seeds, which had no part in the choice; return all rows."""
     base = base_of(study, method)
-    settings = hyperparameters.finalists(trials(study.ledger.read(), base))
+    settings = hyperparameters.finalists(trials(study.ledger.read(), base), "paper", "test")
     specs = [at_setting(base, setting, seed) for seed in hyperparameters.FRESH_SEEDS for setting in settings]
     study.run_all(specs, CAMPAIGN, Way(at_once), deadline, report)
     return trials(study.ledger.read(), base)

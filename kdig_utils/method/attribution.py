@@ -8,22 +8,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdig_utils.method.checks import check_choice, check_number
+from kdig_utils.method.checks import check_number
 from kdig_utils.method.integrated_gradients import check_finite, integrated_gradients
-from kdig_utils.method.secant_rule import output_of, picked, secant_attributions, with_batch
-from kdig_utils.method.secants import SecantNetwork
+from kdig_utils.method.secants import SecantNetwork, secant_attributions
 from kdig_utils.method.tracing import NotASecantNetwork
 
-OUTPUTS = ("logit", "log_probability", "probability")
 RISE_FLOOR = 1e-3
 CHECK_REPEATS = 8
 HALF_ERROR = 0.01  # the smallest error for which products in bfloat16 are exact enough
 _ORDER = 1.67  # by which the error of the secant rule falls on the teacher; only a first guess of the steps rests on it
+
+Rule = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # attributions from inputs, baselines, targets and steps
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ def attribute(
     baselines: Tensor | float = 0.0,
     target: Tensor | int = 0,
     error: float = 0.01,
-    output: str = "logit",
     max_steps: int = 512,
     internal_batch_size: int = 32,
     compiled: bool = False,
@@ -71,7 +69,6 @@ def attribute(
         baselines: a number, or a tensor that broadcasts to `inputs`.
         target: the class whose output is explained, one for all or one an input.
         error: what `Attribution.error` should be at most.
-        output: one of `OUTPUTS`; the last two are of the softmax over the classes.
         max_steps: steps after which an input is given up and marked as not converged.
         internal_batch_size: points of the path in one forward and backward pass; bounds the memory.
         compiled: as for `SecantNetwork`; pays from some hundred images on.
@@ -80,18 +77,20 @@ def attribute(
         ValueError: batch norm in training mode, active dropout, an output that is not deterministic or depends on the
             rest of the batch, inputs, baselines or outputs that are not finite, or a setting out of range.
     """
-    check_choice("output", output, OUTPUTS)
     for name, value in {"error": error, "max_steps": max_steps, "internal_batch_size": internal_batch_size}.items():
         check_number(name, value)
     check_finite(inputs, "inputs")
-    baselines = with_batch(torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device), inputs)
+    baselines = torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
     check_finite(baselines, "baselines")
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     check_model(model, inputs, baselines, targets)
-    rule = _rule(model, inputs, output, error, internal_batch_size, compiled)
-    high, low = (_values(model, x, targets, output, internal_batch_size) for x in (inputs, baselines.expand_as(inputs)))
-    check_finite((high - low).unsqueeze(1), "outputs")
-    return _refine(rule, inputs, baselines, targets, high - low, error, max_steps)
+    rise = _rise(model, inputs, baselines, targets, internal_batch_size)
+    refine = partial(_refine, inputs, baselines, targets, rise, error, max_steps)
+    try:
+        network = _secant_network(model, inputs, error, compiled)
+        return refine("secant", partial(secant_attributions, network, internal_batch_size=internal_batch_size))
+    except NotASecantNetwork:
+        return refine("gradient", partial(integrated_gradients, model, internal_batch_size=internal_batch_size))
 
 
 def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor) -> None:
@@ -125,57 +124,57 @@ def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Te
         )
 
 
+@torch.no_grad()
+def _rise(
+    model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int
+) -> Tensor:
+    high, low = (torch.cat([model(rows.clone()) for rows in part.split(batch_size)]) for part in (inputs, baselines))
+    rise = (high - low).gather(1, targets.unsqueeze(1)).squeeze(1)
+    check_finite(rise.unsqueeze(1), "outputs")
+    return rise
+
+
 def half_pays(device: torch.device) -> bool:
     """Whether bfloat16 products are faster on `device` and tried there: processors with AVX512-BF16."""
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-class _Rule(NamedTuple):
-    name: str
-    attributions: Callable[[Tensor, Tensor, Tensor, int], Tensor]  # of inputs, baselines, targets and steps
-
-
-def _rule(
-    model: Callable[[Tensor], Tensor], inputs: Tensor, output: str, error: float, batch_size: int, compiled: bool
-) -> _Rule:
-    """Secants, if the network has them and then gives the same answer; else gradients."""
-    try:
-        half = half_pays(inputs.device) and inputs.dtype == torch.float32 and error >= HALF_ERROR
-        network = SecantNetwork(model, half, compiled)
+def _secant_network(model: Callable[[Tensor], Tensor], inputs: Tensor, error: float, compiled: bool) -> SecantNetwork:
+    """Secants, where the network has them and then gives the same answer."""
+    half = half_pays(inputs.device) and inputs.dtype == torch.float32 and error >= HALF_ERROR
+    network = SecantNetwork(model, half, compiled)
+    for rows in (inputs[:1], torch.cat([inputs[:1]] * 2)):  # another dimension has not both lengths of the batch
         with torch.no_grad():
-            expected, found = model(inputs[:1].clone()), network.values(network.entrance(inputs[:1]))[0]
-        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
-            return _Rule("secant", partial(secant_attributions, network, output=output, internal_batch_size=batch_size))
-    except NotASecantNetwork:
-        pass
-    gradients = partial(integrated_gradients, lambda points: output_of(model(points), output))
-    return _Rule("gradient", partial(gradients, internal_batch_size=batch_size))
+            found, expected = network.advance(network.entrance(rows), {}, len(rows))[0], model(rows.clone())
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
+            raise NotASecantNetwork("its frozen copy gives another answer")
+    return network
 
 
 def _refine(
-    rule: _Rule,
     inputs: Tensor,
     baselines: Tensor,
     targets: Tensor,
     rise: Tensor,
     error: float,
     max_steps: int,
+    name: str,
+    rule: Rule,
 ) -> Attribution:
     """Double the steps of those inputs whose error is still too large."""
-    n, steps = len(inputs), min(_first_guess(error), max_steps // 2)
+    # Half of the steps that usually reach the error.
+    n, steps = len(inputs), min(max(2, math.ceil(4 * (0.055 / error) ** (1 / _ORDER))), max_steps // 2)
     result, reached = torch.zeros_like(inputs), inputs.new_full((n,), math.inf)
     completeness, evaluations = reached.clone(), torch.full((n,), steps, device=inputs.device)
-    open_, shared = torch.arange(n, device=inputs.device), len(baselines) == 1
-    coarse = rule.attributions(inputs, baselines, targets, steps)
+    open_, coarse = torch.arange(n, device=inputs.device), rule(inputs, baselines, targets, steps)
     while len(open_) and 2 * steps <= max_steps:
         steps *= 2
-        origins = baselines if shared else baselines[open_]
-        fine = rule.attributions(inputs[open_], origins, targets[open_], steps)
+        fine = rule(inputs[open_], baselines[open_], targets[open_], steps)
         result[open_], evaluations[open_] = fine, evaluations[open_] + steps
         completeness[open_], reached[open_] = _errors(fine, coarse, rise[open_])
         keep = reached[open_] > error
         open_, coarse = open_[keep], fine[keep]
-    return Attribution(result, reached, completeness, evaluations, reached <= error, rule.name)
+    return Attribution(result, reached, completeness, evaluations, reached <= error, name)
 
 
 def _errors(fine: Tensor, coarse: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,14 +184,3 @@ def _errors(fine: Tensor, coarse: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]
     scale = torch.maximum(rise.abs(), RISE_FLOOR * mass).clamp_min(tiny)
     completeness = (fine.flatten(1).sum(1) - rise).abs() / scale
     return completeness, torch.maximum(completeness, (fine - coarse).abs().flatten(1).sum(1) / 2 / mass.clamp_min(tiny))
-
-
-def _first_guess(error: float) -> int:
-    """Half of the steps that usually reach `error`."""
-    return max(2, math.ceil(4 * (0.055 / error) ** (1 / _ORDER)))
-
-
-def _values(model: Callable[[Tensor], Tensor], points: Tensor, targets: Tensor, output: str, batch_size: int) -> Tensor:
-    with torch.no_grad():
-        parts = zip(points.split(batch_size), targets.split(batch_size), strict=True)
-        return torch.cat([picked(model(rows.clone()), classes, output) for rows, classes in parts])

@@ -53,25 +53,10 @@ def integrated_gradients(
     targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
     for pairs in torch.arange(len(image)).split(internal_batch_size):
         i, s = image[pairs].to(inputs.device), step[pairs]
-        alpha, weight = (_column(values[s], inputs) for values in (alphas, weights))
+        alpha, weight = (values[s].to(inputs).view(-1, *[1] * (inputs.dim() - 1)) for values in (alphas, weights))
         gradients = _input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
         total.index_add_(0, i, weight * gradients)
     return difference * total
-
-
-def convergence_delta(
-    forward_func: Callable[[Tensor], Tensor],
-    attributions: Tensor,
-    inputs: Tensor,
-    baselines: Tensor | float = 0.0,
-    target: Tensor | int = 0,
-) -> Tensor:
-    """Completeness error of each input, shape (N,): the sum of its attributions minus F(x) - F(x')."""
-    baselines = torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
-    targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs)).unsqueeze(1)
-    with torch.no_grad():
-        rise = (forward_func(inputs) - forward_func(baselines)).gather(1, targets).squeeze(1)
-    return attributions.flatten(1).sum(1) - rise
 
 
 def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
@@ -82,8 +67,8 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: unknown `method`, or fewer steps than the rule needs (1; the trapezoid needs 2).
     """
-    least = 2 if method == "riemann_trapezoid" else 1
     check_choice("method", method, QUADRATURES)
+    least = 2 if method == "riemann_trapezoid" else 1
     if n_steps < least:
         raise ValueError(f"n_steps = {n_steps} is too few for {method}: use at least {least}")
     if method == "gausslegendre":
@@ -115,17 +100,13 @@ def baseline(name: str, images: Tensor, mean: tuple[float, ...] = (0.4914, 0.482
     if name == "mean_colour":
         return torch.tensor(mean, device=images.device).view(1, -1, 1, 1).expand_as(images).clone()
     if name == "blurred":
-        return _blurred(images)
+        from torchvision.transforms.functional import gaussian_blur
+
+        return gaussian_blur(images, kernel_size=31, sigma=4.0)
     if name == "uniform":
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(images.shape, generator=generator).to(images.device)
     return torch.full_like(images, 0.0 if name == "black" else 1.0)
-
-
-def _blurred(images: Tensor, sigma: float = 4.0) -> Tensor:
-    from torchvision.transforms.functional import gaussian_blur
-
-    return gaussian_blur(images, kernel_size=31, sigma=sigma)
 
 
 def _input_gradients(forward_func: Callable[[Tensor], Tensor], points: Tensor, targets: Tensor) -> Tensor:
@@ -135,10 +116,6 @@ def _input_gradients(forward_func: Callable[[Tensor], Tensor], points: Tensor, t
         if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]:
             raise ValueError(f"target {targets.tolist()} is outside the {outputs.shape[1]} outputs of the model")
         return torch.autograd.grad(outputs.gather(1, targets.unsqueeze(1)).sum(), points)[0]
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like).view(-1, *[1] * (like.dim() - 1))
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -18,8 +18,7 @@ from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline, check_finite, integrated_gradients
 from kdig_utils.method.losses import attention_map
 from kdig_utils.method.models import Teacher, exact_float32, logits_and_features, most_at_once
-from kdig_utils.method.secant_rule import secant_attributions
-from kdig_utils.method.secants import SecantNetwork, compiles
+from kdig_utils.method.secants import SecantNetwork, compiles, secant_attributions
 from kdig_utils.method.signals import (
     QUANTISATION_ERROR,
     SECANT,
@@ -41,29 +40,26 @@ class SignalsNotFinished(RuntimeError):
 
 
 class MapWay(NamedTuple):
-    """How maps are computed: the convolutions' layout, whether a GPU may round to TF32, secants compiled or not."""
+    """How maps are computed by gradients: the convolutions' layout, and whether a GPU may round to TF32."""
 
     layout: torch.memory_format = torch.channels_last
     tf32: bool = False
-    compiled: bool = False
+
+
+WAYS = [MapWay(layout, tf32) for tf32 in (False, True) for layout in (torch.channels_last, torch.contiguous_format)]
 
 
 class MapMaker(NamedTuple):
-    """Makes maps of images by `settings`, in one of several ways; `points` of their paths in one pass."""
+    """Makes maps of images by `settings`; `points` of their paths in one pass, secants compiled or not."""
 
     network: nn.Module  # the teacher, folded
     settings: SignalSettings
     points: int
-    device: torch.device
-
-    def loaded(self, images: ImageSet, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images in [0, 1] and labels, on the device."""
-        return images.images(positions).to(self.device), images.labels[positions].to(self.device)
+    compiled: bool
 
     @torch.no_grad()
-    def maps(self, images: Tensor, labels: Tensor, way: MapWay) -> tuple[Tensor, Tensor]:
+    def maps(self, images: Tensor, labels: Tensor, way: MapWay = WAYS[0]) -> tuple[Tensor, Tensor]:
         """Maps of a batch, in [0, 1], and the error of each."""
-        self.network.to(memory_format=way.layout)
         attributions, error = self.attributions(images, labels, way)
         check_finite(attributions, "attributions")
         maps = attribution_map(attributions)
@@ -71,22 +67,21 @@ class MapMaker(NamedTuple):
 
     def attributions(self, images: Tensor, labels: Tensor, way: MapWay) -> tuple[Tensor, Tensor]:
         """Attributions of a batch, and the error of each."""
-        folded, settings, points, _device = self
-        baselines = baseline(settings.baseline, images, cifar10.MEAN)
+        settings, points, folded = self.settings, self.points, self.network.to(memory_format=way.layout)
+        fused = by_secants(settings) and self.compiled and compiles()
+        start = baseline(settings.baseline, images, cifar10.MEAN)
         if settings.error is not None:
-            found = attribute(
-                folded, images, baselines, labels, settings.error, internal_batch_size=points, compiled=way.compiled
-            )
+            found = attribute(folded, images, start, labels, settings.error, internal_batch_size=points, compiled=fused)
             return found.attributions, found.error
         if settings.method == SECANT:
-            network = SecantNetwork(folded, half_pays(images.device), way.compiled)
-            attributions = secant_attributions(network, images, baselines, labels, settings.n_steps, "logit", points)
+            network = SecantNetwork(folded, half_pays(images.device), fused)
+            attributions = secant_attributions(network, images, start, labels, settings.n_steps, points)
         else:
-            rule = settings.n_steps, settings.method
             with exact_float32():  # which puts the setting back
                 torch.backends.cudnn.allow_tf32 = way.tf32
-                attributions = integrated_gradients(folded, images, baselines, labels, *rule, points)
-        rise = (folded(images) - folded(baselines)).gather(1, labels.unsqueeze(1)).squeeze(1)
+                rule = settings.n_steps, settings.method
+                attributions = integrated_gradients(folded, images, start, labels, *rule, points)
+        rise = (folded(images) - folded(start)).gather(1, labels.unsqueeze(1)).squeeze(1)
         return attributions, (attributions.flatten(1).sum(1) - rise).abs() / rise.abs()
 
 
@@ -114,13 +109,14 @@ def compute_signals(
         ValueError: the folder holds the signals of another teacher, other images or other settings.
     """
     manifest, teacher = manifest_of(teacher, images, settings), copy.deepcopy(teacher).eval()
-    maker, images_a_batch = map_maker(teacher, settings)
-    side = answers(teacher, torch.zeros(1, 3, 32, 32, device=maker.device), settings.tap)["attention"].shape[1]
+    maker, at_once = map_maker(teacher, settings, len(images))
+    black = torch.zeros(1, 3, 32, 32, device=next(teacher.parameters()).device)
+    side = answers(teacher, black, settings.tap)["attention"].shape[1]
     arrays = open_store(folder, manifest, side, settings.storage)
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     way = chosen_way(maker, images, remaining, deadline, say)
     pace = 0.0
-    for positions in remaining.split(batch_size or images_a_batch) if len(remaining) else ():
+    for positions in remaining.split(batch_size or at_once) if len(remaining) else ():
         started = time.monotonic()
         if started + pace >= deadline:
             done = f"{int(arrays['done'].sum()):,} of {len(images):,} images"
@@ -131,23 +127,29 @@ def compute_signals(
     return open_signals(teacher, images, folder, settings)
 
 
-def map_maker(teacher: Teacher, settings: SignalSettings) -> tuple[MapMaker, int]:
+def map_maker(teacher: Teacher, settings: SignalSettings, images: int) -> tuple[MapMaker, int]:
     """A maker of maps, and images a batch: a CPU wants its caches to hold them, a GPU wants many."""
     # Batch norm folded into the convolutions, frozen weights, channels-last: the same gradients in half the time.
     folded = fuse(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
     device = next(teacher.parameters()).device
-    at_once = most_at_once(folded, (3, 32, 32), device)
-    return MapMaker(folded, settings, at_once if device.type == "cuda" else at_once // 2, device), at_once
+    at_once, on_cpu = most_at_once(folded, (3, 32, 32), device), device.type == "cpu"
+    return MapMaker(folded, settings, at_once // 2 if on_cpu else at_once, on_cpu and images >= COMPILE_FROM), at_once
 
 
 def signals_of_batch(
     teacher: Teacher, maker: MapMaker, images: ImageSet, positions: Tensor, way: MapWay
 ) -> dict[str, Tensor]:
     """What the store keeps of the images at `positions`."""
-    pixels, labels = maker.loaded(images, positions)
+    pixels, labels = loaded(images, positions, teacher)
     maps, error = maker.maps(pixels, labels, way)
     kept = {"maps": stored(maps, maker.settings.storage), "error": error}
     return {**answers(teacher, pixels, maker.settings.tap), **kept}
+
+
+def loaded(images: ImageSet, positions: Tensor, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] and labels, where the teacher is."""
+    device = next(teacher.parameters()).device
+    return images.images(positions).to(device), images.labels[positions].to(device)
 
 
 @torch.no_grad()
@@ -162,25 +164,24 @@ def chosen_way(
     maker: MapMaker, images: ImageSet, remaining: Tensor, deadline: float, say: Callable[[str], None]
 ) -> MapWay:
     """The fastest way on some of the remaining images; `say` is told where there was a choice."""
-    ways = ways_for(maker.device, maker.settings, len(images), len(remaining))
-    few = remaining[: 1 + 2 * maker.points // maker.settings.n_steps]
-    allowed = QUANTISATION_ERROR[maker.settings.storage]
-    way = fastest_way(ways, lambda way: maker.maps(*maker.loaded(images, few), way), allowed, deadline)
+    ways = ways_for(next(maker.network.parameters()).device, maker.settings, len(remaining))
+    few = loaded(images, remaining[: 1 + 2 * maker.points // maker.settings.n_steps], maker.network)
+    way = fastest_way(ways, lambda way: maker.maps(*few, way), QUANTISATION_ERROR[maker.settings.storage], deadline)
     if len(ways) > 1:
         say(f"maps are computed by {way}")
     return way
 
 
-def ways_for(device: torch.device, settings: SignalSettings, images: int, remaining: int) -> list[MapWay]:
+def ways_for(device: torch.device, settings: SignalSettings, remaining: int) -> list[MapWay]:
     """The ways to try, the reference first: a choice on a GPU only, where much remains to be done.
 
     None for secants: their layout is their own, and their error would be told by the same rounded convolutions.
     """
-    if settings.error is not None or settings.method == SECANT:
-        return [MapWay(compiled=images >= COMPILE_FROM and device.type == "cpu" and compiles())]
-    if device.type != "cuda" or remaining < CHOOSE_FROM:
-        return [MapWay()]
-    return [MapWay(layout, tf32) for tf32 in (False, True) for layout in (torch.channels_last, torch.contiguous_format)]
+    return WAYS[:1] if by_secants(settings) or device.type != "cuda" or remaining < CHOOSE_FROM else WAYS
+
+
+def by_secants(settings: SignalSettings) -> bool:
+    return settings.error is not None or settings.method == SECANT
 
 
 def fastest_way(

@@ -9,27 +9,35 @@ the baseline to the input is DeepLIFT's rescale rule (Shrikumar et al., arXiv 17
 """
 
 import functools
-from collections import Counter
+import math
+import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from kdig_utils.method.tracing import Step, trace
+from kdig_utils.method.tracing import NONLINEAR, NotASecantNetwork, trace
+
+GRADING = 0.2  # the points' density falls as 1 / (a + GRADING); tried on the teacher (chapter 04), harmless elsewhere
+
+# What the backward pass needs of an operation: slopes of secants, or the little graph by which autograd transposes it.
+Tape = dict[fx.Node, Tensor | tuple[list[Tensor], Tensor]]
+Elementwise = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class _Tape:
-    """What the backward pass over one batch of intervals needs."""
+def graded_points(steps: int) -> Tensor:
+    """Ends of `steps` intervals of [0, 1], float64 of shape (steps + 1,), denser near the baseline.
 
-    slopes: dict[str, Tensor] = field(default_factory=dict)
-    graphs: dict[str, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
+    Their density is proportional to 1 / (a + `GRADING`): a step changes the contrast by the same factor.
+    """
+    exponents = torch.arange(steps + 1, dtype=torch.float64) / steps
+    points = GRADING * ((1 + 1 / GRADING) ** exponents - 1)
+    points[-1] = 1
+    return points
 
 
-class SecantNetwork:
+class SecantNetwork(fx.Interpreter):
     """A frozen copy of `model`, batch norm folded, that gives values and multipliers along a path.
 
     Args:
@@ -43,127 +51,181 @@ class SecantNetwork:
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], half: bool = False, compiled: bool = False) -> None:
-        self.half, self.compiled = half, compiled
-        self.steps, self.source, self.result = trace(model)
-        self.uses = Counter(name for step in self.steps for name in step.reads) + Counter([self.result])
-        layers = {step.name: step.call for step in self.steps if half}
-        self.adjoints = {name: _Adjoint(call) for name, call in layers.items() if _has_adjoint(call)}
-        # The first steps, through which the path stays a straight line, and the one value that leaves them.
-        self.prefix = self._affine_prefix()
-        self.entry = self.steps[self.prefix].inputs[0] if self.prefix else self.source
-
-    def _affine_prefix(self) -> int:
-        """Number of steps before the first nonlinearity, if only one value leaves them; else 0."""
-        for position, step in enumerate(self.steps):
-            if step.nonlinear:
-                inner = {self.source, *(earlier.name for earlier in self.steps[:position])}
-                leaving = {name for later in self.steps[position:] for name in later.reads if name in inner}
-                return position if leaving == set(step.inputs) else 0
-        return 0
+        network, self.kinds = trace(model)
+        super().__init__(network)
+        self.slope_dtype = torch.bfloat16 if half else None
+        layers = {n: self.submodules[str(n.target)] for n in self.graph.nodes if n.op == "call_module"}
+        self.adjoints = {node: _Adjoint(layer) for node, layer in layers.items() if half and _has_adjoint(layer)}
+        self.bounds = {node: bounds for node, layer in layers.items() if compiled and (bounds := _bounds(layer))}
+        *steps, output = (node for node in self.graph.nodes if node.op != "placeholder")
+        # The first steps, through which the path stays a straight line, if only one value leaves them.
+        first = next((at for at, node in enumerate(steps) if self.kinds.get(node) in NONLINEAR), 0)
+        later = {value for node in steps[first:] for value in node.all_input_nodes}
+        straight = bool(first) and later - set(steps[first:]) == {steps[first].args[0]}
+        self.prefix, self.steps = (steps[:first], steps[first:]) if straight else ([], steps)
+        self.source, self.result = next(iter(self.kinds)), output.args[0]
+        self.entry = steps[first].args[0] if straight else self.source
 
     def entrance(self, inputs: Tensor) -> Tensor:
         """The value at which the path first meets a nonlinearity; affine in `inputs`, so the path is straight there."""
-        values = {self.source: inputs}
-        for step in self.steps[: self.prefix]:
-            values[step.name] = step.value(values)
-        return values[self.entry]
+        self.env = {self.source: inputs}
+        for node in self.prefix:
+            self.env[node] = self.run_node(node)
+        if len(self.env[self.entry]) != len(inputs):
+            raise NotASecantNetwork(f"{self.entry} takes another dimension for the batch")
+        return self.env[self.entry]
 
     def entrance_vjp(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         """Pull multipliers at the entrance back to the inputs; linear, so done once for a weighted sum of them."""
-        if not self.prefix:
-            return gradients
         with torch.enable_grad():
             leaf = inputs.detach().requires_grad_()
             value = self.entrance(leaf)
             return torch.autograd.grad(value, leaf, gradients.to(value.dtype))[0]
 
-    @torch.no_grad()
-    def values(self, entrance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Outputs (N, classes), and each nonlinearity's input, for points given at the entrance."""
-        kept, values = {}, {self.entry: entrance}
-        for step in self.steps[self.prefix :]:
-            if step.nonlinear:
-                kept[step.name] = values[step.inputs[0]]
-            values[step.name] = step.value(values)
-        return values[self.result], kept
-
-    def advance(self, entrance: Tensor, left: dict[str, Tensor], images: int) -> tuple[Tensor, _Tape]:
+    def advance(self, entrance: Tensor, left: dict[fx.Node, Tensor], images: int) -> tuple[Tensor, Tape]:
         """Outputs at the right ends of intervals, and what their multipliers need; `left` moves to the last points.
 
         Args:
             entrance: points, step by step: the first `images` rows are the first step of each image, and so on.
-            left: the nonlinearities' inputs one step before the first, of `images` rows or of one for all.
+            left: the nonlinearities' inputs one step before the first, of `images` rows or of one for all; empty at
+                the path's first point, which stands for the one before it.
+
+        Raises:
+            NotASecantNetwork: the rows of a batch become those of another dimension.
         """
-        tape, uses_left, values = _Tape(), dict(self.uses), {self.entry: entrance}
-        for step in self.steps[self.prefix :]:
-            if step.nonlinear:
-                z = values[step.inputs[0]].detach()
-                with torch.no_grad():
-                    values[step.name], tape.slopes[step.name] = self._secant(step, z, left[step.name], images)
-                left[step.name] = z[-images:].clone()
-            elif step.kind == "shape" or step.name in self.adjoints or step.is_sum(values):
-                with torch.no_grad():
-                    values[step.name] = step.value(values)
-            else:
-                values[step.name], tape.graphs[step.name] = _recorded(step, values)
-            for name in step.reads:  # free each value after its last use
-                uses_left[name] -= 1
-                if not uses_left[name]:
-                    del values[name]
-        return values[self.result].detach(), tape
+        tape: Tape = {}
+        self.env = {self.entry: entrance.detach().requires_grad_()}
+        for node in self.steps:
+            kind = self.kinds.get(node)
+            if kind in NONLINEAR and len(self.env[self._moving(node)[0]]) != len(entrance):
+                raise NotASecantNetwork(f"{node.name} takes another dimension for the batch")
+            recorded = kind == "affine" and node not in self.adjoints and not self._is_sum(node)
+            with torch.set_grad_enabled(recorded):
+                value = self._nonlinear(node, tape, left, images) if kind in NONLINEAR else self.run_node(node)
+            if recorded:
+                tape[node] = [self.env[source] for source in self._moving(node)], value
+            self.env[node] = value.detach().requires_grad_() if kind else value
+            for used in self.user_to_last_uses.get(node, []):
+                del self.env[used]
+        return self.env[self.result].detach(), tape
 
-    def _secant(self, step: Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        dtype = torch.bfloat16 if self.half else z.dtype
-        if self.compiled and step.bounds:
-            return _fused_secant(z, left, images, *step.bounds, dtype)
-        y, slope = _secant(step, z, left, images)
-        return y, slope.to(dtype)
-
-    def multipliers(self, tape: _Tape, output: Tensor) -> Tensor:
+    def multipliers(self, tape: Tape, output: Tensor) -> Tensor:
         """Multipliers of each interval at the entrance, from those at the output, (rows, classes)."""
         gradients = {self.result: output}
-        for step in reversed(self.steps[self.prefix :]):
-            if not step.inputs or step.kind == "shape" or step.name not in gradients:
-                continue
-            gradient = gradients.pop(step.name)
-            for name, part in self._transposed(step, tape, gradient):
-                gradients[name] = gradients[name] + part if name in gradients else part
+        for node in reversed(self.steps):
+            if node in gradients:
+                for source, part in self._transposed(node, tape, gradients.pop(node)):
+                    gradients[source] = gradients[source] + part if source in gradients else part
         return gradients[self.entry]
 
-    def _transposed(self, step: Step, tape: _Tape, gradient: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """What the gradient of a step's result means for each of its inputs."""
-        if step.name in tape.graphs:
-            leaves, value = tape.graphs.pop(step.name)
-            return zip(leaves, torch.autograd.grad(value, list(leaves.values()), gradient.to(value.dtype)), strict=True)
-        if step.name in tape.slopes:
-            slope = tape.slopes.pop(step.name)  # not needed again; the gradient may have a second reader
-            gradient = slope.mul_(gradient) if slope.dtype == gradient.dtype else gradient * slope
-        elif step.name in self.adjoints:
-            gradient = self.adjoints[step.name](gradient)
-        return [(name, gradient) for name in step.inputs]  # a sum has two
+    def _transposed(self, node: fx.Node, tape: Tape, gradient: Tensor) -> Iterable[tuple[fx.Node, Tensor]]:
+        """What the gradient of an operation's result means for each of its inputs."""
+        needed = tape.pop(node, None)
+        if isinstance(needed, tuple):
+            leaves, value = needed
+            parts = torch.autograd.grad(value, leaves, gradient.to(value.dtype))
+            return zip(self._moving(node), parts, strict=True)
+        if needed is not None:  # a slope, not needed again; the gradient may have a second reader
+            gradient = needed.mul_(gradient) if needed.dtype == gradient.dtype else gradient * needed
+        elif node in self.adjoints:
+            gradient = self.adjoints[node](gradient)
+        return [(source, gradient) for source in self._moving(node)]  # a sum has two
+
+    def _moving(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of an operation that move along the path."""
+        return [source for source in node.all_input_nodes if source in self.kinds]
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        """Whether it adds two values of one shape, whose multipliers are then the sum's."""
+        moving = self._moving(node)
+        if node.target not in (operator.add, torch.add) or len(moving) != 2 or node.kwargs:
+            return False
+        return self.env[moving[0]].shape == self.env[moving[1]].shape
+
+    def _nonlinear(self, node: fx.Node, tape: Tape, left: dict[fx.Node, Tensor], images: int) -> Tensor:
+        """Values of an elementwise operation; the slopes of its secants go on the tape, and `left` moves on."""
+
+        def function(values: Tensor) -> Tensor:
+            return getattr(self, node.op)(node.target, (values, *node.args[1:]), node.kwargs)
+
+        z = self.env[self._moving(node)[0]].detach()
+        if node in self.bounds and node in left:
+            y, slope = _fused_secant(z, left[node], images, self.bounds[node], self.slope_dtype or z.dtype)
+        else:
+            y, slope = _secant(function, self.kinds[node] == "exact", z, left.get(node, z), images)
+        tape[node], left[node] = slope.to(self.slope_dtype or z.dtype), z[-images:].clone()
+        return y
+
+
+@torch.no_grad()
+def secant_attributions(
+    network: SecantNetwork,
+    inputs: Tensor,
+    baselines: Tensor,
+    targets: Tensor,
+    steps: int,
+    internal_batch_size: int = 48,
+) -> Tensor:
+    """Integrated Gradients by the secants of `steps` graded intervals, the shape of `inputs`.
+
+    Args:
+        baselines: broadcasts to `inputs`; one for all of them is evaluated only once.
+    """
+    baselines = baselines.to(inputs).expand_as(inputs)
+    shared = bool((baselines == baselines[:1]).all())
+    points, found = graded_points(steps), torch.empty_like(inputs)
+    chunk = min(steps, internal_batch_size)
+    start, left = inputs.new_empty(0), dict[fx.Node, Tensor]()
+    for part in torch.arange(len(inputs)).split(max(1, internal_batch_size // chunk)):
+        origin = baselines[:1] if shared else baselines[part]
+        if not shared or not left:
+            start, left = network.entrance(origin), {}
+            network.advance(start, left, len(origin))
+        total = _along(network, start, network.entrance(inputs[part]), dict(left), targets[part], points, chunk)
+        found[part] = (inputs[part] - origin) * network.entrance_vjp(inputs[part], total)
+    return found
+
+
+def _along(
+    network: SecantNetwork,
+    start: Tensor,
+    end: Tensor,
+    left: dict[fx.Node, Tensor],
+    targets: Tensor,
+    points: Tensor,
+    chunk: int,
+) -> Tensor:
+    """The average of the multipliers at the entrance over the path, for images (n, …); `chunk` steps at a time."""
+    total = torch.zeros_like(end)
+    for steps in torch.arange(1, len(points)).split(chunk):
+        alpha, width = (
+            values.to(end).view(-1, *[1] * end.dim()) for values in (points[steps], points[steps] - points[steps - 1])
+        )
+        rows = (start + alpha * (end - start)).flatten(0, 1)
+        outputs, tape = network.advance(rows.contiguous(memory_format=_layout(rows)), left, len(end))
+        explained = F.one_hot(targets.repeat(len(steps)), outputs.shape[1]).to(outputs)
+        multipliers = network.multipliers(tape, explained)
+        total += (width * multipliers.to(end.dtype).view(len(steps), *end.shape)).sum(0)
+    return total
 
 
 class _Adjoint:
-    """The transposed convolution or linear layer in bfloat16, laid out for the fastest kernels of the CPU."""
+    """The transposed convolution in bfloat16, laid out for the fastest kernels of the CPU."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        self.depthwise = layer.groups > 1
+        self.depthwise, self.padding, self.groups = layer.groups > 1, layer.padding, layer.groups
         weight = layer.weight.detach().bfloat16()
-        self.weight = (
-            weight.flip(2, 3).contiguous(memory_format=torch.channels_last) if self.depthwise else weight[:, :, 0, 0]
-        )
-        self.padding, self.groups = layer.padding, layer.groups
+        flipped = weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
+        self.weight = flipped if self.depthwise else weight[:, :, 0, 0]
 
     def __call__(self, gradient: Tensor) -> Tensor:
         gradient = gradient.bfloat16()
         if self.depthwise:
             return F.conv2d(gradient, self.weight, None, 1, self.padding, 1, self.groups)
-        rows, channels, height, width = gradient.shape
-        flat = gradient.permute(0, 2, 3, 1).reshape(-1, channels) @ self.weight
-        return flat.view(rows, height, width, -1).permute(0, 3, 1, 2)
+        return (gradient.permute(0, 2, 3, 1) @ self.weight).permute(0, 3, 1, 2)
 
 
-def _has_adjoint(layer: Callable[..., Tensor]) -> TypeGuard[nn.Conv2d]:
+def _has_adjoint(layer: nn.Module) -> bool:
     """Whether it is a pointwise convolution, or a depthwise one that keeps the size."""
     if type(layer) is not nn.Conv2d or layer.stride != (1, 1) or layer.dilation != (1, 1):
         return False
@@ -173,17 +235,23 @@ def _has_adjoint(layer: Callable[..., Tensor]) -> TypeGuard[nn.Conv2d]:
     return layer.groups == layer.in_channels == layer.out_channels and same and layer.padding_mode == "zeros"
 
 
-def _secant(step: Step, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """The nonlinearity's values at `z`, and the slope of its secant from the point before to each."""
-    y, first = step.call(z), step.call(left)
-    rise, run = _differences(y, first, images), _differences(z, left, images)
-    if step.kind == "exact":
+def _bounds(layer: nn.Module) -> tuple[float, float] | None:
+    """Between which values a layer lets its input pass, if it is a clamp."""
+    if isinstance(layer, nn.Hardtanh):  # ReLU6 is one
+        return float(layer.min_val), float(layer.max_val)
+    return (0.0, math.inf) if isinstance(layer, nn.ReLU) else None
+
+
+def _secant(function: Elementwise, exact: bool, z: Tensor, left: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    y = function(z)
+    rise, run = _differences(y, function(left), images), _differences(z, left, images)
+    if exact:
         slope = rise.div_(run)
         stood_still = not slope.sum().isfinite()  # some did, and their secant is 0 / 0
-        return y, torch.where(slope.isnan(), derivative(step.call, z), slope) if stood_still else slope
+        return y, torch.where(slope.isnan(), _derivative(function, z), slope) if stood_still else slope
     middle = z - run / 2
     close = run.abs() <= torch.finfo(z.dtype).eps ** (1 / 3) * (1 + middle.abs())  # there rounding would speak
-    return y, torch.where(close, derivative(step.call, middle), rise / run)
+    return y, torch.where(close, _derivative(function, middle), rise / run)
 
 
 def _differences(values: Tensor, left: Tensor, images: int) -> Tensor:
@@ -192,6 +260,12 @@ def _differences(values: Tensor, left: Tensor, images: int) -> Tensor:
     torch.sub(values[:images], left, out=out[:images])
     torch.sub(values[images:], values[:-images], out=out[images:])
     return out
+
+
+def _derivative(function: Elementwise, z: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf).sum(), leaf)[0]
 
 
 def _clamp_secant(z: Tensor, before: Tensor, low: float, high: float, y: Tensor, slope: Tensor) -> None:
@@ -219,41 +293,25 @@ def compiles() -> bool:
     return True
 
 
-def _fused_secant(z: Tensor, left: Tensor, images: int, low: float, high: float, dtype: torch.dtype) -> tuple:
-    flat = _rows(z)
-    y, slope = torch.empty_like(flat), torch.empty_like(flat, dtype=dtype)
+def _fused_secant(
+    z: Tensor, left: Tensor, images: int, bounds: tuple[float, float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    z = z.contiguous(memory_format=_layout(z))
+    y, slope = torch.empty_like(z), torch.empty_like(z, dtype=dtype)
+    # As .data: for views the compiler would make one kernel for each shape of what they view.
+    here, there, secant = (_rows(values) for values in (z, y, slope))
     # Two calls: a join of the points before, in the kernel or ahead of it, costs as much as the kernel.
-    calls = [(flat[:images], _rows(left).expand(images, -1), y[:images], slope[:images])]
-    if len(flat) > images:
-        calls.append((flat[images:], flat[:-images], y[images:], slope[images:]))
-    for call in calls:  # as .data: for views the compiler would make one kernel for each shape of what they view
-        here, before, there, secant = (values.data for values in call)
-        _compiled()(here, before, low, high, there, secant)
-    return _unrows(y, z), _unrows(slope, z)
+    first = _rows(left).expand(images, -1)
+    for before, rows in ((first, slice(images)), (here[:-images], slice(images, None))):
+        if len(here[rows]):
+            _compiled()(here[rows].data, before.data, *bounds, there[rows].data, secant[rows].data)
+    return y, slope
 
 
 def _rows(values: Tensor) -> Tensor:
-    """The numbers of each row in the order of the memory, (N, …) to (N, K), without a copy."""
+    """The numbers of each row in the order of the memory, (N, …) to (N, K), a view."""
     return (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(len(values), -1)
 
 
-def _unrows(flat: Tensor, like: Tensor) -> Tensor:
-    if like.dim() != 4:
-        return flat.view(like.shape)
-    n, channels, height, width = like.shape
-    return flat.view(n, height, width, channels).permute(0, 3, 1, 2)
-
-
-def derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Derivative of the sum of `function` at `z`, in the shape of `z`: elementwise if the function is."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        return torch.autograd.grad(function(leaf).sum(), leaf)[0]
-
-
-def _recorded(step: Step, values: dict[str, Tensor]) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
-    """The value of an affine step, and the little graph through which autograd transposes it."""
-    with torch.enable_grad():
-        leaves = {name: values[name].detach().requires_grad_() for name in step.inputs}
-        value = step.value({**values, **leaves})
-    return value.detach(), (leaves, value)
+def _layout(values: Tensor) -> torch.memory_format:
+    return torch.channels_last if values.dim() == 4 else torch.contiguous_format

@@ -1,7 +1,7 @@
 """The registry of claims: every number comes from the paper, and nothing in it changes without a date."""
 
-import re
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +10,14 @@ from kdig_utils.analysis import claims
 from kdig_utils.experiments import brief, evidence
 from kdig_utils.method.spec import RunSpec
 
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
 
 def test_every_claim_has_a_number_of_the_paper_or_a_bound_and_a_chapter():
     for claim in claims.claims():
         assert np.isfinite(claim.claimed) or claim.measure in ("map_similarity", "imagenet", "direction")
         assert claim.group in claims.groups()
-        assert re.fullmatch(r"\d\d_\w+", claim.chapter)
+        assert (NOTEBOOKS / f"{claim.chapter}.ipynb").is_file()
     assert len({claim.name for claim in claims.claims()}) == len(claims.claims())
 
 
@@ -72,7 +74,7 @@ def test_an_edited_claim_breaks_the_seal(monkeypatch):
 
 
 def test_an_edited_protocol_breaks_its_own_seal_and_no_other(monkeypatch):
-    content, registered = claims._claims_file(), claims.protocols()[brief.NAME]
+    content, registered = claims._claims_file(), claims._claims_file()["protocols"][brief.NAME]
     before = {entry["date"]: entry["digest"] for entry in claims.registrations() if "digest" in entry}
     for changes in ({"seeds": 10}, {"default": {"learning_rate": 0.1, "batch_size": 64}}, {"text": "another aim"}):
         edited = {**content, "protocols": {**content["protocols"], brief.NAME: {**registered, **changes}}}
@@ -82,7 +84,7 @@ def test_an_edited_protocol_breaks_its_own_seal_and_no_other(monkeypatch):
 
 
 def test_the_brief_protocol_is_trained_as_it_is_registered():
-    registered = claims.protocols()[brief.NAME]
+    registered = claims._claims_file()["protocols"][brief.NAME]
     settings, choice = registered["settings"], registered["choice"]
     assert registered["default"] == brief.DEFAULT._asdict()
     assert registered["alternatives"] == [setting._asdict() for setting in brief.ALTERNATIVES]
@@ -107,7 +109,7 @@ def test_claims_on_the_brief_protocol_are_directions_and_take_no_number_of_the_p
     for claim in its:
         assert (claim.measure, claim.group, claim.family, claim.seeds) == ("direction", "brief", "brief", brief.SEEDS)
         assert np.isnan(claim.claimed)
-        assert claim.registered == claims.protocols()[brief.NAME]["registered"]
+        assert claim.registered == claims._claims_file()["protocols"][brief.NAME]["registered"]
     assert {claim.family for claim in claims.claims() if not claim.protocol}.isdisjoint({"brief"})
 
 

@@ -25,7 +25,7 @@ def test_calibration_error_by_hand() -> None:
 
 def test_a_bin_is_closed_above() -> None:
     edge = two_classes(torch.tensor([0.6], dtype=torch.float64))
-    assert calibration.reliability(edge, torch.tensor([0]), bins=5)["images"].tolist() == [0, 0, 1, 0, 0]
+    assert calibration.reliability(edge, torch.tensor([0]))["images"].tolist() == [0] * 8 + [1] + [0] * 6
 
 
 def test_a_calibrated_classifier_has_the_error_of_noise_and_no_more() -> None:

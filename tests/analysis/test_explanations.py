@@ -31,26 +31,22 @@ def test_rows_are_added_once_and_nothing_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """What each network is asked instead of the real questions, in their order."""
-    names: list[set[str]] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The networks that are examined, in their order; they are asked two measures only."""
+    networks: list[nn.Module] = []
 
-    def answer(*measures: str) -> dict[str, Mean]:
-        names.append(set(measures))
-        return dict.fromkeys(measures, Mean(0.5, 0.4, 0.6, 20))
-
-    def examine(_network: nn.Module, _asked: Examination) -> dict[str, Mean]:
-        return answer("spearman", *(("unexplained",) if explanations.find_spec("captum") else ()))
+    def examine(network: nn.Module, _asked: Examination) -> dict[str, Mean]:
+        networks.append(network)
+        return dict.fromkeys(("spearman", "unexplained"), Mean(0.5, 0.4, 0.6, 20))
 
     monkeypatch.setattr(explanations, "prepare", lambda *_: None)
     monkeypatch.setattr(explanations, "examine_controls", lambda _asked: {"edges": {"spearman": Mean(0, 0, 0, 20)}})
-    monkeypatch.setattr(explanations, "captum_measures", lambda *_: answer("unexplained"))
     monkeypatch.setattr(explanations, "examine", examine)
-    return names
+    return networks
 
 
 def test_each_run_with_weights_is_explained_once_and_a_deadline_stops_between_networks(
-    measured: list[set[str]], tmp_path: Path
+    measured: list[nn.Module], tmp_path: Path
 ) -> None:
     study, path = open_study("published"), tmp_path / "explanations.csv"
     explanations.explain_runs(study, QUICK, path, deadline=-np.inf)
@@ -66,17 +62,13 @@ def test_each_run_with_weights_is_explained_once_and_a_deadline_stops_between_ne
     assert len(measured) == count
 
 
-def test_without_captum_two_measures_wait_and_a_later_call_adds_them(
-    measured: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_measure_that_a_machine_left_out_is_added_and_what_it_measured_stays(
+    measured: list[nn.Module], tmp_path: Path
 ) -> None:
-    """A lent machine lacks it; what it measured stays as it is."""
     study, path = open_study("published"), tmp_path / "explanations.csv"
-    one = study.ledger.read().query("method == 'kd'")
-    with monkeypatch.context() as bare:
-        bare.setattr(explanations, "find_spec", lambda _name: None)
-        there = explanations.explain_runs(study, QUICK, path, runs=one)
-        assert len(explanations.explain_runs(study, QUICK, path, runs=one)) == len(there)
-    here = explanations.explain_runs(study, QUICK, path, runs=one)
-    assert measured == [{"spearman"}, {"unexplained"}]
-    pd.testing.assert_frame_equal(here.head(len(there)), there)
-    assert len(here) == len(there) + 1
+    one = study.ledger.read().query("method == 'kd'").head(1)
+    explanations.record(rows(one["run_id"].iloc[0], value=0.7), path)
+    table = explanations.explain_runs(study, QUICK, path, runs=one)
+    its = table[table["run_id"] == one["run_id"].iloc[0]].set_index("measure")["value"]
+    assert its.to_dict() == {"spearman": 0.7, "unexplained": 0.5}
+    assert len(measured) == 1

@@ -7,8 +7,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from kdig_utils.analysis import faithfulness
+from kdig_utils.method import models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, baseline
+from kdig_utils.method.pairings import another, permuted
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -59,7 +61,7 @@ def test_likeness_by_a_common_cause_vanishes_and_own_likeness_stays() -> None:
 
 def test_permuted_maps_give_the_permutation_null() -> None:
     maps = noise(200, 32, 32)
-    random = faithfulness.similarity_controls(maps)["random"]
+    random = permuted(maps, seed=0)
     found = faithfulness.similarity(maps, random)
     assert abs(float(found["spearman"].mean())) < 4 / np.sqrt(200 * 1024)
     assert float(found["spearman"].var()) == pytest.approx(1 / (1024 - 1), rel=0.4)  # Kendall: var = 1 / (n - 1)
@@ -121,13 +123,38 @@ def test_attributions_of_a_linear_model_leave_nothing_unexplained_and_zeros_leav
 
 
 def test_squares_have_their_side_lie_inside_and_reach_every_corner() -> None:
-    squares = faithfulness.SquareRemoval(torch.Generator().manual_seed(0))
-    images = noise(4000, 3, 12, 12)
-    taken, changed = squares(images, torch.zeros_like(images))
-    assert (taken.flatten(1).sum(1) == 3 * 64).all()
-    assert (changed[taken.bool()] == 0).all()
-    assert torch.equal(changed[~taken.bool()], images[~taken.bool()])
+    taken = faithfulness.squares(noise(4000, 3, 12, 12), torch.Generator().manual_seed(0))
+    assert (taken.flatten(1).sum(1) == 64).all()
+    assert (taken[:, 0].any(1).sum(1) == 8).all()
     assert taken[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]].any(0).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # Captum's progress bars ask for widgets
+def test_infidelity_and_sensitivity_are_those_of_captum(sample_test: ImageSet) -> None:
+    from captum.metrics import infidelity, sensitivity_max
+
+    images, target, n_steps = sample_test.images(slice(0, 6)), sample_test.labels[:6], 4
+    student = models.student(17, seed=0).eval()
+    found = faithfulness.attributions(student, images, target, n_steps)
+    error, _scale = faithfulness.infidelity_and_scale(student, images, found, target, seed=3)
+
+    def removed(inputs: Tensor, grey: Tensor) -> tuple[Tensor, Tensor]:
+        taken = faithfulness.squares(inputs, torch.Generator().manual_seed(3)).expand_as(inputs).float()
+        return taken, inputs - taken * (inputs - grey)
+
+    grey, copies = baseline("mean_colour", images), faithfulness.SQUARES
+    theirs = infidelity(student, removed, images, found, grey, target=target, n_perturb_samples=copies)
+    torch.testing.assert_close(error, theirs, rtol=1e-3, atol=1e-9)
+
+    def maps(inputs: Tensor | tuple[Tensor], target: Tensor) -> tuple[Tensor]:
+        (inputs,) = inputs if isinstance(inputs, tuple) else (inputs,)  # Captum passes both
+        return (attribution_map(faithfulness.attributions(student, inputs, target, n_steps)),)
+
+    def noisy(inputs: Tensor, radius: float) -> Tensor:
+        return inputs + radius * (2 * noise(*inputs.shape, seed=3) - 1)
+
+    theirs = sensitivity_max(maps, images, noisy, 0.02, faithfulness.NOISY_COPIES, target=target)
+    torch.testing.assert_close(faithfulness.map_sensitivity(student, images, target, n_steps, 0.02, seed=3), theirs)
 
 
 def test_maps_of_a_linear_model_move_as_its_factor_moves(sample_test: ImageSet) -> None:
@@ -162,7 +189,7 @@ def test_a_model_that_looks_at_one_tile_always_points_at_it(sample_test: ImageSe
     values = faithfulness.pointing(attribution_map(found), game.asked)
     assert values["peak"].all()
     torch.testing.assert_close(values["share"], torch.ones(30))
-    expected = float((game.asked == game.asked[faithfulness.another(30, 0)]).double().mean())
+    expected = float((game.asked == game.asked[another(30, 0)]).double().mean())
     assert float(values["share_shuffled"].mean()) == pytest.approx(expected)
 
 

@@ -58,6 +58,33 @@ def test_no_verdict_before_the_last_planned_seed() -> None:
     assert verdicts(nine)["L1", "the usual weight"] == "not run yet"
 
 
+def test_a_table_says_whether_a_prediction_held_and_leaves_it_open_without_a_verdict() -> None:
+    found = laboratory.told(laboratory.contrasts(accuracies({"kd": 3.0, "ig": 2.0}, deviation=0.15)))
+    assert found.loc["the usual weight", "held"] == "yes"
+    assert found.loc["half of the images", ["predicted", "verdict", "held"]].tolist() == ["below", "above", "no"]
+    assert found.loc["the usual weight", "pilot"] == "+2.96 (4 seeds)"
+    few = laboratory.told(laboratory.contrasts(accuracies({"kd": 3.0}).iloc[:1]))
+    assert set(few["held"]) == {"open"}
+    assert set(few["effect, points"]) == {""}
+
+
+def test_a_look_before_the_last_seed_neither_counts_nor_helps_the_others() -> None:
+    table = accuracies({"ig": -2.0, "ig, edges": 3.0}, deviation=0.15)
+    found = laboratory.contrasts(table.iloc[:10]).set_index(["question", "name"]).loc["L3"]
+    early = found.index[found["pairs"] < found["seeds"]]
+    assert set(early) == {"against shuffled", "against black", "darkening"}
+    assert found.loc[early, "p_holm"].isna().all()
+    assert found.loc["against edges", "verdict"] == "below"
+    p = found["p"].drop(early).sort_values()
+    assert found.loc[p.index[0], "p_holm"] == pytest.approx(p.iloc[0] * len(found))  # the family keeps its size
+
+
+def test_the_plan_sees_one_point_with_a_chance_of_four_in_five() -> None:
+    found = laboratory.contrasts(accuracies({}))
+    without_pilot = found[(found["seeds"] == 10) & found["pilot"].map(len).eq(0)]
+    assert without_pilot["power"].to_numpy() == pytest.approx(0.803, abs=0.001)
+
+
 def test_more_seeds_than_planned_change_nothing() -> None:
     many = accuracies({"kd": 3.0}, seeds=40)
     ten = laboratory.differences(many, CONTRASTS["L1", "the usual weight"]["weights"], 10)

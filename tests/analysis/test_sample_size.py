@@ -1,7 +1,6 @@
 """Power and order statistics: as the libraries and simulations have them."""
 
 import math
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def test_the_seeds_that_are_needed_are_those_of_statsmodels():
     assert sample_size.seeds_needed(0.4, DEVIATION) == math.ceil(solved)
     of_differences = DEVIATION * math.sqrt(2 * (1 - 0.3))
     solved = TTestPower().solve_power(effect_size=0.4 / of_differences, power=0.8, alpha=0.05)
-    assert sample_size.pairs_needed(0.4, DEVIATION, 0.3) == math.ceil(solved)
+    assert sample_size.seeds_needed(0.4, DEVIATION, correlation=0.3) == math.ceil(solved)
     gain = sample_size.smallest_gain(10, DEVIATION)
     assert sample_size.power(gain, DEVIATION, 10) == pytest.approx(0.8, abs=1e-4)
 
@@ -54,14 +53,6 @@ def test_the_best_of_n_normal_values_stands_where_simulation_puts_it():
     assert sample_size.best_of_normal(1) == pytest.approx((0, 1), abs=1e-6)
 
 
-@given(st.lists(st.floats(85, 95), min_size=1, max_size=8), st.data())
-@settings(max_examples=60, deadline=None)
-def test_the_expected_best_is_the_mean_over_all_choices(accuracies, data):
-    n = data.draw(st.integers(1, len(accuracies)))
-    choices = [max(chosen) for chosen in combinations(accuracies, n)]
-    assert sample_size.expected_best(accuracies, n) == pytest.approx(np.mean(choices))
-
-
 def test_a_planted_gain_is_found_as_often_as_the_power_says():
     rng, studies = np.random.default_rng(2), 5000
     a, b = (rng.normal(gain, DEVIATION, (studies, 10)) for gain in (0.4, 0.0))
@@ -78,6 +69,4 @@ def test_plans_that_cannot_be_made_are_refused():
     with pytest.raises(ValueError, match="chance 1"):
         sample_size.seeds_needed(0.4, 0.3, chance=1)
     with pytest.raises(ValueError, match="correlation 1"):
-        sample_size.pairs_needed(0.4, 0.3, correlation=1)
-    with pytest.raises(ValueError, match="n = 11 is outside 1 to 10"):
-        sample_size.expected_best(np.arange(10.0), 11)
+        sample_size.seeds_needed(0.4, 0.3, correlation=1)

@@ -232,18 +232,3 @@ def test_variances_cannot_be_subtracted_without_two_runs_in_both_tables():
         variance.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.array([90.0])))
     with pytest.raises(ValueError, match=r"all runs of student end alike, at 91\.00"):
         variance.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.full(3, 91.0)))
-
-
-@pytest.mark.parametrize("fraction", [0.2, 0.8])
-def test_overlapping_subsets_show_a_part_of_the_variance_of_fresh_sets(fraction):
-    rng, size = np.random.default_rng(0), 200
-    taken = round(fraction * size)
-    pools = rng.normal(size=(300, size))
-    subsets = np.stack([rng.permuted(pools, axis=1)[:, :taken].mean(axis=1) for _ in range(60)])
-    within_a_pool = subsets.var(axis=0, ddof=1).mean()
-    assert within_a_pool * variance.fresh_sample_factor(fraction) == pytest.approx(1 / taken, rel=0.05)
-
-
-def test_a_pool_that_is_taken_whole_has_no_factor():
-    with pytest.raises(ValueError, match=r"fraction 1\.0 is outside"):
-        variance.fresh_sample_factor(1.0)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdig_utils.edge import benchmark, candidates, report, roofline, timing
-from kdig_utils.edge.candidates import Candidate
-from kdig_utils.edge.runtimes import RUNTIMES, File, Runtime, write_files
-from kdig_utils.edge.worker import LATE, Lost
+from kdig_utils.edge import benchmark, roofline, runtimes, timing
+from kdig_utils.edge.runtimes import EXPORTERS, RUNTIMES, Candidate, File, Runtime, exported
+from kdig_utils.edge.worker import EDGE, LATE, Lost
 from kdig_utils.method import artifacts, cifar10, models
 
 TOY = """
@@ -23,7 +22,7 @@ def write(network, path):
 
 def open_toy(path, k, threads, batch):
     assert path.read_text() == f"k = {k}"
-    return lambda pixels: lambda: np.zeros((batch, 10), np.float32)
+    return np.zeros((batch, 3, 32, 32), np.uint8), lambda: np.zeros((batch, 10), np.float32)
 """
 
 
@@ -51,11 +50,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         patch.setitem(RUNTIMES, "onnxruntime", onnx._replace(files={"int8": onnx.files["int8"]}))
         patch.setitem(RUNTIMES, "toy", Runtime(toy.open_toy, ("json",), {"fp16": File("toy.txt", toy.write)}))
         files = {"fp32": File("toy.txt", toy.write)}
-        patch.setitem(RUNTIMES, "absent", Runtime(toy.open_toy, ("none_such",), files, extra="edge"))
+        patch.setitem(RUNTIMES, "absent", Runtime(toy.open_toy, ("none_such",), files))
         patch.setattr(benchmark, "MEASURING", 0.005)
         networks = {"teacher": models.student(17).eval()}
         test = cifar10.load_sample("test").subset(torch.arange(100))
-        return benchmark.latency_rows(networks, test, (1,), (1, 4), patience=60, tell=lambda _line: None)
+        return benchmark.latency_rows(networks, test, (1,), (1, 4), patience=60)
 
 
 def test_a_runtime_is_one_entry_of_the_table(rows: list[dict]) -> None:
@@ -96,42 +95,43 @@ def test_rows_of_the_schema(rows: list[dict]) -> None:
 def test_what_cannot_be_had_is_said_in_its_row(rows: list[dict]) -> None:
     assert all(set(row) == set(timing.COLUMNS) for row in rows)
     absent = [row for row in rows if row["runtime"] == "absent"]
-    assert all("none_such is not installed: pip install '.[edge]'" in row["status"] for row in absent)
+    assert all("none_such is not installed: pip install none_such" in row["status"] for row in absent)
     assert all(row["p50_ms"] is None for row in absent)
 
 
 def test_rows_survive_the_file_and_the_table(rows: list[dict], tmp_path: Path) -> None:
-    report.write(rows, tmp_path / "here.json")
+    benchmark.write(rows, tmp_path / "here.json")
     again = json.loads((tmp_path / "here.json").read_text())
     assert [row["p50_ms"] for row in again if row["p50_ms"]] == pytest.approx(
         [row["p50_ms"] for row in rows if row["p50_ms"]], rel=1e-3
     )
-    shown = report.table(again)
+    shown = benchmark.table(again)
     assert "none_such" in shown
     assert max(map(len, shown.splitlines()[:4])) <= 150
 
 
-def test_the_extra_that_is_advised_has_the_packages() -> None:
+def test_the_group_that_is_advised_has_the_packages() -> None:
     text = (Path(__file__).parents[2] / "requirements.txt").read_text()
-    for runtime in RUNTIMES.values():
-        listed = text.partition(f"\n# [{runtime.extra}]")[2].partition("\n\n")[0]
-        assert not runtime.extra or all(f"\n{package}>=" in listed for package in runtime.packages + runtime.tools)
+    listed = text.partition("\n# [edge]")[2].partition("\n\n")[0]
+    assert all(f"\n{package}>=" in listed for package in EDGE)
+    needed = {name.partition(".")[0] for runtime in RUNTIMES.values() for name in (*runtime.packages, *EXPORTERS)}
+    assert {package for package in needed if f"\n{package}>=" in listed} == set(EDGE)
 
 
 class Scripted:
     """A process that takes `ms` a call, and dies, or refuses, when it is asked for what it `cannot`."""
 
-    def __init__(self, name: str, ms: float = 1.0, cannot: tuple = (), dies: bool = True) -> None:
-        self.name, self.ms, self.cannot, self.dies, self.closed = name, ms, cannot, dies, False
+    def __init__(self, ms: float = 1.0, cannot: tuple = (), dies: bool = True) -> None:
+        self.ms, self.cannot, self.dies, self.closed = ms, cannot, dies, False
         self.setting = (1, 1)
 
-    def ask(self, do: str, **arguments: object) -> object:
+    def ask(self, do: str, *arguments: object) -> object:
         if do == "ready":
-            self.setting = (arguments["batch"], arguments["threads"])
+            self.setting = arguments[:2]
         if (do, self.setting) in self.cannot:
             self.closed = self.dies
-            raise Lost("out of luck", self.name)
-        return [self.ms] * arguments["calls"] if do == "times" else np.zeros((arguments.get("images", 0), 10)).tolist()
+            raise Lost("out of luck")
+        return [self.ms] * arguments[0] if do == "times" else np.zeros((arguments[0], 10)).tolist()
 
     def is_alive(self) -> bool:
         return not self.closed
@@ -142,17 +142,18 @@ class Scripted:
 
 def scripted(name: str, ms: float = 1.0, cannot: tuple = (), dies: bool = True) -> Candidate:
     model, runtime, precision = name.split()
-    process = Scripted(name, ms, cannot, dies)
+    process = Scripted(ms, cannot, dies)
     return Candidate(model, 0, runtime, precision, Path("none"), loaded={"each_ms": ms}, process=process)
 
 
+@pytest.mark.parametrize("what", ["ready", "times"])
 @pytest.mark.parametrize("dies", [True, False])
-def test_one_network_that_is_lost_leaves_the_others_their_figures(dies: bool) -> None:
+def test_one_network_that_is_lost_leaves_the_others_their_figures(dies: bool, what: str) -> None:
     names = ("teacher eager fp32", "teacher onnxruntime fp32", "student eager fp32")
     first, lost, last = present = [scripted(name, ms) for name, ms in zip(names, (8.0, 4.0, 2.0), strict=True)]
-    lost.process = Scripted(names[1], 4.0, (("times", (64, 1)),), dies)
+    lost.process = Scripted(4.0, ((what, (64, 1)),), dies)
     end = time.monotonic() + 1000
-    times = [candidates.measured(present, batch, 1, 0, end) for batch in (1, 64, 8)]
+    times = [runtimes.measured(present, batch, 1, 0, end) for batch in (1, 64, 8)]
     assert set(times[0]["network"]) == set(names)
     assert set(times[1]["network"]) == {first.name, last.name}
     assert set(times[2]["network"]) == {first.name, last.name} | (set() if dies else {lost.name})
@@ -165,7 +166,7 @@ def test_one_network_that_is_lost_leaves_the_others_their_figures(dies: bool) ->
 
 def test_what_cannot_be_classified_is_said_in_words() -> None:
     present = [scripted("a eager fp32", cannot=(("logits", (4, 1)),)), scripted("b eager fp32")]
-    candidates.classify(present, 10, 4, time.monotonic() + 10)
+    runtimes.classify(present, 10, 4, time.monotonic() + 10)
     assert [each.missing for each in present] == ["out of luck", ""]
     assert [each.logits is None for each in present] == [True, False]
     assert benchmark.whole(present[0], 4, 1, {"p50_ms": 1.0})["status"] == "no accuracy: out of luck"
@@ -201,29 +202,30 @@ def test_what_was_exported_is_kept_and_what_could_not_be_says_why(patched: pytes
     good, bad = File("copy.safetensors", artifacts.save_weights), File("bad", models.count_parameters)
     patched.setitem(RUNTIMES, "toy", RUNTIMES["eager"]._replace(files={"fp32": good, "int8": bad}))
     network = models.student(17).eval()
-    folder, problems = write_files(network, time.monotonic() + 60)
-    assert (folder / good.name).read_bytes() == (folder / "weights.safetensors").read_bytes()
-    assert list(problems) == ["bad"]
-    assert problems["bad"].startswith("the export failed: TypeError")
-    assert write_files(network, time.monotonic()) == (folder, {"bad": LATE})  # no time to write anything
+    eager, kept, lost = exported("teacher", network, time.monotonic() + 60)
+    assert kept.file.read_bytes() == eager.file.read_bytes()
+    assert (eager.missing, kept.missing) == ("", "")
+    assert lost.missing.startswith("the export failed: TypeError")
+    again = exported("teacher", network, time.monotonic())  # no time to write anything
+    assert [(each.file, each.missing) for each in again] == [(eager.file, ""), (kept.file, ""), (lost.file, LATE)]
     with torch.no_grad():
         next(network.parameters()).add_(1)
-    assert write_files(network, time.monotonic())[1] == {good.name: LATE, "bad": LATE}
+    assert [each.missing for each in exported("teacher", network, time.monotonic())] == ["", LATE, LATE]
 
 
 def test_what_comes_too_late_is_left_out_in_words(patched: pytest.MonkeyPatch) -> None:
     patched.setitem(RUNTIMES, "compiled", RUNTIMES["eager"]._replace(opened_once=True))
     test = cifar10.load_sample("test").subset(torch.arange(4))
     networks = {"teacher": models.student(17).eval()}
-    rows = benchmark.latency_rows(networks, test, (1,), (1, 4), patience=0, tell=lambda _line: None)
-    assert {row["status"] for row in rows} <= {LATE, candidates.NO_TIME}
+    rows = benchmark.latency_rows(networks, test, (1,), (1, 4), patience=0)
+    assert {row["status"] for row in rows} <= {LATE, runtimes.NO_TIME}
     assert all(row["p50_ms"] is None and set(row) == set(timing.COLUMNS) for row in rows)
-    assert rows[0]["status"] in report.table(rows)
+    assert rows[0]["status"] in benchmark.table(rows)
 
 
 def test_compilation_is_asked_for_once() -> None:
     compiled = Candidate("student", 5, "compile", "fp32", Path("weights.safetensors"))
     assert compiled.status(1, 1) == ""
-    assert compiled.status(64, 1) == compiled.status(1, 2) == candidates.ONE_COMPILATION
+    assert compiled.status(64, 1) == compiled.status(1, 2) == runtimes.ONE_COMPILATION
     compiled.missing = "no compiler"  # comes before why it was not tried again
     assert compiled.status(64, 1) == "no compiler"

@@ -15,7 +15,7 @@ from kdig_utils.method import artifacts, cifar10, models
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from kdig_utils.edge import exporting, openers, roofline, runtimes, serving  # noqa: E402
+from kdig_utils.edge import exporting, roofline, runtimes, serving  # noqa: E402
 
 RELEASED = Path(__file__).parents[3] / "shared" / "reference" / "students"
 
@@ -39,8 +39,8 @@ def exported(request, tmp_path_factory) -> tuple[torch.nn.Module, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     network = artifacts.load(request.param)
     exporting.export_onnx(network, folder / "fp32.onnx")
-    exporting.quantise_onnx(folder / "fp32.onnx", folder / "float_input.onnx", exporting.calibration_images())
-    exporting.take_bytes(folder / "float_input.onnx", folder / "int8.onnx")
+    exporting.quantise_onnx(folder / "fp32.onnx", folder / "float_input.onnx")
+    exporting.quantise_onnx(folder / "fp32.onnx", folder / "int8.onnx", takes_bytes=True)
     return network, folder
 
 
@@ -128,7 +128,7 @@ def test_a_student_at_92_percent_loses_at_most_a_fifth_of_a_point(tmp_path):
 
 def test_a_quantisation_that_fails_leaves_the_log_as_it_was(tmp_path):
     with pytest.raises(Exception, match=r"none\.onnx"):
-        exporting.quantise_onnx(tmp_path / "none.onnx", tmp_path / "int8.onnx", torch.zeros(1, 3, 32, 32))
+        exporting.quantise_onnx(tmp_path / "none.onnx", tmp_path / "int8.onnx")
     assert logging.root.manager.disable == logging.NOTSET
 
 
@@ -158,5 +158,6 @@ def test_executorch_says_what_pytorch_says(tmp_path, test_images, name):
     with torch.inference_mode():
         expected = network(test_images.images(slice(2)))
     file.write(network, tmp_path / file.name)
-    bind = openers.open_executorch(tmp_path / file.name, 17, 1, 2)
-    assert torch.allclose(bind(test_images.pixels[:2].numpy())(), expected, atol=1e-4 if name == "fp32" else 0.5)
+    images, call = serving.open_executorch(tmp_path / file.name, 17, 1, 2)
+    serving.fill(images, test_images.pixels[:2].numpy())
+    assert torch.allclose(call(), expected, atol=1e-4 if name == "fp32" else 0.5)

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import nn
 
 from kdig_utils import machine
-from kdig_utils.edge import candidates, timing
+from kdig_utils.edge import runtimes, timing
 
 
 class Sleeps(nn.Module):
@@ -103,7 +103,7 @@ def test_the_fastest_cpu_is_chosen_where_the_system_tells_them_apart(tmp_path):
     assert machine.fastest_cpu([0, 3], tmp_path) == 0
 
 
-@pytest.mark.parametrize("count", [40, candidates.LARGE_ROUNDS])
+@pytest.mark.parametrize("count", [40, runtimes.LARGE_ROUNDS])
 def test_a_planted_ratio_lies_in_its_interval(count):
     rng = np.random.default_rng(1)
     covered = 0

@@ -14,20 +14,20 @@ from kdig_utils.edge import serving, worker
 
 
 @pytest.mark.parametrize(
-    ("error", "extra", "words"),
+    ("error", "words"),
     [
-        ("ModuleNotFoundError: No module named 'openvino'", "edge", r"pip install '.[edge]'"),
-        ("ModuleNotFoundError: No module named 'executorch.exir'", "", "pip install executorch"),
-        ("InvalidCxxCompiler: No working C++ compiler found", "", "install one"),
+        ("ModuleNotFoundError: No module named 'openvino'", r"pip install '.[edge]'"),
+        ("ModuleNotFoundError: No module named 'executorch.exir'", "pip install executorch"),
+        ("InvalidCxxCompiler: No working C++ compiler found", "install one"),
     ],
 )
-def test_errors_say_what_to_do(error: str, extra: str, words: str) -> None:
-    assert words in worker.in_words(error, extra)
+def test_errors_say_what_to_do(error: str, words: str) -> None:
+    assert words in worker.in_words(worker.Lost(error))
 
 
 @pytest.fixture
 def process() -> Iterator[worker.Process]:
-    started = worker.Process("student openvino fp32", time.monotonic() + 60)
+    started = worker.Process(time.monotonic() + 60)
     yield started
     started.close()
 
@@ -35,7 +35,7 @@ def process() -> Iterator[worker.Process]:
 def test_a_dead_process_gives_words(process):
     process.process.kill()
     with pytest.raises(worker.Lost, match="the process ended with status -9"):
-        process.ask("times", calls=1)
+        process.ask("times", 1)
     assert not process.is_alive()
 
 
@@ -47,23 +47,23 @@ def starts(program: str, monkeypatch) -> None:
 
 def test_the_last_words_of_a_process_are_kept(monkeypatch):
     starts("import sys; input(); sys.exit('first\\nno such instruction')", monkeypatch)
-    process = worker.Process("a", time.monotonic() + 60)
+    process = worker.Process(time.monotonic() + 60)
     with contextlib.closing(process), pytest.raises(worker.Lost, match="status 1: no such instruction"):
-        process.ask("times", calls=1)
+        process.ask("times", 1)
 
 
 def test_an_answer_that_breaks_off_is_a_death(monkeypatch):
     starts("input(); print('{\"answer\": [1.0, 2.', end='', flush=True)", monkeypatch)
-    process = worker.Process("a", time.monotonic() + 60)
+    process = worker.Process(time.monotonic() + 60)
     with contextlib.closing(process), pytest.raises(worker.Lost, match="the process ended"):
-        process.ask("times", calls=2)
+        process.ask("times", 2)
 
 
 def test_an_answer_that_does_not_come_is_late(monkeypatch):
     starts("import time; time.sleep(600)", monkeypatch)
-    process, start = worker.Process("a", time.monotonic() + 0.5), time.monotonic()
+    process, start = worker.Process(time.monotonic() + 0.5), time.monotonic()
     with contextlib.closing(process), pytest.raises(worker.Lost, match="not ready in time"):
-        process.ask("times", calls=1)
+        process.ask("times", 1)
     assert time.monotonic() - start < 30
 
 
@@ -87,10 +87,10 @@ ECHO = "for line in iter(input, None): print('{\"answer\": 1}', flush=True)"
 @linux
 def test_who_has_no_turn_is_stopped(monkeypatch):
     starts(ECHO, monkeypatch)
-    process = worker.Process("a", time.monotonic() + 60)
+    process = worker.Process(time.monotonic() + 60)
     with contextlib.closing(process):
         for _turn in range(3):
-            assert process.ask("times", calls=1) == 1
+            assert process.ask("times", 1) == 1
             assert within_seconds(10, {"T"}, process.process.pid)
     assert state(process.process.pid) == ""
 
@@ -103,9 +103,9 @@ def test_what_a_process_has_started_ends_with_it(monkeypatch):
         "print('{\"answer\": %d}' % child.pid, flush=True); time.sleep(600)"
     )
     starts(compiles, monkeypatch)
-    process = worker.Process("a", time.monotonic() + 60)
+    process = worker.Process(time.monotonic() + 60)
     with contextlib.closing(process):
-        compiler = process.ask("times", calls=1)
+        compiler = process.ask("times", 1)
         assert state(compiler)
     assert within_seconds(10, {"", "Z"}, compiler)
 
@@ -114,7 +114,7 @@ def test_what_a_process_has_started_ends_with_it(monkeypatch):
 def test_no_stopped_process_outlives_this_program():
     program = (
         "import sys, time\nfrom kdig_utils.edge import worker\n"
-        "process = worker.Process('a', time.monotonic() + 60)\n"
+        "process = worker.Process(time.monotonic() + 60)\n"
         "try:\n    process.ask('nothing')\n"
         "except worker.Lost:\n    print(process.process.pid, flush=True)\ntime.sleep(600)"
     )
@@ -146,12 +146,12 @@ def test_memory_is_told_in_megabytes(tmp_path):
 def test_a_network_that_is_opened_for_one_thread_leaves_no_pool_in_its_process(tmp_path: Path) -> None:
     """Peak memory and time to load are those of one thread: a larger pool, once made, stays."""
     program = (
-        "import os, sys, torch\nfrom pathlib import Path\nfrom kdig_utils.edge import openers\n"
+        "import os, sys, torch\nfrom pathlib import Path\nfrom kdig_utils.edge import serving\n"
         "from kdig_utils.method import artifacts, models\n"
         "artifacts.save_weights(models.student(17), Path(sys.argv[1]))\n"
         "torch.set_num_threads(4)\n"
         "before = len(os.listdir('/proc/self/task'))\n"
-        "openers.open_eager(Path(sys.argv[1]), 17, 1, 1)\n"
+        "serving.open_eager(Path(sys.argv[1]), 17, 1, 1)\n"
         "print(before, len(os.listdir('/proc/self/task')))"
     )
     words = [sys.executable, "-c", program, str(tmp_path / "weights.safetensors")]

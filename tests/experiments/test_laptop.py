@@ -1,15 +1,20 @@
 """The laptop protocol: what is registered is what runs, from the repository alone, apart from all other runs."""
 
 import dataclasses
+import math
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+import pytest
 import torch
 
 from kdig_utils.analysis import claims
 from kdig_utils.experiments import frozen_signals, laptop
 from kdig_utils.experiments.laptop import BASE, CONDITIONS
-from kdig_utils.method import artifacts, cifar10, models, precompute
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.side_by_side import Way
+from kdig_utils.method import artifacts, cifar10, models, precompute, training
 from kdig_utils.method.spec import RunSpec
 
 REGISTERED = claims.protocols()[laptop.NAME]
@@ -85,3 +90,67 @@ def test_frozen_signals_come_back(tmp_path: Path) -> None:
     again = frozen_signals.read(tmp_path, images)
     for one, other in zip(found.tensors(), again.tensors(), strict=True):
         assert torch.equal(one, other)
+
+
+# Runs
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The protocol with two runs of a moment, on the images of the repository; the ledger they go to."""
+    few = {"epochs": 1, "train_images": 80}
+    runs = [laptop.spec("kd_ig_at", **few), laptop.spec("student", **few, initial="teacher")]
+    ledger = tmp_path / "laptop.csv"
+    monkeypatch.setattr(laptop, "queue", lambda: runs)
+    monkeypatch.setattr(laptop, "has_cifar10", lambda: False)
+    monkeypatch.setattr(laptop, "ledger_path", lambda: ledger)
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path / "workspace"))
+    threads = torch.get_num_threads()
+    yield ledger
+    torch.set_num_threads(threads)
+
+
+def test_a_run_that_is_trained_again_is_the_same_bit_for_bit(tiny: Path) -> None:
+    run_ids = laptop.train(tiny, Way(), math.inf, lambda line: None)
+    rows = Ledger(tiny).read()
+    assert rows["run_id"].tolist() == run_ids
+    assert set(rows["test_images"]) == {2000}
+    assert rows["sample_accuracy"].tolist() == rows["test_accuracy"].tolist()
+    for run_id in run_ids:
+        stored, again = laptop.rerun(run_id, lambda line: None)
+        assert stored["weights_sha256"] == again["weights_sha256"]
+        assert "bit for bit" in laptop.compared(stored, again)
+    assert len(Ledger(tiny).read()) == 2, "a run made again is not entered"
+
+
+def test_a_difference_as_large_as_between_machines_is_told_from_a_larger_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = pd.DataFrame(
+        {"committed": [50.0, 50, 50], "again": [51.0, 49, 50], "same_weights": [False, False, True]}
+    )
+    measured.to_csv(tmp_path / "laptop_spread.csv", index=False)
+    monkeypatch.setattr(laptop, "ledger_path", lambda: tmp_path / "laptop.csv")
+    assert laptop.spread() == pytest.approx(2.0)
+    stored, near, far = (
+        pd.Series({"method": "kd", "seed": 0, "sample_accuracy": accuracy, "weights_sha256": sha})
+        for accuracy, sha in ((50.0, "a"), (51.9, "b"), (52.1, "c"))
+    )
+    assert "within the 2.0 points" in laptop.compared(stored, near)
+    assert "more than the 2.0 points" in laptop.compared(stored, far)
+
+
+def test_a_run_that_the_ledger_does_not_have_cannot_be_made_again(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="0123456789ab"):
+        laptop.rerun("0123456789ab", lambda line: None)
+
+
+def test_more_images_than_there_are_of_a_class_are_refused() -> None:
+    labels = cifar10.load_laptop().labels
+    with pytest.raises(ValueError, match="5000"):
+        training.training_positions(labels, RunSpec("student", train_images=5000))
+    drawn, _held_out = training.training_positions(labels, RunSpec("student", train_images=500, sample_seed=3))
+    assert labels[drawn].bincount().tolist() == [50] * 10
+    first, held_out = training.training_positions(labels, RunSpec("student", train_images=2000, validation_images=500))
+    assert len(first) == 2000
+    assert not set(first.tolist()) & set(held_out.tolist())

@@ -160,9 +160,7 @@ def test_trial_of_a_killed_worker_is_taken_over_and_that_of_a_living_one_is_not(
     study = make_study()
     base = study.completed(study.scaled(base_spec("kd", "smoke")))
     opened = search.open_search(study, base)
-    (theirs,) = search.ask(opened, base, n_trials=3, at_once=1)
-    with search.signs_of_life(opened, [theirs]):
-        pass
+    (theirs,) = search.ask(study, opened, base, n_trials=3, at_once=1)
     with sqlite3.connect(study.folder / "hyperparameters.db") as storage:
         storage.execute(f"update trial_heartbeats set heartbeat = datetime('now', '-{silent_for} seconds')")
     search.search(study, "kd", n_trials=3, seed=0)
@@ -297,8 +295,8 @@ def test_preferred_waits_for_fresh_seeds_and_follows_them(searched_ledger: pd.Da
 def test_the_test_images_favourite_is_not_preferred_even_if_it_is_the_best(searched_ledger: pd.DataFrame) -> None:
     rows = hyperparameters.trials(searched_ledger, base_spec("kd"))
     favourite = {"alpha": 0.9, "temperature": 2.5}
-    assert favourite in hyperparameters.finalists(rows)
-    assert favourite not in hyperparameters.candidates(rows)
+    assert favourite in hyperparameters.finalists(rows, "paper", "test")
+    assert favourite not in hyperparameters.finalists(rows, "paper")
     its = searched_ledger["run_id"].isin(rows.query("alpha == 0.9 and fresh")["run_id"])
     better = searched_ledger["validation_accuracy"] + 5.0 * its
     ledger = searched_ledger.assign(validation_accuracy=better)
@@ -321,7 +319,7 @@ def test_committed_ledger_prefers_nothing_that_was_not_run() -> None:
         if rows.empty:
             assert hyperparameters.preferred(ledger, method) is None
             assert hyperparameters.choices(rows).empty
-            assert hyperparameters.finalists(rows) == []
+            assert hyperparameters.finalists(rows, "paper", "test") == []
 
 
 def test_trials_take_no_run_with_other_settings_or_another_teacher() -> None:
@@ -368,7 +366,7 @@ def test_a_trial_gives_a_sign_of_life_before_it_is_trained(make_study: Callable[
     study = make_study()
     base = search.base_of(study, "kd")
     proposals = search.open_search(study, base)
-    (trial,) = search.next_trials(study, proposals, base, 1, 1)
+    (trial,) = search.ask(study, proposals, base, 1, 1)
     with sqlite3.connect(study.folder / "hyperparameters.db") as database:
         beats = database.execute("select trial_id from trial_heartbeats").fetchall()
     assert beats == [(trial._trial_id,)]

@@ -113,6 +113,19 @@ def test_the_loop_to_read_and_the_engine_train_the_same_bit_for_bit(
     assert not model.training
 
 
+def test_the_loop_to_read_and_the_engine_start_a_smaller_student_from_the_same_teacher(
+    sample_train: ImageSet, held_out: ImageSet, random_signals
+) -> None:
+    own = {"stem_stride": 2, "initial": "teacher", "weight_decay": 0.01, "train_images": 40, "pairing": "black"}
+    spec, teacher = small("ig", k=9, epochs=1, **own), models.teacher(1).eval()
+    signals = random_signals(sample_train)
+    model, _losses = training.train_student(spec, sample_train, signals, teacher)
+    engine = fit(student_run(spec, sample_train, held_out, signals, teacher=teacher))
+    assert models.weights_sha256(model) == models.weights_sha256(engine.model)
+    start = training.initial_student(spec, teacher).features.state_dict()
+    assert all(torch.equal(value, teacher.features.state_dict()[name]) for name, value in start.items())
+
+
 def test_the_loop_to_read_takes_the_same_share_of_the_images_and_asks_the_teacher_about_the_same_crops(
     sample_train: ImageSet, held_out: ImageSet, random_signals
 ) -> None:

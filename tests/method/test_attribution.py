@@ -8,10 +8,9 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from kdig_utils.method import artifacts, cifar10
-from kdig_utils.method.attribution import OUTPUTS, attribute
+from kdig_utils.method.attribution import attribute
 from kdig_utils.method.integrated_gradients import baseline, integrated_gradients
-from kdig_utils.method.secant_rule import graded_points, secant_attributions
-from kdig_utils.method.secants import SecantNetwork, compiles
+from kdig_utils.method.secants import SecantNetwork, compiles, graded_points, secant_attributions
 from kdig_utils.method.tracing import NotASecantNetwork
 
 
@@ -106,36 +105,21 @@ def test_units_that_stand_still_pass_the_gradient_on() -> None:
 # The rule
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("steps", [1, 3, 8])
-def test_secants_are_complete_with_any_number_of_steps(steps: int, output: str) -> None:
+def test_secants_are_complete_with_any_number_of_steps(steps: int) -> None:
     network, (inputs, baselines) = relu_network(), pairs(3)
     targets = torch.tensor([0, 1, 2, 0, 1])
-    function = {
-        "logit": lambda z: z,
-        "log_probability": lambda z: z.log_softmax(1),
-        "probability": lambda z: z.softmax(1),
-    }
-    found = secant_attributions(SecantNetwork(network), inputs, baselines, targets, steps, output)
-    ends = [function[output](network(x)).gather(1, targets[:, None])[:, 0].detach() for x in (inputs, baselines)]
+    found = secant_attributions(SecantNetwork(network), inputs, baselines, targets, steps)
+    ends = [network(x).gather(1, targets[:, None])[:, 0].detach() for x in (inputs, baselines)]
     assert torch.allclose(found.sum(1), ends[0] - ends[1], atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Tanh(), nn.LeakyReLU(0.1)])
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_secants_converge_to_a_fine_reference(activation: nn.Module, output: str) -> None:
+def test_secants_converge_to_a_fine_reference(activation: nn.Module) -> None:
     network, (inputs, baselines) = relu_network(1), pairs(4)
     network[1] = activation
-    targets = torch.zeros(5, dtype=torch.long)
-    found = attribute(network, inputs, baselines, 0, 0.002, output)
-    function = {
-        "logit": lambda z: z,
-        "log_probability": lambda z: z.log_softmax(1),
-        "probability": lambda z: z.softmax(1),
-    }
-    expected = integrated_gradients(
-        lambda x: function[output](network(x)), inputs, baselines, targets, 4000, "riemann_middle", 4096
-    )
+    found = attribute(network, inputs, baselines, 0, 0.002)
+    expected = integrated_gradients(network, inputs, baselines, 0, 4000, "riemann_middle", 4096)
     assert found.rule == "secant"
     assert float(distance(found.attributions, expected).max()) < 0.004
 
@@ -145,9 +129,7 @@ def test_streaming_along_the_path_changes_nothing() -> None:
     targets = torch.zeros(5, dtype=torch.long)
     whole = secant_attributions(network, inputs, baselines, targets, 12, internal_batch_size=1000)
     for size in (1, 5, 12, 25):
-        assert torch.allclose(
-            secant_attributions(network, inputs, baselines, targets, 12, "logit", size), whole, atol=1e-12
-        )
+        assert torch.allclose(secant_attributions(network, inputs, baselines, targets, 12, size), whole, atol=1e-12)
 
 
 def test_points_grow_towards_the_input() -> None:
@@ -166,7 +148,7 @@ def test_memory_does_not_grow_with_images_or_steps() -> None:
         network, inputs, torch.zeros(1, 4), torch.zeros(40, dtype=torch.long), 50, internal_batch_size=32
     )
     assert max(rows) <= 32
-    assert sum(rows) == 40 * 50
+    assert sum(rows) == 40 * 50 + 1  # the baseline, once for all
 
 
 # The contract
@@ -342,7 +324,6 @@ def test_value_that_is_overwritten_and_used_again_is_no_secant_network() -> None
     ("settings", "message"),
     [
         ({"error": 0.0}, "error = 0.0"),
-        ({"output": "loss"}, "'loss'.*logit"),
         ({"max_steps": 2}, "max_steps = 2"),
         ({"target": 3}, "outside the 3"),
     ],
@@ -397,6 +378,41 @@ WIRINGS = {
 }
 
 
+MOVES_OF_THE_BATCH = {
+    "merged with time": lambda layers, x: layers[1](layers[0](x.reshape(-1, 8)).relu().view(x.size(0), -1)),
+    "by keyword": lambda layers, x: layers[1](layers[0](x.permute(dims=(1, 0, 2))).relu().transpose(0, 1).flatten(1)),
+    "from the end": lambda layers, x: layers[1](layers[0](x.transpose(-3, -2)).relu().transpose(0, 1).flatten(1)),
+    "under a moving value": lambda layers, x: layers[1](layers[0](1 / (6 + x)).relu().flatten(1)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", MOVES_OF_THE_BATCH)
+def test_what_secants_cannot_follow_is_left_to_gradients(name: str, shared: bool, n: int) -> None:
+    """Also where the other dimension is as long as the batch."""
+    torch.manual_seed(0)
+    network = Wired(MOVES_OF_THE_BATCH[name], nn.Linear(8, 8), nn.Linear(32, 2)).double().eval()
+    inputs = torch.randn(n, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = attribute(network, inputs, 0.1 if shared else 0.1 * inputs.roll(1, 2), error=0.05)
+    assert found.rule == "gradient"
+    assert bool(found.converged.all())
+
+
+class Uncopied(nn.Module):
+    """Refuses to be copied."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.relu()
+
+    def __deepcopy__(self, _memo: dict) -> None:
+        raise TypeError("cannot pickle '_thread.lock' object")
+
+
+def test_a_model_that_cannot_be_copied_is_left_to_gradients() -> None:
+    assert attribute(Uncopied().eval(), pairs()[0], error=0.1).rule == "gradient"
+
+
 @pytest.mark.parametrize("name", WIRINGS)
 def test_secants_follow_any_wiring(name: str) -> None:
     torch.manual_seed(0)
@@ -408,19 +424,16 @@ def test_secants_follow_any_wiring(name: str) -> None:
     assert float(distance(found.attributions, expected).max()) < 0.01
 
 
-@pytest.mark.parametrize("output", OUTPUTS[1:])
 @pytest.mark.parametrize("apart", [0.0, 1e-5])
-def test_logits_that_hardly_move_pass_the_gradient_on(output: str, apart: float) -> None:
+def test_logits_that_hardly_move_pass_the_gradient_on(apart: float) -> None:
     """Logits in x₁ - x₂ alone, x₁ = x₂ along the path: the rise is 0 and the answer d·∂F/∂x."""
     layer = nn.Linear(2, 3)
     layer.weight.data = torch.tensor([[1.0, -1.0], [0.5, -0.5], [-0.2, 0.2]])
     layer.bias.data = torch.tensor([3.0, 1.0, 0.0])
     inputs = torch.tensor([[3.0, 3.0 + apart]])
-    found = attribute(nn.Sequential(layer).eval(), inputs, output=output)
+    found = attribute(nn.Sequential(layer, nn.Softplus()).eval(), inputs)
     assert found.rule == "secant"
-    logits = layer.bias.detach().double().requires_grad_()
-    value = logits.softmax(0)[0] if output == "probability" else logits.log_softmax(0)[0]
-    slope = torch.autograd.grad(value, logits)[0] @ layer.weight.detach().double()
+    slope = torch.tensor([1.0, -1.0]).double() * torch.tensor(3.0).double().sigmoid()
     assert torch.allclose(found.attributions.double(), slope * inputs, rtol=0.01)
 
 

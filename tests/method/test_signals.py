@@ -93,17 +93,13 @@ def test_maps_are_computed_without_tf32(teacher: models.Teacher, images: ImageSe
 
 
 def test_only_a_gpu_with_much_to_do_has_a_choice_and_its_reference_is_what_a_cpu_does() -> None:
-    ways = precompute.ways_for(GPU, SETTINGS, 50_000, 50_000)
+    ways = precompute.ways_for(GPU, SETTINGS, 50_000)
     assert len(set(ways)) == 4
     assert {way.tf32 for way in ways if way.layout == torch.channels_last} == {False, True}
     for device, remaining in ((torch.device("cpu"), 50_000), (GPU, 1000)):
-        assert (
-            precompute.ways_for(device, SETTINGS, 50_000, remaining)
-            == [ways[0]]
-            == [MapWay(torch.channels_last, False)]
-        )
+        assert precompute.ways_for(device, SETTINGS, remaining) == [ways[0]] == [MapWay(torch.channels_last, False)]
     for settings in (SignalSettings(method="secant"), SignalSettings(error=0.05)):
-        assert precompute.ways_for(GPU, settings, 50_000, 50_000) == [MapWay()]
+        assert precompute.ways_for(GPU, settings, 50_000) == [MapWay()]
 
 
 @pytest.fixture
@@ -156,7 +152,7 @@ def test_a_chosen_way_is_told_stays_within_the_maps_and_leaves_settings_and_iden
 ) -> None:
     """Here TF32 and layout change nothing but the order of sums; the half-done store of one way is ended by another."""
     before, along, beside, tried, lines = torch.backends.cudnn.allow_tf32, [], [], [], []
-    network, ways = copy.deepcopy(teacher), precompute.ways_for(GPU, SETTINGS, 50_000, 50_000)
+    network, ways = copy.deepcopy(teacher), precompute.ways_for(GPU, SETTINGS, 50_000)
     network.classifier.register_forward_hook(lambda *_arguments: beside.append(torch.backends.cudnn.allow_tf32))
     integrate, fastest = precompute.integrated_gradients, precompute.fastest_way
 
