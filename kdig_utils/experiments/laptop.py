@@ -205,6 +205,8 @@ def compared(stored: pd.Series, again: pd.Series) -> str:
     words = f"{again['method']} seed {again['seed']}: committed {theirs:.2f} %, here {ours:.2f} % of 2,000 test images"
     if again["weights_sha256"] == stored["weights_sha256"]:
         return f"{words}; the weights are the same, bit for bit"
+    if not spread_path().is_file():
+        return f"{words}; other weights, and how much machines and versions may differ was not measured yet"
     verdict = "within" if abs(ours - theirs) <= spread() else "more than"
     return f"{words}; other weights, {verdict} the {spread():.1f} points by which machines and versions may differ"
 

@@ -138,6 +138,8 @@ def test_a_difference_as_large_as_between_machines_is_told_from_a_larger_one(
     )
     assert "within the 2.0 points" in laptop.compared(stored, near)
     assert "more than the 2.0 points" in laptop.compared(stored, far)
+    (tmp_path / "laptop_spread.csv").unlink()
+    assert "not measured yet" in laptop.compared(stored, far)
 
 
 def test_a_run_that_the_ledger_does_not_have_cannot_be_made_again(tiny: Path) -> None:
