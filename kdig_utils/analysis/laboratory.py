@@ -1,5 +1,6 @@
 """What the runs of the laptop protocol say: each registered contrast with its interval, its power and its verdict."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from kdig_utils.analysis.sample_size import power, seeds_needed
 from kdig_utils.experiments import laptop
 from kdig_utils.experiments.evidence import NOT_RUN
 from kdig_utils.experiments.ledger import Ledger, student_spec
+from kdig_utils.method import models
 
 ABOVE, BELOW, LEVEL, UNDECIDED = "above", "below", "level", "undecided"
 NUMBERS = ("effect", "low", "high", "deviation", "p", "p_exact", "level_p", "needed")
@@ -66,11 +68,13 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         high (points), deviation of the differences, p of the paired t-test, p_exact (sign flips), level_p (two
         one-sided tests with the registered margin), p_holm and level_p_holm within the question, power (chance that
         the planned seeds see one point, at the pilot's deviation, or 1 where there is no pilot), needed (seeds that
-        see the margin with a chance of 0.8, at the deviation found), and verdict: `above`, `below`, `level` or
-        `undecided` once all seeds are there, else `not run yet`.
+        see the margin with a chance of 0.8, at the deviation found and the strictest of Holm's levels), and verdict:
+        `above`, `below`, `level` or `undecided` once all seeds are there, else `not run yet`.
     """
     protocol = registered()
-    rows = [_measured(contrast, table, protocol["margin"]) for contrast in protocol["contrasts"]]
+    tests = Counter(contrast["question"] for contrast in protocol["contrasts"])
+    level = {question: SIGNIFICANCE / number for question, number in tests.items()}  # Holm's strictest step
+    rows = [_measured(each, table, protocol["margin"], level[each["question"]]) for each in protocol["contrasts"]]
     found = pd.DataFrame(rows)
     whole = found["pairs"] >= found["seeds"]  # an interim p does not help the others: it is not final
     for _question, its in found.groupby("question"):
@@ -79,7 +83,7 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(verdict=[_verdict(row) for row in found.itertuples()])
 
 
-def _measured(contrast: dict, table: pd.DataFrame, margin: float) -> dict[str, Any]:
+def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) -> dict[str, Any]:
     d = differences(table, contrast["weights"], contrast["seeds"])
     pilot = np.std(contrast["pilot"], ddof=1) if contrast["pilot"] else PILOT_DEVIATION
     planned = power(1.0, float(pilot), contrast["seeds"], correlation=INDEPENDENT)
@@ -97,7 +101,7 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float) -> dict[str, A
         "p": float(test.pvalue),
         "p_exact": sign_flips(d),
         "level_p": max(float(each.pvalue) for each in apart),
-        "needed": seeds_needed(margin, spread, correlation=INDEPENDENT),
+        "needed": seeds_needed(margin, spread, alpha=level, correlation=INDEPENDENT),
     }
 
 
@@ -144,9 +148,14 @@ def basis(table: pd.DataFrame) -> str:
     seeds = (
         f"{table['pairs'].min()} to {table['pairs'].max()}" if table["pairs"].nunique() > 1 else table["pairs"].max()
     )
+    base, devices = laptop.BASE, Ledger(laptop.ledger_path()).read()["device"]
+    parameters = models.count_parameters(models.student(base.k, stem_stride=base.stem_stride))
+    on_cpus = int(devices.str.startswith("CPU").sum())
     return (
-        f"Protocol laptop: a student of 185,738 parameters, 2,500 images, 20 epochs, {seeds} seeds a contrast, paired; "
-        "10,000 test images. Bars: 95 % intervals; grey: the registered margin."
+        f"Protocol laptop: a student of {parameters:,} parameters, {base.train_images:,} images, {base.epochs} epochs, "
+        f"{seeds} seeds a contrast, paired; 10,000 test images. Of the protocol's runs {on_cpus} were made on CPUs, "
+        f"{len(devices) - on_cpus} on a GPU. Bars: 95 % intervals, not corrected for the number of tests as the "
+        "verdicts are; grey: the registered margin."
     )
 
 

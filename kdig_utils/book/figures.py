@@ -22,7 +22,7 @@ from kdig_utils.method.spec import METHODS, RunSpec
 # Okabe-Ito, readable with every kind of colour vision; grey for the teacher.
 COLOURS = ("#555555", "#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255")
 METHOD_COLOURS = dict(zip(("teacher", *METHODS), COLOURS, strict=True))
-DPI = 100
+DPI = 96
 
 
 def style() -> None:

@@ -150,7 +150,12 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 
 def code_commit() -> str:
-    """The commit of the code, with `+` if the package has uncommitted changes; outside a clone `KDIG_COMMIT`."""
+    """The commit of the code: `KDIG_COMMIT` where it is set, else git's, with `+` if the package has other changes.
+
+    A machine that is lent has the files of one commit and may have the git folder of an earlier one.
+    """
+    if named := os.environ.get("KDIG_COMMIT"):
+        return named
     root = repository_root()
 
     def git(*words: str) -> str:
@@ -159,4 +164,4 @@ def code_commit() -> str:
     with contextlib.suppress(FileNotFoundError):  # no git
         if commit := git("rev-parse", "--short=12", "HEAD"):
             return commit + ("+" if git("status", "--porcelain", "kdig_utils") else "")
-    return os.environ.get("KDIG_COMMIT", "")
+    return ""

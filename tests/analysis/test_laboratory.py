@@ -48,7 +48,7 @@ def test_an_effect_that_drowns_in_noise_is_undecided_and_says_what_it_would_take
     assert row["verdict"] == "undecided"
     spread = row["deviation"] * np.sqrt(2 / 2)
     power = stats.nct(row["needed"] - 1, 0.5 / spread * np.sqrt(row["needed"])).sf(
-        stats.t(row["needed"] - 1).ppf(0.975)
+        stats.t(row["needed"] - 1).ppf(1 - 0.025 / 2)
     )
     assert power == pytest.approx(0.8, abs=0.02)
 
