@@ -40,6 +40,7 @@ TEACHER_RECIPE = TeacherSpec(
 )
 WEIGHTS_SEEDS = 3  # of each method whose weights go home: enough for an interval over seeds
 RUN_BYTES = 60_000_000  # a checkpoint of the teacher, written beside the one before, and its weights
+LAST_EPOCH = ("test_accuracy", "validation_accuracy", "train_loss")  # what a row says of it
 SUFFIXES = {"curves": "csv", "weights": "safetensors", "checkpoints": "pt"}  # of the files that a run has
 
 
@@ -249,18 +250,24 @@ class Study:
             self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
 
     def _record(self, run: Run, **known: str) -> None:
-        """Weights and curve first, the ledger row last: a row in the ledger has everything behind it."""
+        """Weights and curve first, the ledger row last: a row in the ledger has everything behind it.
+
+        A teacher is rounded to float16 before it is measured for its row; its curve is that of the training.
+        """
         spec, (model, curve) = run.spec, run.trained
+        last = {name: round(float(curve.iloc[-1][name]), 6) for name in LAST_EPOCH}
+        if isinstance(model, Teacher):  # a file of half the size holds the very network that students learn from
+            model = artifacts.rounded(model, spec.method, 0).to(self.device)
+            last["test_accuracy"] = round(models.accuracy(model, self._on_device["test"]), 6)
         artifacts.save_weights(model, self._file("weights", spec.run_id))
         with paths.replacing(self._file("curves", spec.run_id)) as part:
             curve.round(6).to_csv(part, index=False)
-        last = curve.iloc[-1]
         positions, _validation = training.training_positions(self.train.labels, spec)
         self.ledger.append(
             spec,
             **known,
-            **{name: round(float(last[name]), 6) for name in ("test_accuracy", "validation_accuracy", "train_loss")},
-            seconds=round(float(last["seconds"]), 1),
+            **last,
+            seconds=round(float(curve.iloc[-1]["seconds"]), 1),
             train_images=len(positions),
             test_images=len(self.test),
             **self._also_measured(model),

@@ -13,7 +13,7 @@ from kdig_utils.experiments import side_by_side, study
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import PROFILES, Study, open_study
-from kdig_utils.method import cifar10, models
+from kdig_utils.method import artifacts, cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import MAIN_METHODS, RunSpec, TeacherSpec
 
@@ -104,6 +104,7 @@ def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: p
     monkeypatch.setattr(study, "teacher_run", lambda *_arguments, **_options: pytest.fail("trained again"))
     assert models.weights_sha256(again.teacher) == first
     assert not again.teacher.training
+    assert models.weights_sha256(artifacts.rounded(again.teacher, "teacher", 0)) == first, "half a file holds it"
     row = made.ledger.read().iloc[0]
     assert row["method"] == "teacher"
     assert row["weights_sha256"] == first
