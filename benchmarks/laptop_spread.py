@@ -49,9 +49,9 @@ def add_line(what: str, bare_id: str, threads: int) -> None:
     line = {
         "run_id": stored["run_id"],
         "what": what,
-        "committed": stored["sample_accuracy"],
-        "again": again["sample_accuracy"],
-        "same_weights": stored["weights_sha256"] == again["weights_sha256"],
+        "committed": float(stored["sample_accuracy"]),
+        "again": float(again["sample_accuracy"]),
+        "same_weights": bool(stored["weights_sha256"] == again["weights_sha256"]),
         "torch": again["torch"],
         "device": again["device"],
     }

@@ -150,6 +150,11 @@ def protocols() -> dict[str, dict]:
     return _claims_file()["protocols"]
 
 
+def shown(registered: str) -> str:
+    """The words of a contrast as they are shown: corrected where a later, dated entry of claims.yml says so."""
+    return str(_claims_file()["wording"].get(registered, registered))
+
+
 def margin() -> float:
     """The book's one margin of equivalence, in points of test accuracy: a smaller difference is of no interest."""
     return float(_claims_file()["rules"]["margin"])

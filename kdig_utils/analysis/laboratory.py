@@ -87,7 +87,13 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) 
     d = differences(table, contrast["weights"], contrast["seeds"])
     pilot = np.std(contrast["pilot"], ddof=1) if contrast["pilot"] else PILOT_DEVIATION
     planned = power(1.0, float(pilot), contrast["seeds"], correlation=INDEPENDENT)
-    row = {**contrast, "pairs": len(d), "power": planned, **dict.fromkeys(NUMBERS, np.nan)}
+    row = {
+        **contrast,
+        "text": claims.shown(contrast["text"]),
+        "pairs": len(d),
+        "power": planned,
+        **dict.fromkeys(NUMBERS, np.nan),
+    }
     if len(d) < 2 or np.ptp(d) == 0:
         return row
     test, spread = stats.ttest_1samp(d, 0.0), float(d.std(ddof=1))
@@ -213,8 +219,8 @@ def _of_surface(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def crossed(rows: pd.DataFrame) -> pd.DataFrame:
-    """L6: the runs of the draws of images that have all their seeds, with the draw in the column `images`."""
+    """L6: the runs of the draws of images that have all their seeds, with the draw in the column `resample`."""
     wanted = {run.bare_id: run.sample_seed for run in laptop.crossed()}
-    its = rows.assign(images=[wanted.get(student_spec(row).bare_id) for _index, row in rows.iterrows()])
-    its = its.dropna(subset=["images"])
-    return its[its.groupby("images")["seed"].transform("nunique") == registered()["questions"]["L6"]["seeds"]]
+    its = rows.assign(resample=[wanted.get(student_spec(row).bare_id) for _index, row in rows.iterrows()])
+    its = its.dropna(subset=["resample"])
+    return its[its.groupby("resample")["seed"].transform("nunique") == registered()["questions"]["L6"]["seeds"]]

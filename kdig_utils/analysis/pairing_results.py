@@ -27,7 +27,7 @@ READINGS: dict[str, dict[str, str]] = {
     "the map's content matters, and so does its place": dict.fromkeys(CONTROLS, "above"),
     "content matters, and its place does not": {"shuffled": "above", "index-matched": "level"},
     "form is enough, and no teacher is needed": {NO_OVERLAY: "above", "edges": "level"},
-    "half the brightness is enough, without any map": {NO_OVERLAY: "above", "black": "level"},
+    "dimming is enough, without any map": {NO_OVERLAY: "above", "black": "level"},
     "whatever is blended in, it helps alike": {**dict.fromkeys(CONTROLS, "level"), NO_OVERLAY: "above"},
     "nothing that is blended in makes a difference": dict.fromkeys(CONTROLS, "level"),
 }

@@ -26,7 +26,8 @@ DPI = 96
 
 
 def style() -> None:
-    """Set the book's style for all figures that follow."""
+    """Set the book's style for all figures that follow, and show the words of a table in full."""
+    pd.set_option("display.max_colwidth", None)
     titles = {"axes.titleweight": "bold", "axes.titlelocation": "left", "figure.titleweight": "bold"}
     sns.set_theme(style="whitegrid", font_scale=0.9, rc={"figure.constrained_layout.use": True, **titles})
 

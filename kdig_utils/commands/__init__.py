@@ -1,11 +1,11 @@
-"""The commands of `python -m kdig_utils`: `make_runs` and `laboratory` make runs, `use_runs` measures and publishes.
+"""The commands of `python -m kdig_utils`: `make_runs` and `laptop_runs` make runs, `use_runs` measures and publishes.
 
 What only some commands need is imported in them: it is slow to import, or not there on a bare GPU machine.
 """
 
 from collections.abc import Callable
 
-from kdig_utils.commands.laboratory import rerun
+from kdig_utils.commands.laptop_runs import rerun
 from kdig_utils.commands.make_runs import adopt, campaign, data, flight, probe, search, signals, teacher, train, unpack
 from kdig_utils.commands.use_runs import explain, first_calls, latency, links, publish, readme, reproduce, status, store
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
-from kdig_utils.commands.laboratory import laptop_campaign, side_by_side
+from kdig_utils.commands.laptop_runs import laptop_campaign, side_by_side
 from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then

@@ -257,7 +257,8 @@ class Study:
         spec, (model, curve) = run.spec, run.trained
         last = {name: round(float(curve.iloc[-1][name]), 6) for name in LAST_EPOCH}
         if isinstance(model, Teacher):  # a file of half the size holds the very network that students learn from
-            model = artifacts.rounded(model, spec.method, 0).to(self.device)
+            with contextlib.suppress(ValueError):  # values that float16 cannot hold stay as they are
+                model = artifacts.rounded(model, spec.method, 0).to(self.device)
             last["test_accuracy"] = round(models.accuracy(model, self._on_device["test"]), 6)
         artifacts.save_weights(model, self._file("weights", spec.run_id))
         with paths.replacing(self._file("curves", spec.run_id)) as part:

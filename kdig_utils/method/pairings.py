@@ -17,7 +17,7 @@ from kdig_utils.method.signals import TeacherSignals
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
 # noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey;
-# black, which halves the brightness and does nothing else.
+# black, which halves brightness and contrast and adds nothing.
 PAIRINGS = ("matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform", "mixup-grey", "black")
 UNMOVED = ("index-matched", "shuffled")
 FLAT = {"uniform": sum(MEAN) / len(MEAN), "black": 0.0}  # one value for every pixel of the map

@@ -130,7 +130,7 @@ def test_surface_and_draws_are_read_from_their_runs() -> None:
     surface = laboratory.surface(table)
     assert (surface["seeds"] == 3).all()
     assert surface["test"].tolist() == pytest.approx((50 + 10 * surface["alpha"]).tolist())
-    assert laboratory.crossed(table)["images"].nunique() == 9  # the last draw lacks a seed
+    assert laboratory.crossed(table)["resample"].nunique() == 9  # the last draw lacks a seed
 
 
 def test_a_choice_promises_the_luck_of_the_run_that_it_saw_and_nothing_that_a_seed_moves_alike() -> None:

@@ -119,7 +119,7 @@ def test_without_the_precision_to_say_level_nothing_is_said() -> None:
         ({"matched": 0.5}, "the map's content matters, and so does its place"),
         ({"matched": 0.5, "index-matched": 0.5}, "content matters, and its place does not"),
         ({"matched": 0.5, "edges": 0.5}, "form is enough, and no teacher is needed"),
-        ({"matched": 0.5, "black": 0.5}, "half the brightness is enough, without any map"),
+        ({"matched": 0.5, "black": 0.5}, "dimming is enough, without any map"),
         (dict.fromkeys(PAIRINGS, 0.5), "whatever is blended in, it helps alike"),
         ({}, "nothing that is blended in makes a difference"),
     ],
@@ -128,7 +128,7 @@ def test_each_truth_supports_its_reading(given: dict[str, float], reading: str) 
     found = readings(against_controls(overlays(given)))
     supported = {name for name, support in found.items() if support == "supported"}
     # If all help alike, edges and black do as well.
-    either = {"form is enough, and no teacher is needed", "half the brightness is enough, without any map"}
+    either = {"form is enough, and no teacher is needed", "dimming is enough, without any map"}
     also = either if len(given) == len(PAIRINGS) else set()
     assert supported == {reading} | also
 
