@@ -67,7 +67,7 @@ def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
 
 def show_map(axes: Axes, values: Tensor, title: str = "", cmap: str = "inferno") -> None:
     """Draw one map, (H, W), from its lowest to its highest value, without axes; of colours, (H, W, 3), as it is."""
-    axes.imshow(values.detach().float().cpu().numpy(), cmap=cmap)
+    axes.imshow(values.detach().float().cpu().numpy(), cmap=cmap, interpolation="nearest")  # the pixels that there are
     axes.set_title(title, fontsize=9, loc="center", fontweight="normal")
     axes.set_axis_off()
 
