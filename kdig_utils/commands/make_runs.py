@@ -340,7 +340,7 @@ def carry_home(study: Study, run_ids: Iterable[str], folder: Path | None, name: 
     if folder is None:
         return
     rows = study.ledger.read().query("run_id in @run_ids")
-    pack = packs.pack(rows, study.files(rows), folder, name)
+    pack = packs.pack(rows, packs.belongings(rows, study.folders), folder, name)
     print("packed: " + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in pack.pieces))
     for path in pack.left_out:
         print(f"left out, no room: {path.parent.name}/{path.name}")

@@ -158,7 +158,7 @@ class Flight:
                 shutil.copyfile(laptop_runs, part)
         endings = ("Z.log", "Z_check.json", "Z_explanations.csv", LAPTOP_RUNS)
         flights = [path for ending in endings for path in sorted(folders["flights"].glob(f"2*{ending}"))]
-        files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *study.files(rows)]
+        files = [*flights, *sorted(folders["first_calls"].glob("[a-z]*.csv")), *packs.belongings(rows, folders)]
         outside = [path for path in files if study.folder not in path.parents]
         packs.pack(rows, outside, self.kept, NAME)
         return packs.pack(rows, files, self.folder, NAME)

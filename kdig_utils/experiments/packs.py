@@ -7,7 +7,7 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ from kdig_utils.paths import replacing
 
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
 PACK_MOST_BYTES = 60_000_000  # and in all files together
+WEIGHTS_SEEDS = 3  # of each method whose weights go home: enough for an interval over seeds
+SUFFIXES = {"curves": "csv", "weights": "safetensors", "checkpoints": "pt"}  # of the files that a run has
 MEMBERS = re.compile(r"runs\.csv|(curves|weights|checkpoints|flights|first_calls)/\w[\w.-]*")  # and nothing elsewhere
 
 
@@ -26,6 +28,20 @@ class Pack(NamedTuple):
 
     pieces: list[Path]
     left_out: list[Path]
+
+
+def belongings(rows: pd.DataFrame, folders: Mapping[str, Path]) -> list[Path]:
+    """What goes home with these rows: curves, weights of teachers and of first seeds, checkpoints of open runs.
+
+    What matters most comes first, as a pack may be full before its end: an open run can be trained again.
+    """
+    teachers, students = rows[rows["method"] == "teacher"], rows[rows["method"] != "teacher"]
+    first = students[students["seed"].astype(int) < WEIGHTS_SEEDS].sort_values("seed", kind="stable")
+    wanted = {"curves": rows["run_id"], "weights": [*teachers["run_id"], *first["run_id"]]}
+    paths = [folders[kind] / f"{run_id}.{SUFFIXES[kind]}" for kind, run_ids in wanted.items() for run_id in run_ids]
+    # A teacher's checkpoint is the largest, and what all students wait for.
+    paths += sorted(folders["checkpoints"].glob("*.pt"), key=lambda path: -path.stat().st_size)
+    return [path for path in paths if path.is_file()]
 
 
 def pack(rows: pd.DataFrame, files: Iterable[Path], folder: Path, name: str) -> Pack:

@@ -20,6 +20,7 @@ from kdig_utils import paths
 from kdig_utils.experiments import evidence, teachers
 from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
+from kdig_utils.experiments.packs import SUFFIXES
 from kdig_utils.experiments.reports import Report, print_line
 from kdig_utils.experiments.reservations import reserved
 from kdig_utils.experiments.runs import Run, compiled_network, student_run, teacher_run
@@ -38,10 +39,8 @@ SMOKE_HELD_OUT = 100  # at most
 TEACHER_RECIPE = TeacherSpec(
     epochs=100, batch_size=256, learning_rate=0.2, schedule="cosine", cutout=8, label_smoothing=0.0
 )
-WEIGHTS_SEEDS = 3  # of each method whose weights go home: enough for an interval over seeds
 RUN_BYTES = 60_000_000  # a checkpoint of the teacher, written beside the one before, and its weights
 LAST_EPOCH = ("test_accuracy", "validation_accuracy", "train_loss")  # what a row says of it
-SUFFIXES = {"curves": "csv", "weights": "safetensors", "checkpoints": "pt"}  # of the files that a run has
 
 
 @dataclass(frozen=True)
@@ -324,19 +323,6 @@ class Study:
             there = [e["run_id"] for name, e in entries if e["method"] != "teacher" or name == self.published_teacher]
             shown = shown[shown["run_id"].isin(there)]
         return evidence.of_runs(shown)
-
-    def files(self, rows: pd.DataFrame) -> list[Path]:
-        """What goes home with these rows: curves, weights of teachers and of first seeds, checkpoints of open runs.
-
-        What matters most comes first, as a pack may be full before its end: an open run can be trained again.
-        """
-        teachers, students = rows[rows["method"] == "teacher"], rows[rows["method"] != "teacher"]
-        first = students[students["seed"].astype(int) < WEIGHTS_SEEDS].sort_values("seed", kind="stable")
-        curves = [self._file("curves", run_id) for run_id in rows["run_id"]]
-        weights = [self._file("weights", run_id) for run_id in (*teachers["run_id"], *first["run_id"])]
-        # A teacher's checkpoint is the largest, and what all students wait for.
-        open_runs = sorted(self.folders["checkpoints"].glob("*.pt"), key=lambda path: -path.stat().st_size)
-        return [path for path in (*curves, *weights, *open_runs) if path.is_file()]
 
 
 def open_study(profile: str) -> Study:

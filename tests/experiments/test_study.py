@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdig_utils import paths
-from kdig_utils.experiments import side_by_side, study
+from kdig_utils.experiments import packs, side_by_side, study
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import PROFILES, Study, open_study
@@ -117,12 +117,12 @@ def test_weights_of_teachers_and_of_three_seeds_go_home_before_open_runs(small_s
     small_study.run(teacher)
     (small_study.folders["checkpoints"] / "0123456789ab.pt").write_bytes(b"open")
     rows = small_study.ledger.read()
-    files = small_study.files(rows)
+    files = packs.belongings(rows, small_study.folders)
     assert [path.parent.name for path in files] == ["curves"] * 5 + ["weights"] * 4 + ["checkpoints"]
     chosen = rows.set_index("run_id").loc[[path.stem for path in files[5:9]]]
     assert chosen["seed"].tolist() == [7, 0, 1, 2]
     assert chosen.index[0] == teacher.run_id
-    assert small_study.files(rows[:0]) == [files[-1]]
+    assert packs.belongings(rows[:0], small_study.folders) == [files[-1]]
 
 
 def test_a_run_whose_time_is_over_is_put_aside_and_goes_on(small_study: Study) -> None:
