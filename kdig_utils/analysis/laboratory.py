@@ -11,14 +11,17 @@ from scipy import stats
 
 from kdig_utils.analysis import claims
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm, sign_flips
+from kdig_utils.analysis.comparisons import holm, mean_interval, sign_flips
 from kdig_utils.analysis.sample_size import power, seeds_needed
+from kdig_utils.analysis.variance import variance_components
 from kdig_utils.experiments import laptop
 from kdig_utils.experiments.evidence import NOT_RUN
 from kdig_utils.experiments.ledger import Ledger, student_spec
 from kdig_utils.method import models
 
 ABOVE, BELOW, LEVEL, UNDECIDED = "above", "below", "level", "undecided"
+SO_FAR = "undecided so far"  # while runs of the question are missing: Holm's correction may still allow a finding
+YES, NO, OPEN = "yes", "no", "open"  # whether what was predicted held
 NUMBERS = ("effect", "low", "high", "deviation", "p", "p_exact", "level_p", "needed")
 PILOT_DEVIATION = 1.0  # points: about that of the pilot's differences
 INDEPENDENT = 0.5  # the correlation at which a difference deviates as much as a run
@@ -67,9 +70,10 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         Columns question, name, text, prediction, seeds (planned), pairs (there), effect with its 95 % interval low to
         high (points), deviation of the differences, p of the paired t-test, p_exact (sign flips), level_p (two
         one-sided tests with the registered margin), p_holm and level_p_holm within the question, power (chance that
-        the planned seeds see one point, at the pilot's deviation, or 1 where there is no pilot), needed (seeds that
-        see the margin with a chance of 0.8, at the deviation found and the strictest of Holm's levels), and verdict:
-        `above`, `below`, `level` or `undecided` once all seeds are there, else `not run yet`.
+        the planned seeds see one point, at the pilot's deviation, or 1 where there is no pilot), power_holm (the same
+        at the strictest of Holm's levels), needed (seeds that see the margin with a chance of 0.8, at that level and
+        the deviation found), and verdict: `above`, `below`, `level` or `undecided` once all seeds are there, else
+        `not run yet`. While contrasts of the same question wait for runs, it is `undecided so far`.
     """
     protocol = registered()
     tests = Counter(contrast["question"] for contrast in protocol["contrasts"])
@@ -80,23 +84,25 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     for _question, its in found.groupby("question"):
         for name in ("p", "level_p"):
             found.loc[its.index, f"{name}_holm"] = holm(its[name].where(whole[its.index]))
-    return found.assign(verdict=[_verdict(row) for row in found.itertuples()])
+    waits = found["question"].isin(found.loc[~whole, "question"])
+    return found.assign(verdict=[_verdict(row, so_far) for row, so_far in zip(found.itertuples(), waits, strict=True)])
 
 
 def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) -> dict[str, Any]:
     d = differences(table, contrast["weights"], contrast["seeds"])
     pilot = np.std(contrast["pilot"], ddof=1) if contrast["pilot"] else PILOT_DEVIATION
-    planned = power(1.0, float(pilot), contrast["seeds"], correlation=INDEPENDENT)
+    planned = [power(1.0, float(pilot), contrast["seeds"], at, INDEPENDENT) for at in (SIGNIFICANCE, level)]
     row = {
         **contrast,
         "text": claims.shown(contrast["text"]),
         "pairs": len(d),
-        "power": planned,
+        "power": planned[0],
+        "power_holm": planned[1],
         **dict.fromkeys(NUMBERS, np.nan),
     }
     if len(d) < 2 or np.ptp(d) == 0:
         return row
-    test, spread = stats.ttest_1samp(d, 0.0), float(d.std(ddof=1))
+    test, spread, whole = stats.ttest_1samp(d, 0.0), float(d.std(ddof=1)), len(d) == contrast["seeds"]
     interval = test.confidence_interval(1 - SIGNIFICANCE)
     apart = [stats.ttest_1samp(d, side * margin, alternative=way) for side, way in ((-1, "greater"), (1, "less"))]
     return row | {
@@ -107,16 +113,18 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) 
         "p": float(test.pvalue),
         "p_exact": sign_flips(d),
         "level_p": max(float(each.pvalue) for each in apart),
-        "needed": seeds_needed(margin, spread, alpha=level, correlation=INDEPENDENT),
+        "needed": seeds_needed(margin, spread, alpha=level, correlation=INDEPENDENT) if whole else np.nan,
     }
 
 
-def _verdict(row: pd.Series) -> str:
+def _verdict(row: pd.Series, so_far: bool) -> str:
     if row.pairs < row.seeds:
         return NOT_RUN
     if row.p_holm < SIGNIFICANCE:
         return ABOVE if row.effect > 0 else BELOW
-    return LEVEL if row.level_p_holm < SIGNIFICANCE else UNDECIDED
+    if row.level_p_holm < SIGNIFICANCE:
+        return LEVEL
+    return SO_FAR if so_far else UNDECIDED
 
 
 def in_words(row: pd.Series) -> str:
@@ -126,7 +134,8 @@ def in_words(row: pd.Series) -> str:
     found = f"{row.effect:+.2f} points ({row.low:+.2f} to {row.high:+.2f})"
     if row.verdict == NOT_RUN:
         return f"{found} after {row.pairs} of {row.seeds} seeds, no verdict yet"
-    needs = f", {row.needed:.0f} seeds would see {registered()['margin']:g} points" if row.verdict == UNDECIDED else ""
+    undecided = row.verdict in (UNDECIDED, SO_FAR)
+    needs = f", {row.needed:.0f} seeds would see {registered()['margin']:g} points" if undecided else ""
     return f"{found}: {row.verdict}{needs}"
 
 
@@ -134,17 +143,18 @@ def told(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `contrasts` to read, by name: the pilot, what came out, and whether what was predicted held."""
     needed, rows = f"seeds to see {registered()['margin']:g} points", []
     for row in table.itertuples():
-        decided = row.verdict not in (NOT_RUN, UNDECIDED)
+        decided = row.verdict in (ABOVE, BELOW, LEVEL)
         rows.append({
             "contrast": row.name,
             "compared": row.text,
             "pilot": f"{np.mean(row.pilot):+.2f} ({len(row.pilot)} seeds)" if row.pilot else "",
             "effect, points": f"{row.effect:+.2f} ({row.low:+.2f} to {row.high:+.2f})" if row.pairs > 1 else "",
             "seeds": f"{row.pairs} of {row.seeds}",
-            needed: f"{row.needed:.0f}" if row.pairs > 1 else "",
+            needed: f"{row.needed:.0f}" if np.isfinite(row.needed) else "",
+            "power for 1 point": f"{row.power:.2f}, corrected {row.power_holm:.2f}",
             "verdict": row.verdict,
             "predicted": row.prediction,
-            "held": ("yes" if row.verdict == row.prediction else "no") if decided else "open",
+            "held": (YES if row.verdict == row.prediction else NO) if decided else OPEN,
         })  # fmt: skip
     return pd.DataFrame(rows).set_index("contrast")
 
@@ -154,15 +164,24 @@ def basis(table: pd.DataFrame) -> str:
     seeds = (
         f"{table['pairs'].min()} to {table['pairs'].max()}" if table["pairs"].nunique() > 1 else table["pairs"].max()
     )
-    base, devices = laptop.BASE, Ledger(laptop.ledger_path()).read()["device"]
+    base, rows = laptop.BASE, read()
+    devices, mixed = rows["device"], mixed_seeds(rows)
     parameters = models.count_parameters(models.student(base.k, stem_stride=base.stem_stride))
     on_cpus = int(devices.str.startswith("CPU").sum())
     return (
         f"Protocol laptop: a student of {parameters:,} parameters, {base.train_images:,} images, {base.epochs} epochs, "
         f"{seeds} seeds a contrast, paired; 10,000 test images. Of the protocol's runs {on_cpus} were made on CPUs, "
-        f"{len(devices) - on_cpus} on a GPU. Bars: 95 % intervals, not corrected for the number of tests as the "
+        f"{len(devices) - on_cpus} on a GPU{mixed}. Bars: 95 % intervals, not corrected for the number of tests as the "
         "verdicts are; grey: the registered margin."
     )
+
+
+def mixed_seeds(rows: pd.DataFrame) -> str:
+    """For a caption: the seeds of which some conditions of L1 to L4 ran on a CPU, and others on a GPU."""
+    its = rows[rows["condition"].isin(laptop.MAIN)]
+    kinds = its["device"].str.startswith("CPU").groupby(its["seed"].astype(int)).nunique()
+    seeds = ", ".join(str(seed) for seed, number in kinds.items() if number > 1)
+    return f" (seed {seeds} on both: a pair there is hardly more alike than two seeds)" if seeds else ""
 
 
 def surface(rows: pd.DataFrame) -> pd.DataFrame:
@@ -204,6 +223,34 @@ def promises(rows: pd.DataFrame, chosen_by: str) -> pd.DataFrame:
         found[seed] = (*cell, tested.at[seed, cell], promised)
     columns = [*seen.columns.names, "reported", "promised"]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("seed")
+
+
+def choice_held(rows: pd.DataFrame) -> tuple[str, str]:
+    """L5: what the test images choose and how much better it looks than it is, with its interval; whether that held.
+
+    Predicted were an alpha of 0.9 or more, and less than one point.
+    """
+    cells, extra = surface(rows), promises(rows, "test_accuracy")["promised"].dropna()
+    if cells["test"].isna().any() or len(extra) < 2:
+        return NOT_RUN, OPEN
+    best, (mean, low, high) = cells.loc[cells["test"].idxmax()], mean_interval(extra)
+    said = f"test images choose α = {best['alpha']:g}, T = {best['temperature']:g}, which looks {mean:+.2f} points "
+    said += f"({low:+.2f} to {high:+.2f}) better than it is"
+    if (cells["seeds"] < registered()["questions"]["L5"]["seeds"]).any():
+        return said, OPEN
+    return said, NO if best["alpha"] < 0.9 or low > 1 else YES if high < 1 else OPEN
+
+
+def lucks_held(rows: pd.DataFrame) -> tuple[str, str]:
+    """L6: the share of the variance that the images have, with its interval; whether it is more than the seed's."""
+    its = crossed(rows).astype({"test_accuracy": float})
+    if its["resample"].nunique() < 2:
+        return NOT_RUN, OPEN
+    found = variance_components(its, "resample")
+    said = f"images: {found.share:.0%} of the variance ({found.low:.0%} to {found.high:.0%}), {found.groups} draws"
+    if found.groups < registered()["questions"]["L6"]["draws"]:
+        return said, OPEN
+    return said, YES if found.low > 0.5 else NO if found.high < 0.5 else OPEN
 
 
 def _cells() -> pd.MultiIndex:

@@ -83,6 +83,37 @@ def test_the_plan_sees_one_point_with_a_chance_of_four_in_five() -> None:
     found = laboratory.contrasts(accuracies({}))
     without_pilot = found[(found["seeds"] == 10) & found["pilot"].map(len).eq(0)]
     assert without_pilot["power"].to_numpy() == pytest.approx(0.803, abs=0.001)
+    for row in without_pilot.itertuples():  # and fewer once the tests of a question are counted
+        critical = stats.t(9).isf(0.025 / (found["question"] == row.question).sum())
+        beyond = stats.nct(9, np.sqrt(10))
+        assert row.power_holm == pytest.approx(beyond.sf(critical) + beyond.cdf(-critical), abs=1e-6)
+
+
+def test_undecided_is_final_only_when_the_question_has_all_its_runs() -> None:
+    table = accuracies({"kd": 3.0}, deviation=0.8)
+    before = verdicts(table)
+    table.loc[0, "ig, edges"] = np.nan
+    after = verdicts(table)
+    undecided = [key for key, verdict in before.items() if verdict == "undecided"]
+    assert {question for question, _name in undecided} > {"L3"}
+    for question, name in undecided:
+        expected = "not run yet" if "edges" in name else "undecided so far" if question == "L3" else "undecided"
+        assert after[question, name] == expected
+
+
+def test_predictions_about_choice_and_luck_hold_only_if_their_intervals_say_so() -> None:
+    cells = laptop.surface()
+    for best, luck, held in ((0.9, 0.1, "yes"), (0.1, 0.1, "no"), (0.9, 3.0, "open")):
+        rng = np.random.default_rng(1)
+        rows = [
+            row_of(run, 50 + 2 * (run.alpha == best) + rng.normal(0, luck), validation_accuracy=0.0) for run in cells
+        ]
+        assert laboratory.choice_held(pd.DataFrame(rows))[1] == held
+    assert laboratory.choice_held(pd.DataFrame(rows[:-1]))[1] == "open"
+    for images, seed, held in ((1.0, 0.1, "yes"), (0.0, 1.0, "no"), (0.5, 1.0, "open")):
+        rows = [row_of(run, 55 + images * run.sample_seed + seed * run.seed) for run in laptop.crossed()]
+        assert laboratory.lucks_held(pd.DataFrame(rows))[1] == held
+        assert laboratory.lucks_held(pd.DataFrame(rows[:-1]))[1] == "open"
 
 
 def test_more_seeds_than_planned_change_nothing() -> None:
