@@ -35,7 +35,7 @@ def laptop_campaign(
 
 
 def rerun(run_id: Annotated[str, "of a row of results/laptop.csv"]) -> None:
-    """Train one run of the laptop protocol again, in about a minute, and compare it with its committed row.
+    """Train one run of the laptop protocol again, in a minute or two, and compare it with its committed row.
 
     The images and the teacher's signals come with the repository: no data set is needed. The committed ledger stays as
     it is.

@@ -1,4 +1,4 @@
-"""The laptop protocol: a small student on 2,500 images, under a minute of one CPU core a run (claims.yml, `laptop`).
+"""The laptop protocol: a small student on 2,500 images, a minute or two of one CPU core a run (claims.yml, `laptop`).
 
 Its images, and what the teacher says of them, come with the repository, frozen: a better teacher, published later,
 changes no run. Its runs have a ledger of their own, `results/laptop.csv`.
