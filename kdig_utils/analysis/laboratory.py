@@ -92,14 +92,8 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) 
     d = differences(table, contrast["weights"], contrast["seeds"])
     pilot = np.std(contrast["pilot"], ddof=1) if contrast["pilot"] else PILOT_DEVIATION
     planned = [power(1.0, float(pilot), contrast["seeds"], at, INDEPENDENT) for at in (SIGNIFICANCE, level)]
-    row = {
-        **contrast,
-        "text": claims.shown(contrast["text"]),
-        "pairs": len(d),
-        "power": planned[0],
-        "power_holm": planned[1],
-        **dict.fromkeys(NUMBERS, np.nan),
-    }
+    known = {"text": claims.shown(contrast["text"]), "pairs": len(d), "power": planned[0], "power_holm": planned[1]}
+    row = contrast | known | dict.fromkeys(NUMBERS, np.nan)
     if len(d) < 2 or np.ptp(d) == 0:
         return row
     test, spread, whole = stats.ttest_1samp(d, 0.0), float(d.std(ddof=1)), len(d) == contrast["seeds"]
@@ -161,9 +155,7 @@ def told(table: pd.DataFrame) -> pd.DataFrame:
 
 def basis(table: pd.DataFrame) -> str:
     """What a figure of contrasts in the protocol's own setting, those of L1 to L4, rests on, for its caption."""
-    seeds = (
-        f"{table['pairs'].min()} to {table['pairs'].max()}" if table["pairs"].nunique() > 1 else table["pairs"].max()
-    )
+    seeds = " to ".join(map(str, sorted({table["pairs"].min(), table["pairs"].max()})))
     base, rows = laptop.BASE, read()
     devices, mixed = rows["device"], mixed_seeds(rows)
     parameters = models.count_parameters(models.student(base.k, stem_stride=base.stem_stride))
