@@ -162,9 +162,9 @@ def basis(table: pd.DataFrame) -> str:
     on_cpus = int(devices.str.startswith("CPU").sum())
     return (
         f"Protocol laptop: a student of {parameters:,} parameters, {base.train_images:,} images, {base.epochs} epochs, "
-        f"{seeds} seeds a contrast, paired; 10,000 test images. Of the protocol's runs {on_cpus} were made on CPUs, "
-        f"{len(devices) - on_cpus} on a GPU{mixed}. Bars: 95 % intervals, not corrected for the number of tests as the "
-        "verdicts are; grey: the registered margin."
+        f"{seeds} seeds for each comparison, paired; 10,000 test images. Of the protocol's runs {on_cpus} were made on "
+        f"CPUs, {len(devices) - on_cpus} on a GPU{mixed}. Bars: 95 % intervals, not corrected for the number of tests "
+        "as the verdicts are; grey: the registered margin."
     )
 
 
