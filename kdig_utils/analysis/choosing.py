@@ -157,6 +157,12 @@ def gradient_plane(
     return pd.DataFrame(rows, columns=["alpha", "temperature", "share", "angle"])
 
 
+def label_gradient(student: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of cross-entropy on a batch with respect to all parameters, with the batch norm of training."""
+    student = copy.deepcopy(student).train()
+    return parameter_gradient(student, F.cross_entropy(student(inputs), labels))
+
+
 def parameter_gradient(model: nn.Module, loss: Tensor) -> Tensor:
     """Gradient of `loss` with respect to all parameters, one vector in float64; the graph is kept."""
     gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)

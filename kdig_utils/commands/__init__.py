@@ -7,13 +7,24 @@ from collections.abc import Callable
 
 from kdig_utils.commands.laptop_runs import rerun
 from kdig_utils.commands.make_runs import adopt, campaign, data, flight, probe, search, signals, teacher, train, unpack
-from kdig_utils.commands.use_runs import explain, first_calls, latency, links, publish, readme, reproduce, status, store
+from kdig_utils.commands.use_runs import (
+    explain,
+    first_calls,
+    latency,
+    links,
+    publish,
+    readme,
+    reproduce,
+    status,
+    store,
+    witnesses,
+)
 
 Command = Callable[..., int | None]  # returns its exit status; None is 0
 
 COMMANDS: tuple[Command, ...] = (
-    data, teacher, adopt, signals, train, campaign, probe, flight, first_calls, search, unpack, rerun, explain, latency,
-    reproduce, store, status, publish, readme, links,
+    data, teacher, adopt, signals, train, campaign, probe, flight, first_calls, search, unpack, rerun, explain,
+    witnesses, latency, reproduce, store, status, publish, readme, links,
 )  # fmt: skip
 
 # Of commands that are not just called by their name.

@@ -1,0 +1,102 @@
+"""The trained students that the paper's authors released, and those of their public history: which, and where.
+
+The files are not part of this repository. They lie in the authors' repository (`ADDRESS`, licence Apache-2.0), and each
+is known by its SHA-256: the catalogue `released.csv` names path, commit, and what is known of the training.
+"""
+
+import hashlib
+import os
+import re
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from kdig_utils import paths
+from kdig_utils.method import models
+from kdig_utils.method.models import Student
+
+ADDRESS = "https://raw.githubusercontent.com/nordlinglab/ModelCompression-IntegratedGradients"
+VARIABLE = "KDIG_RELEASED"  # a folder that holds the files, under any names
+BATCH_SIZE, TRAIN_IMAGES = 64, 50_000  # of the authors' trainings
+
+
+@cache
+def catalogue() -> pd.DataFrame:
+    """What is known of each file, from its name or a notebook of the authors, and never guessed.
+
+    Columns path and commit (in the authors' repository), sha256 of the file, method, k (found by which architecture
+    takes the weights), train_fraction (named; else by the counter of updates, which is a whole number of epochs of one
+    share alone), group (`last commit`, `sweep`, `earlier commits`), known_from (what says the method).
+    """
+    with files("kdig_utils").joinpath("released.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def found(folder: Path) -> dict[str, Path]:
+    """The files of the catalogue below `folder`, by their SHA-256; others are passed over."""
+    known = set(catalogue()["sha256"])
+    hashes = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.rglob("*.pt"))}
+    return {sha256: path for sha256, path in hashes.items() if sha256 in known}
+
+
+def fetch() -> dict[str, Path]:
+    """The files by their SHA-256: those in the folder that `KDIG_RELEASED` names; without it, fetched from the authors.
+
+    Raises:
+        FileNotFoundError: the folder lacks files of the catalogue.
+    """
+    if folder := os.environ.get(VARIABLE):
+        there = found(Path(folder))
+        if missing := [row.path for row in catalogue().itertuples() if row.sha256 not in there]:
+            raise FileNotFoundError(
+                f"{VARIABLE}={folder} lacks {len(missing)} of {len(catalogue())} networks, first {missing[0]}: put "
+                f"them there, or unset {VARIABLE} to fetch them"
+            )
+        return there
+    import pooch  # only where it is needed: it loads tqdm.auto, whose warning would stand in every notebook
+
+    target = paths.workspace() / "released"
+    return {
+        row.sha256: Path(
+            pooch.retrieve(
+                f"{ADDRESS}/{row.commit}/{row.path}", f"sha256:{row.sha256}", f"{row.sha256[:12]}.pt", target
+            )
+        )
+        for row in catalogue().itertuples()
+    }
+
+
+def load(path: Path, k: int) -> Student:
+    """The network of a file, in evaluation mode; it takes pixels in [0, 1].
+
+    Raises:
+        ValueError: these are no weights of a student with this `k`.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    network = models.load_state(models.student(k), {_name(name): value for name, value in state.items()}).eval()
+    assert isinstance(network, Student)
+    return network
+
+
+def _name(theirs: str) -> str:
+    """Torchvision's name of a tensor; theirs are split before and behind block 9 where attention was transferred."""
+    theirs = theirs.replace("front_layers.", "features.").replace("middle_layer.", "features.9.")
+    return re.sub(r"end_layers\.(\d+)", lambda block: f"features.{int(block[1]) + 10}", theirs)
+
+
+def updates(network: nn.Module) -> int:
+    """Training steps that the weights have behind them, by the odometer that batch normalisation keeps.
+
+    It counts its updates in `num_batches_tracked`, one a batch, and a checkpoint saves the count with the weights.
+    """
+    (count,) = {int(value) for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
+    return count  # of all layers: they are updated together
+
+
+def batches_an_epoch(train_fraction: float) -> int:
+    """Batches of `BATCH_SIZE` in an epoch of this share of the 50,000 training images, the last one smaller."""
+    return -(-round(TRAIN_IMAGES * train_fraction) // BATCH_SIZE)
