@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from kdig_utils.analysis import claims, imagenet, verdicts
+from kdig_utils.analysis import claims, imagenet, printed, verdicts
 from kdig_utils.analysis.claims import Claim
 from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, sign_flips, unpaired
 from kdig_utils.analysis.counted import COMPUTED
@@ -112,6 +112,8 @@ def _row(claim: Claim, held: _Evidence) -> dict:
         return row | _from_explanations(claim, held)
     if claim.measure == "imagenet" and (folder := imagenet.folder()):
         return row | _from_imagenet(claim, held.runs, folder)
+    if claim.measure == "printed_imagenet":
+        return row | printed.imagenet_gain(*claim.methods)
     if claim.measure == "latency_ratio":
         value, low, high = held.speedups.get(claim.k, (np.nan,) * 3)
         return row | {"value": value, "low": low, "high": high, "gap": value - claim.claimed}

@@ -31,7 +31,7 @@ def first_calls(
 
 def latency(
     *,
-    student: Annotated[str, "a network of artifacts/"] = "kd_ig_k5",
+    student: Annotated[str, "of artifacts/, or 12 digits of a released SHA-256"] = "kd_ig_k5",
     json: Annotated[Path | None, "write the rows to this file"] = None,
     patience: Annotated[float, "seconds for everything"] = 100.0,
 ) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from kdig_utils import machine
 from kdig_utils.edge import roofline, runtimes, timing
 from kdig_utils.edge.runtimes import Candidate, at_once, exported, heard
-from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method import artifacts, cifar10, models, released
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.paths import check_writable, replacing
 
@@ -35,6 +36,7 @@ SHOWN = [
     *("model", "runtime", "precision", "p50_ms", "p95_ms", "predicted_ms", "speedup", "95 %"),
     *("accuracy", "accuracy_images", "bytes", "load_ms", "peak_mb"),
 ]
+SHA256_BEGINS = "[0-9a-f]{12,64}"  # so a released network is named
 VNNI = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # instructions that add up 8-bit products
 NO_VNNI = (
     "no instruction for sums of 8-bit products (VNNI): 8 bits are slower here, and ONNX Runtime's sums of products of "
@@ -43,7 +45,9 @@ NO_VNNI = (
 
 
 def run(student: str, patience: float, json_path: Path | None) -> None:
-    """The command `latency`: teacher and one published student, the table, and the file if one is wanted.
+    """The command `latency`: teacher and one student, the table, and the file if one is wanted.
+
+    The student is an artifact, or a released network by the first digits of its SHA-256.
 
     Raises:
         ValueError: `patience` is no number of seconds.
@@ -54,7 +58,10 @@ def run(student: str, patience: float, json_path: Path | None) -> None:
     if json_path:
         check_writable(json_path.resolve().parent)
     names = {"teacher": "teacher", "student": student}
-    networks = {model: artifacts.load(name) for model, name in names.items()}
+    networks = {
+        model: released.network(name) if re.fullmatch(SHA256_BEGINS, name) else artifacts.load(name)
+        for model, name in names.items()
+    }
     test = cifar10.load("test") if os.environ.get("KDIG_DATA") else cifar10.load_sample("test")
     rows = [{**found, "artifact": names[found["model"]]} for found in latency_rows(networks, test, patience=patience)]
     print(table(rows))

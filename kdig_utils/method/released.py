@@ -43,20 +43,26 @@ def found(folder: Path) -> dict[str, Path]:
     return {sha256: path for sha256, path in hashes.items() if sha256 in known}
 
 
-def fetch() -> dict[str, Path]:
-    """The files by their SHA-256: those in the folder that `KDIG_RELEASED` names; without it, fetched from the authors.
+def fetch(digits: str = "") -> dict[str, Path]:
+    """The files whose SHA-256 begins with `digits`, by their SHA-256.
+
+    Those in the folder that `KDIG_RELEASED` names; without it, fetched from the authors.
 
     Raises:
+        KeyError: no file of the catalogue begins so.
         FileNotFoundError: the folder lacks files of the catalogue.
     """
+    wanted = catalogue()[catalogue()["sha256"].str.startswith(digits)]
+    if wanted.empty:
+        raise KeyError(f"no released network has a SHA-256 that begins with {digits!r}: see kdig_utils/released.csv")
     if folder := os.environ.get(VARIABLE):
         there = found(Path(folder))
-        if missing := [row.path for row in catalogue().itertuples() if row.sha256 not in there]:
+        if missing := [row.path for row in wanted.itertuples() if row.sha256 not in there]:
             raise FileNotFoundError(
-                f"{VARIABLE}={folder} lacks {len(missing)} of {len(catalogue())} networks, first {missing[0]}: put "
+                f"{VARIABLE}={folder} lacks {len(missing)} of {len(wanted)} networks, first {missing[0]}: put "
                 f"them there, or unset {VARIABLE} to fetch them"
             )
-        return there
+        return {sha256: there[sha256] for sha256 in wanted["sha256"]}
     import pooch  # only where it is needed: it loads tqdm.auto, whose warning would stand in every notebook
 
     target = paths.workspace() / "released"
@@ -66,8 +72,14 @@ def fetch() -> dict[str, Path]:
                 f"{ADDRESS}/{row.commit}/{row.path}", f"sha256:{row.sha256}", f"{row.sha256[:12]}.pt", target
             )
         )
-        for row in catalogue().itertuples()
+        for row in wanted.itertuples()
     }
+
+
+def network(digits: str) -> Student:
+    """The one network whose SHA-256 begins with `digits`, twelve of them as a rule; see `fetch` and `load`."""
+    ((sha256, path),) = fetch(digits).items()
+    return load(path, int(catalogue().set_index("sha256").loc[sha256, "k"]))
 
 
 def load(path: Path, k: int) -> Student:

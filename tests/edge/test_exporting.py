@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdig_utils import machine
-from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method import artifacts, cifar10, models, released
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -119,8 +119,7 @@ def test_a_student_at_92_percent_loses_at_most_a_fifth_of_a_point(tmp_path):
     except FileNotFoundError:
         pytest.skip("the official test images are not at hand: set KDIG_DATA")
     (weights,) = RELEASED.glob("*KD_IG_T2.5*92.28.pt")
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    network = models.load_state(models.student(5), state).eval()
+    network = released.load(weights, 5)
     exporting.export_onnx_int8(network, tmp_path / "int8.onnx")
     right = logits(tmp_path / "int8.onnx", official.pixels.numpy()).argmax(1) == official.labels.numpy()
     assert 100 * right.mean() >= 92.28 - 0.2

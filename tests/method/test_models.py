@@ -6,18 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import binom
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 from torchvision.models import MobileNetV2
 from torchvision.transforms.functional import normalize
 
 import kdig_utils
-from kdig_utils.method import cifar10, models
-from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method import models
 
 PAPER = json.loads((Path(kdig_utils.__file__).parent / "paper.json").read_text())
-RELEASED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "students"
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -205,36 +201,6 @@ def test_identity_of_weights_sees_every_tensor() -> None:
         value.flatten()[0] += 1
         identities.add(models.weights_sha256(network))
     assert len(identities) == 1 + len(network.state_dict())
-
-
-@pytest.fixture(scope="module")
-def official_test(full_data: Path) -> ImageSet:
-    return cifar10.load("test", full_data)
-
-
-def torchvision_name(name: str) -> str:
-    """The name of a tensor in the authors' students with attention transfer, split around block 9."""
-    name = name.replace("front_layers.", "features.").replace("middle_layer.", "features.9.")
-    return re.sub(r"end_layers\.(\d+)", lambda block: f"features.{int(block[1]) + 10}", name)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not RELEASED.is_dir(), reason="needs the authors' released students in ../shared/reference")
-@pytest.mark.parametrize("file", sorted(RELEASED.glob("*.pt")), ids=lambda file: file.stem)
-def test_released_student_reaches_the_accuracy_in_its_name(file: Path, official_test: ImageSet) -> None:
-    """The paper's main student on all test images; the others on 500, within what a draw of 500 leaves to chance."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = {torchvision_name(name): value for name, value in state.items()}
-    network = models.load_state(models.student(PAPER["student"]["main_k"]), state).eval()
-    network = fuse(network).to(memory_format=torch.channels_last)  # half the time
-    stated = float(re.search(r"TestAcc([\d.]+)", file.stem)[1])
-    if file.stem.startswith("CIFAR10_KD_IG_T"):
-        assert models.accuracy(network, official_test) == pytest.approx(stated, abs=0.02)
-        return
-    drawn = torch.randperm(len(official_test), generator=torch.Generator().manual_seed(0))[:500]
-    found = models.accuracy(network, official_test.subset(drawn))
-    low, high = binom.interval(0.9999, 500, stated / 100)
-    assert low <= 5 * found <= high
 
 
 # Memory
