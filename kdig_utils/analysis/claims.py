@@ -24,8 +24,7 @@ ACCURACY_MEASURES = ("accuracy", "teacher", "teacher_gap", "difference", "no_dif
 OUT_OF_REACH = {
     "authors_device": "needs the authors' machine",
     "other_work": "needs another group's networks and recipe",
-    "imagenet": "needs images of ImageNet, which nobody may pass on: KDIG_IMAGENET names a folder of them, with one "
-    "folder for each class of CIFAR-10 that ImageNet has",
+    "imagenet": "needs images of ImageNet, which nobody may pass on; the next claim is on the authors' own figures",
 }
 # All that a claim can be about: accuracies, networks, axioms, the paper's lists, what is out of reach, times and maps.
 MEASURES = (

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from kdig_utils.analysis import claims, imagenet, printed, verdicts
+from kdig_utils.analysis import claims, printed, verdicts
 from kdig_utils.analysis.claims import Claim
 from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, sign_flips, unpaired
 from kdig_utils.analysis.counted import COMPUTED
@@ -17,7 +16,6 @@ from kdig_utils.analysis.eligibility import Candidates, by_seed
 from kdig_utils.analysis.sample_size import best_of_normal
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 from kdig_utils.experiments import evidence, teachers
-from kdig_utils.method import artifacts
 from kdig_utils.method.spec import METHODS
 
 CONCEPTUAL = "matched"  # as the paper's text means it; claims.yml has the pairing of the released scripts
@@ -110,8 +108,6 @@ def _row(claim: Claim, held: _Evidence) -> dict:
         return row | _from_ledger(claim, held.runs)
     if claim.measure == "map_similarity":
         return row | _from_explanations(claim, held)
-    if claim.measure == "imagenet" and (folder := imagenet.folder()):
-        return row | _from_imagenet(claim, held.runs, folder)
     if claim.measure == "printed_imagenet":
         return row | printed.imagenet_gain(*claim.methods)
     if claim.measure == "latency_ratio":
@@ -171,16 +167,6 @@ def _from_explanations(claim: Claim, held: _Evidence) -> dict:
     if not values.size:
         return {"reason": "no explanation was measured of students that count"}
     return _found(claim, values, (np.nan, 0))
-
-
-def _from_imagenet(claim: Claim, runs: Candidates, folder: Path) -> dict:
-    """How much better the published student of the first method is than that of the second, if both count."""
-    first, second = (f"{method}_k{claim.k}" for method in claim.methods)
-    counting, published = {run.run_id for run in runs.counting(claim)}, artifacts.manifest()
-    if not all(published.get(name, {}).get("run_id") in counting for name in (first, second)):
-        return {"reason": f"no published weights, {first} and {second}, of runs that count"}
-    images, labels = imagenet.read(folder)
-    return {**imagenet.gain(artifacts.load(first), artifacts.load(second), images, labels), "runs": 1}
 
 
 def _short(claim: Claim, candidates: list[tuple[pd.Series, str]]) -> dict:

@@ -73,7 +73,7 @@ def _or_unknown(value: float) -> str:
 WORDS: dict[str, Callable[[Mapping], str]] = {
     **dict.fromkeys(("accuracy", "teacher_gap"), _accuracy_in_words),
     **dict.fromkeys(("difference", "interaction", "no_difference", "direction"), _difference_in_words),
-    **dict.fromkeys(("map_similarity", "imagenet", "printed_imagenet"), _difference_in_words),
+    **dict.fromkeys(("map_similarity", "printed_imagenet"), _difference_in_words),
     "latency_ratio": lambda row: f"{row['gap']:+.3g}, tolerance {row['tolerance']:g}, on this machine",
 }
 
@@ -131,7 +131,6 @@ TESTS = {
     "direction": "It has to be shown, seed by seed, after Holm's correction over its family. It is refuted if the "
     f"opposite is shown, or if the difference is shown to be smaller than {claims.margin():g} points.",
     "map_similarity": "It has to be shown, seed by seed.",
-    "imagenet": "It has to be shown, image by image.",
     "printed_imagenet": "One network a method, on however many images, says nothing of the methods.",
     "parameters": "It should be the same to the last digit printed.",
     "explaining_over_training": "It should be at most one.",

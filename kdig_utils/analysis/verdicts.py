@@ -66,9 +66,7 @@ def judge(claim: Claim, found: Mapping[str, ArrayLike], significance: float) -> 
             return judge_direction(value, holds("p_holm"), holds("p_level"))
         case "map_similarity":
             return judge_direction(value, holds("p"))
-        case (
-            "imagenet" | "printed_imagenet"
-        ):  # one network a method, however many images: that says nothing about the methods
+        case "printed_imagenet":  # one network a method, however many images: that says nothing about the methods
             return np.full(value.shape, UNDECIDED)
         case "latency_ratio":
             return judge_time(gap, np.asarray(found["low"]), np.asarray(found["high"]), claim)

@@ -96,14 +96,13 @@ def _logits(network: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def closely(network: nn.Module, q: Questions) -> dict[str, Mean]:
-    """All measures of one network but its likeness to the others.
+    """What only some networks are asked.
 
     Returns:
-        Those of `examination.examine`; `overlay: NAME`, accuracy under each overlay; `CORRUPTION, severity N`,
-        accuracy; and those of `curve_measures`, `gradient_measures` and `step_measures`.
+        The measures of `examination.examine`; `CORRUPTION, severity N`, accuracy; and those of `curve_measures`,
+        `gradient_measures` and `step_measures`.
     """
-    labels = examination.first_images(q.sample, len(q.overlaid["black"])).labels
-    right = {f"overlay: {name}": _logits(network, x).argmax(1) == labels for name, x in q.overlaid.items()}
+    right = {}
     for name in CORRUPTED:
         for severity in SEVERITIES:
             changed = corruptions.corrupt(q.sample, name, severity)
@@ -198,7 +197,7 @@ class Found(NamedTuple):
 
 
 def is_asked_closely(network: Any) -> bool:
-    """Whether this row of the catalogue gets all questions; the others are asked for their predictions alone.
+    """Whether this row of the catalogue gets all questions; the others are asked for predictions, also under overlays.
 
     The last commit, and the plain students with k = 5: it has none that was trained on all images.
     """
@@ -221,9 +220,11 @@ def measure(
     for row in released.catalogue().itertuples():
         network, name = released.load(files[row.sha256], row.k), row.sha256[:12]
         predictions |= _predictions(name, network, q.test)
-        own = closely(network, q) if is_asked_closely(row) else {}
-        means[name] = own | _counted(network, row.train_fraction) | _accuracies(network, predictions[name], q)
-        if own:
+        asked_closely = is_asked_closely(row)
+        means[name] = closely(network, q) if asked_closely else {}
+        means[name] |= _accuracies(network, predictions[name], q) | _overlaid(network, q)
+        means[name] |= _counted(network, row.train_fraction)
+        if asked_closely:
             explained[name] = faithfulness.ig_maps(network, q.asked.explained, q.asked.effort.n_steps)
             kept |= {f"{name}.{kind}": maps for kind, maps in _maps_to_look_at(network, q).items()}
         report(f"{row.path}: {100 * means[name]['accuracy'].value:.2f} %, {means[name]['epochs'].value:.0f} epochs")
@@ -231,6 +232,12 @@ def measure(
         means[name] |= found
     lines = [(name, measure, *mean) for name, its in means.items() for measure, mean in its.items()]
     return Found(pd.DataFrame(lines, columns=list(COLUMNS)).round(5), pd.DataFrame(predictions), kept)
+
+
+def _overlaid(network: nn.Module, q: Questions) -> dict[str, Mean]:
+    labels = examination.first_images(q.sample, len(q.overlaid["black"])).labels
+    right = {f"overlay: {name}": _logits(network, x).argmax(1) == labels for name, x in q.overlaid.items()}
+    return {name: mean_over_images(values) for name, values in right.items()}
 
 
 def _predictions(name: str, network: nn.Module, test: ImageSet) -> dict[str, np.ndarray]:

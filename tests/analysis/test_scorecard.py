@@ -373,16 +373,15 @@ def test_what_only_others_have_is_not_testable_and_a_sentence_is_held_against_it
     table = card([])
     outside = table[table["measure"].isin(claims.OUT_OF_REACH)]
     assert set(outside["verdict"]) == {NOT_TESTABLE}
-    assert "KDIG_IMAGENET" in scorecard_text.explained(table.loc["imagenet_subset"])
     assert table.loc["literature_largest_gain", "value"] == max(claims.lookup("literature_on_cifar10.accuracy_changes"))
     assert table.loc["literature_largest_loss", "verdict"] == REPRODUCED
 
 
-def test_images_of_ones_own_test_nothing_while_the_published_students_do_not_count(monkeypatch, tmp_path):
-    monkeypatch.setenv("KDIG_IMAGENET", str(tmp_path))
-    row = card([teacher_row()]).loc["imagenet_subset"]
-    assert row["verdict"] == NOT_RUN
-    assert "kd_ig_k5" in scorecard_text.explained(row)
+def test_the_authors_own_figures_on_imagenet_decide_nothing_and_point_the_other_way():
+    row = card([]).loc["imagenet_printed"]
+    assert row["verdict"] == UNDECIDED
+    assert row["found"] == evidence.PAPER
+    assert row["high"] < 0
 
 
 def test_latency_is_judged_when_it_was_measured():
