@@ -5,6 +5,7 @@ changes no run. Its runs have a ledger of their own, `results/laptop.csv`.
 """
 
 import itertools
+import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
 
 from kdig_utils import paths
-from kdig_utils.experiments import frozen_signals
 from kdig_utils.experiments.ledger import Ledger, student_spec
 from kdig_utils.experiments.reports import Report
 from kdig_utils.experiments.side_by_side import Way
@@ -37,6 +38,7 @@ SEEDS = 10
 MORE_SEEDS = 20  # of the conditions that tell whether the map's content matters
 K, IMAGES, POOL = 9, 2500, 5000
 SIGNALS = SignalSettings(n_steps=14, method=SECANT)
+MAP_COLUMNS = 50  # maps in a row of the picture that holds them all
 BASE = RunSpec(
     "student", K, epochs=20, learning_rate=4e-3, schedule="one_cycle", stem_stride=2, precision="float32",
     train_images=IMAGES,
@@ -152,12 +154,12 @@ class Laboratory(Study):
     @cached_property
     def teacher_sha256(self) -> str:
         """The weights of the network that the frozen signals are of."""
-        return frozen_signals.manifest(signals_folder())["teacher_sha256"]
+        return frozen_manifest()["teacher_sha256"]
 
     def signals_for(self, tap: int, deadline: float = np.inf) -> TeacherSignals:
         """The frozen signals, or, of more images, those computed now or earlier."""
         if self.images == IMAGES:
-            return frozen_signals.read(signals_folder(), self.train)
+            return frozen_signals(self.train)
         folder = self.folder / f"signals_{self.images}"
         return compute_signals(self.teacher.to(self.device), self.train, folder, SIGNALS, deadline=deadline)
 
@@ -249,6 +251,29 @@ def open_laboratory(ledger: Path | None = None, folder: Path | None = None, imag
 def signals_folder() -> Path:
     """Where the repository keeps what the teacher says of the protocol's images."""
     return paths.artifacts_folder() / NAME
+
+
+def frozen_manifest() -> dict[str, Any]:
+    """Teacher, data and settings of the frozen signals."""
+    return json.loads((signals_folder() / "manifest.json").read_text())
+
+
+def frozen_signals(images: ImageSet) -> TeacherSignals:
+    """The frozen signals of the protocol's images, in memory: maps from bytes in one picture, the rest from arrays.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are of other images.
+    """
+    named, folder = frozen_manifest(), signals_folder()
+    if named["data_md5"] != images.md5:
+        raise ValueError(f"the signals in {folder.name} are of other images than {images.name}: restore them from git")
+    arrays = np.load(folder / "signals.npz")
+    rest = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in ("logits", "attention", "error")}
+    sheet = torch.from_numpy(np.asarray(Image.open(folder / "maps.webp").convert("RGB"))[..., 0].copy())
+    maps = sheet.view(-1, 32, MAP_COLUMNS, 32).transpose(1, 2).reshape(-1, 32, 32)
+    told = {**named, "indices": images.indices.tolist()}
+    return TeacherSignals(maps=(maps.float() / 255).half(), manifest=told, **rest)
 
 
 def ledger_path() -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdig_utils.analysis import claims
-from kdig_utils.experiments import frozen_signals, laptop
+from kdig_utils.experiments import laptop
 from kdig_utils.experiments.laptop import BASE, CONDITIONS
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import Way
@@ -74,22 +74,13 @@ def test_the_images_come_with_the_repository_and_are_the_first_of_each_class() -
 
 def test_the_frozen_signals_are_those_of_their_teacher(tmp_path: Path) -> None:
     images, teacher = cifar10.load_laptop(), artifacts.load("laptop_teacher")
-    found = frozen_signals.read(laptop.signals_folder(), images)
+    found = laptop.frozen_signals(images)
     assert models.weights_sha256(teacher) == found.manifest["teacher_sha256"] == REGISTERED["teacher_sha256"]
     few = torch.tensor([3, 1200, 2499])
     again, kept = precompute.compute_signals(teacher, images.subset(few), tmp_path, laptop.SIGNALS), found.rows(few)
     assert torch.allclose(kept.logits, again.logits, atol=1e-3)
     assert torch.allclose(kept.maps.float(), again.maps.float(), atol=0.01)
     assert torch.allclose(kept.attention, again.attention, atol=1e-3)
-
-
-def test_frozen_signals_come_back(tmp_path: Path) -> None:
-    images = cifar10.load_laptop()
-    found = frozen_signals.read(laptop.signals_folder(), images)
-    frozen_signals.freeze(found, tmp_path)
-    again = frozen_signals.read(tmp_path, images)
-    for one, other in zip(found.tensors(), again.tensors(), strict=True):
-        assert torch.equal(one, other)
 
 
 # Runs
