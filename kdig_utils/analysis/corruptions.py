@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import ImageSet
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -263,10 +264,8 @@ def corrupt(images: ImageSet, corruption: str, severity: int, seed: int = 0) -> 
     Raises:
         ValueError: unknown corruption, or a severity that there is not.
     """
-    if corruption not in CORRUPTIONS:
-        raise ValueError(f"there is no corruption {corruption!r} here: choose one of {', '.join(CORRUPTIONS)}")
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity {severity!r} is outside 1 to 5: 1 is the mildest")
+    check_choice("corruption", corruption, CORRUPTIONS)
+    check_choice("severity", severity, SEVERITIES)
     pixels = images.pixels.cpu().numpy() / 255
     changed = CORRUPTIONS[corruption](pixels, severity, np.random.default_rng(seed))
     whole = np.rint(_cut_off(np.clip(changed, 0, 1)) * 255).astype(np.uint8)

@@ -25,6 +25,7 @@ from kdig_utils import paths
 from kdig_utils.book.repository import notebooks
 from kdig_utils.experiments.reports import print_line
 from kdig_utils.experiments.study import PROFILES
+from kdig_utils.method.checks import check_choice
 from kdig_utils.paths import replacing
 
 PARAMETERS = {"profile": "published"}
@@ -64,7 +65,7 @@ def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> l
     Raises:
         ValueError: unknown profile or chapter number, or a notebook with other parameters; nothing was run.
     """
-    check_profile(profile)
+    check_choice("profile", profile, PROFILES)
     chosen = chosen_notebooks(only)
     for notebook in chosen:
         check_parameters(notebook)
@@ -76,12 +77,6 @@ def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> l
         outcomes.append(_execute_unless_up_to_date(notebook, profile, folder, resume))
         print_line(f"[{number}/{len(chosen)}] {notebook.name} {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s")
     return outcomes
-
-
-def check_profile(profile: str) -> None:
-    """Raise ValueError, naming the profiles there are, unless `profile` is one of them."""
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
 
 
 def chosen_notebooks(only: Sequence[str] = ()) -> list[Path]:

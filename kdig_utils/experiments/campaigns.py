@@ -13,6 +13,7 @@ import pandas as pd
 
 from kdig_utils.experiments.ledger import of_one_teacher, spec_of
 from kdig_utils.method import models
+from kdig_utils.method.checks import check_choice
 from kdig_utils.method.pairings import PAIRINGS
 from kdig_utils.method.spec import MAIN_METHODS, METHODS, RunSpec, TeacherSpec
 
@@ -81,8 +82,7 @@ def specs(name: str) -> list[RunSpec]:
     Raises:
         ValueError: unknown campaign.
     """
-    if name not in CAMPAIGNS:
-        raise ValueError(f"unknown campaign {name!r}: choose one of {', '.join(CAMPAIGNS)}")
+    check_choice("campaign", name, CAMPAIGNS)
     return CAMPAIGNS[name]()
 
 

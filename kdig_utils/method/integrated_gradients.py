@@ -54,7 +54,7 @@ def integrated_gradients(
     for pairs in torch.arange(len(image)).split(internal_batch_size):
         i, s = image[pairs].to(inputs.device), step[pairs]
         alpha, weight = (values[s].to(inputs).view(-1, *[1] * (inputs.dim() - 1)) for values in (alphas, weights))
-        gradients = _input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
+        gradients = input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
         total.index_add_(0, i, weight * gradients)
     return difference * total
 
@@ -109,7 +109,12 @@ def baseline(name: str, images: Tensor, mean: tuple[float, ...] = (0.4914, 0.482
     return torch.full_like(images, 0.0 if name == "black" else 1.0)
 
 
-def _input_gradients(forward_func: Callable[[Tensor], Tensor], points: Tensor, targets: Tensor) -> Tensor:
+def input_gradients(forward_func: Callable[[Tensor], Tensor], points: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of each point's target output with respect to that point, the shape of `points`, (N, …).
+
+    Raises:
+        ValueError: a target outside the classes.
+    """
     points = points.detach().requires_grad_()
     with torch.enable_grad():
         outputs = forward_func(points.clone())  # a clone: a model may overwrite its input

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, ImageSet
-from kdig_utils.method.integrated_gradients import attribution_map
+from kdig_utils.method.integrated_gradients import attribution_map, input_gradients
 from kdig_utils.method.signals import TeacherSignals
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
@@ -115,9 +115,7 @@ def saliency_maps(teacher: nn.Module, images: ImageSet, batch_size: int = 64) ->
     teacher.eval()
     maps = []
     for part in torch.arange(len(images)).split(batch_size):
-        inputs = images.images(part).to(device).requires_grad_()
-        logits = teacher(inputs).gather(1, images.labels[part].to(device).unsqueeze(1))
-        (gradients,) = torch.autograd.grad(logits.sum(), inputs)
+        gradients = input_gradients(teacher, images.images(part).to(device), images.labels[part].to(device))
         maps.append(_divided_by_maximum(attribution_map(gradients)).cpu())
     return torch.cat(maps)
 
