@@ -21,7 +21,6 @@ from kdig_utils.method.spec import METHODS
 
 FACTORS = ("kd", "ig", "at")
 TERMS = tuple(":".join(term) for order in (1, 2, 3) for term in combinations(FACTORS, order))
-FEWEST_FOR_NORMALITY = 4  # statsmodels' Lilliefors has no table below
 
 
 class Components(NamedTuple):
@@ -87,13 +86,10 @@ def normality(rows: pd.DataFrame) -> pd.DataFrame:
         former, from 0.001 to 0.99.
 
     Raises:
-        ValueError: a method has fewer than four runs, or all its runs end alike.
+        ValueError: a method has fewer than four runs (statsmodels' Lilliefors), or all its runs end alike.
     """
     tested = {}
     for method, values in runs_by_method(rows).items():
-        if len(values) < FEWEST_FOR_NORMALITY:
-            few = f"{method} has {len(values)} runs"
-            raise ValueError(f"{few}: a test of normality needs {FEWEST_FOR_NORMALITY} or more")
         _check_spread(values, f"all runs of {method}")
         p_values = {"lilliefors_p": lilliefors(values)[1], "shapiro_p": stats.shapiro(values).pvalue}
         tested[method] = {"runs": len(values), "mean": values.mean(), "deviation": values.std(), **p_values}
@@ -116,13 +112,10 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
     """
     counts = pd.crosstab(rows[group], [rows[name] for name in fixed] or [np.zeros(len(rows))]).to_numpy()
     groups, runs = len(counts), int(counts.sum(axis=1).max(initial=0))
-    if groups < 2 or runs < 2:
-        needs = "the split needs two groups or more with two runs or more each"
-        raise ValueError(f"{groups} groups of {runs} runs: {needs}")
-    if counts.min() < counts.max():
+    if groups < 2 or runs < 2 or counts.min() < counts.max():
         raise ValueError(
-            f"the groups by {group} are not alike: {counts.sum(axis=1).min()} to {runs} runs: finish the campaign, or "
-            "leave out the incomplete groups"
+            f"{groups} groups by {group}, of up to {runs} runs: the split needs two groups or more, alike, with two "
+            "runs or more each: finish the campaign, or leave out the incomplete groups"
         )
     _check_spread(rows["test_accuracy"].astype(float))
     formula = " + ".join(["test_accuracy ~ 1", *(f"C({name})" for name in fixed), f"C({group})"])
