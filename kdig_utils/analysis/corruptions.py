@@ -2,20 +2,20 @@
 
 The parameters of all five severities are those of its authors' script for 32 × 32 images,
 `ImageNet-C/create_c/make_cifar_c.py` of the repository hendrycks/robustness. What scikit-image, OpenCV and ImageMagick
-do there, NumPy, SciPy and Pillow do here. Frost is not here: it is made of photographs of ice.
+do there, NumPy, SciPy, Pillow and torchvision do here. Frost is not here: it is made of photographs of ice.
 
 Each corruption takes images in [0, 1], (N, 3, side, side), a severity from 1 to 5, and the source of what is drawn by
 lot; values may come out beyond [0, 1].
 """
 
 import dataclasses
-import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
+from torchvision.transforms import v2
 
 from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import ImageSet
@@ -45,15 +45,8 @@ def defocus_blur(images: np.ndarray, severity: int, _rng: np.random.Generator) -
     radius, sigma = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))[severity - 1]
     rows, columns = np.mgrid[-3:4, -3:4]
     disk = (rows**2 + columns**2 <= radius**2).astype(float)
-    taps = gaussian(np.arange(-1, 2), sigma)
-    kernel = ndimage.convolve(disk / disk.sum(), np.outer(taps, taps), mode="constant")
+    kernel = ndimage.gaussian_filter(disk / disk.sum(), sigma, mode="constant", radius=1)
     return ndimage.correlate(images, kernel[None, None], mode="mirror")
-
-
-def gaussian(places: np.ndarray, sigma: float) -> np.ndarray:
-    """Weights by distance from 0, of the same shape, adding up to 1."""
-    taps = np.exp(-(places**2) / (2 * sigma**2))
-    return taps / taps.sum()
 
 
 def glass_blur(images: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
@@ -100,8 +93,8 @@ def smeared(images: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) 
     """
     places, last = np.arange(images.shape[-1]), images.shape[-1] - 1
     ways = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
-    total = np.zeros_like(images)
-    for step, weight in enumerate(gaussian(np.arange(2 * radius + 1), sigma)):
+    total, taps = np.zeros_like(images), np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
+    for step, weight in enumerate(taps / taps.sum()):
         down, right = (np.ceil(step * way - 0.5).astype(int)[:, None] for way in ways)
         rows, columns = np.clip(places + down, 0, last), np.clip(places + right, 0, last)
         total += weight * _taken(images, rows[:, :, None], columns[:, None, :])
@@ -220,18 +213,15 @@ def pixelate(images: np.ndarray, severity: int, _rng: np.random.Generator) -> np
     """Fewer pixels, and back."""
     side = int(images.shape[-1] * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
     small, box = (side, side), Image.Resampling.BOX
-    return _each(images, lambda image: image.resize(small, box).resize(image.size, box))
+    pictures = [Image.fromarray(image) for image in _as_bytes(images).transpose(0, 2, 3, 1)]
+    coarse = np.stack([np.asarray(each.resize(small, box).resize(each.size, box)) for each in pictures])
+    return coarse.transpose(0, 3, 1, 2) / 255
 
 
 def jpeg_compression(images: np.ndarray, severity: int, _rng: np.random.Generator) -> np.ndarray:
     """Saved as JPEG and read again."""
-
-    def compressed(image: Image.Image) -> Image.Image:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=(80, 65, 58, 50, 40)[severity - 1])
-        return Image.open(file)
-
-    return _each(images, compressed)
+    quality = (80, 65, 58, 50, 40)[severity - 1]
+    return v2.functional.jpeg(torch.from_numpy(_as_bytes(images)), quality).numpy() / 255
 
 
 def _cut_off(values: np.ndarray) -> np.ndarray:
@@ -239,9 +229,8 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
     return np.floor(values * 255 + 1e-9) / 255
 
 
-def _each(images: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    whole = np.rint(images * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return np.stack([np.asarray(change(Image.fromarray(image))) for image in whole]).transpose(0, 3, 1, 2) / 255
+def _as_bytes(images: np.ndarray) -> np.ndarray:
+    return np.rint(images * 255).astype(np.uint8)
 
 
 CORRUPTIONS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
@@ -268,5 +257,5 @@ def corrupt(images: ImageSet, corruption: str, severity: int, seed: int = 0) -> 
     check_choice("severity", severity, SEVERITIES)
     pixels = images.pixels.cpu().numpy() / 255
     changed = CORRUPTIONS[corruption](pixels, severity, np.random.default_rng(seed))
-    whole = np.rint(_cut_off(np.clip(changed, 0, 1)) * 255).astype(np.uint8)
-    return dataclasses.replace(images, pixels=torch.from_numpy(whole).to(images.pixels.device))
+    whole = torch.from_numpy(_as_bytes(_cut_off(np.clip(changed, 0, 1))))
+    return dataclasses.replace(images, pixels=whole.to(images.pixels.device))
