@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,9 @@ def registered() -> dict[str, Any]:
 def read(test_images: int = 10_000) -> pd.DataFrame:
     """The runs of the protocol on all test images, with their condition; empty if there are none yet."""
     rows = Ledger(laptop.ledger_path()).read().query("test_images == @test_images")
-    names = {run.bare_id: name for seed in range(laptop.MORE_SEEDS) for name, run in named(seed).items()}
+    seeds = range(laptop.MORE_SEEDS)
+    names = {replace(run, seed=seed).bare_id: name for name, run in laptop.CONDITIONS.items() for seed in seeds}
     return rows.assign(condition=[names.get(student_spec(row).bare_id, "") for _index, row in rows.iterrows()])
-
-
-def named(seed: int) -> dict[str, Any]:
-    """The run of each condition with one seed."""
-    return dict(zip(laptop.CONDITIONS, laptop.runs(laptop.CONDITIONS, [seed]), strict=True))
 
 
 def accuracies(rows: pd.DataFrame) -> pd.DataFrame:

@@ -3,8 +3,8 @@
 Accuracies are in per cent, by seed; their differences in points, always taken seed by seed.
 """
 
-import dataclasses
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -42,22 +42,21 @@ def with_overlays(ledger: pd.DataFrame, method: str) -> dict[str, pd.Series]:
 def with_answers(ledger: pd.DataFrame, alpha: float, temperature: float) -> dict[str, pd.Series]:
     """Test accuracies of `kd` with stored, shuffled and online answers, after those of `student`."""
     kd = RunSpec("kd", alpha=alpha, temperature=temperature)
-    shuffled, online = dataclasses.replace(kd, pairing="shuffled"), dataclasses.replace(kd, answers="online")
+    shuffled, online = replace(kd, pairing="shuffled"), replace(kd, answers="online")
     specs = {"student": RunSpec("student"), "stored": kd, "shuffled": shuffled, "online": online}
     return _accuracies_of(ledger, specs)
 
 
 def _accuracies_of(ledger: pd.DataFrame, specs: dict[str, RunSpec]) -> dict[str, pd.Series]:
     """By the campaigns' seeds, whichever campaign trained them; all of the teacher that most of these runs have."""
-    wanted = [dataclasses.replace(spec, seed=seed) for spec in specs.values() for seed in range(campaigns.SEEDS)]
-    rows, found = campaigns.rows_of(ledger, wanted), {}
-    settings = [(row["method"], student_spec(row).setting()) for _index, row in rows.iterrows()]
-    for name, spec in specs.items():
-        its = rows.loc[[one == (spec.method, spec.setting()) for one in settings]].set_index("seed").sort_index()
-        if (twice := its.index.duplicated()).any():
-            raise ValueError(f"{name} has seed {its.index[twice][0]} twice: choose the rows of one data set")
-        found[name] = its["test_accuracy"].astype(float).rename(name)
-    return found
+    wanted = {replace(spec, seed=seed): name for name, spec in specs.items() for seed in range(campaigns.SEEDS)}
+    rows, names = campaigns.rows_of(ledger, wanted), {run.run_id: name for run, name in wanted.items()}
+    rows["name"] = [names[student_spec(row).bare_id] for _index, row in rows.iterrows()]
+    if (twice := rows.duplicated(["name", "seed"])).any():
+        row = rows[twice].iloc[0]
+        raise ValueError(f"{row['name']} has seed {row['seed']} twice: choose the rows of one data set")
+    by_seed = rows.set_index("seed").sort_index()
+    return {name: by_seed.loc[by_seed["name"] == name, "test_accuracy"].astype(float).rename(name) for name in specs}
 
 
 def gains(accuracies: dict[str, pd.Series]) -> pd.DataFrame:
