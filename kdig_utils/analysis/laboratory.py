@@ -81,8 +81,10 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     for _question, its in found.groupby("question"):
         for name in ("p", "level_p"):
             found.loc[its.index, f"{name}_holm"] = holm(its[name].where(whole[its.index]))
-    waits = found["question"].isin(found.loc[~whole, "question"])
-    return found.assign(verdict=[_verdict(row, so_far) for row, so_far in zip(found.itertuples(), waits, strict=True)])
+    shown, above = found["p_holm"] < SIGNIFICANCE, found["effect"] > 0
+    conditions = [~whole, shown & above, shown, found["level_p_holm"] < SIGNIFICANCE]
+    undecided = np.where(found["question"].isin(found.loc[~whole, "question"]), SO_FAR, UNDECIDED)
+    return found.assign(verdict=np.select(conditions, [NOT_RUN, ABOVE, BELOW, LEVEL], undecided))
 
 
 def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) -> dict[str, Any]:
@@ -106,16 +108,6 @@ def _measured(contrast: dict, table: pd.DataFrame, margin: float, level: float) 
         "level_p": max(float(each.pvalue) for each in apart),
         "needed": seeds_needed(margin, spread, alpha=level, correlation=INDEPENDENT) if whole else np.nan,
     }
-
-
-def _verdict(row: pd.Series, so_far: bool) -> str:
-    if row.pairs < row.seeds:
-        return NOT_RUN
-    if row.p_holm < SIGNIFICANCE:
-        return ABOVE if row.effect > 0 else BELOW
-    if row.level_p_holm < SIGNIFICANCE:
-        return LEVEL
-    return SO_FAR if so_far else UNDECIDED
 
 
 def in_words(row: pd.Series) -> str:
