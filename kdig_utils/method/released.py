@@ -30,7 +30,8 @@ def catalogue() -> pd.DataFrame:
 
     Columns path and commit (in the authors' repository), sha256 of the file, method, k (found by which architecture
     takes the weights), train_fraction (named; else by the counter of updates, which is a whole number of epochs of one
-    share alone), group (`last commit`, `sweep`, `earlier commits`), known_from (what says the method).
+    share alone), group (`last commit`, `sweep`, `earlier commits`), known_from (what says the method, and
+    where the network's own behaviour contradicts it).
     """
     with files("kdig_utils").joinpath("released.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)

@@ -64,6 +64,18 @@ def test_each_method_has_one_network_that_was_asked_all_questions_and_trained_on
     assert sorted(closely["method"]) == sorted(["student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at"])
 
 
+def test_overlaid_images_tell_who_was_trained_with_overlays_and_contradict_one_name() -> None:
+    """Those with IG in the name keep four fifths of their accuracy under another image's map; others lose a third."""
+    networks = NETWORKS.drop_duplicates("sha256").set_index("sha256")
+    kept = of("overlay: another's map") / of("overlay: no overlay")
+    named = networks["method"].str.contains("ig")[kept.index]
+    behaves = kept > 0.8
+    assert not kept.between(0.7, 0.9)[networks["k"] < 15].any()
+    doubted = networks.index[networks["known_from"].str.contains("do not bear out")]
+    assert list(kept.index[(named != behaves) & (networks["k"][kept.index] < 15)]) == list(doubted)
+    assert list(networks.loc[doubted, ["method", "k"]].itertuples(index=False, name=None)) == [("kd", 7)]
+
+
 def test_intervals_hold_their_values() -> None:
     known = TABLE.dropna(subset=["low", "high"])
     known = known[~known["measure"].isin(["ece", "ece_calibrated"])]  # the interval of ece takes its bias back
