@@ -223,7 +223,7 @@ def measure(
         asked_closely = is_asked_closely(row)
         means[name] = closely(network, q) if asked_closely else {}
         means[name] |= _accuracies(network, predictions[name], q) | _overlaid(network, q)
-        means[name] |= _counted(network, row.train_fraction)
+        means[name] |= _of_weights(network, row.train_fraction)
         if asked_closely:
             explained[name] = faithfulness.ig_maps(network, q.asked.explained, q.asked.effort.n_steps)
             kept |= {f"{name}.{kind}": maps for kind, maps in _maps_to_look_at(network, q).items()}
@@ -245,10 +245,11 @@ def _predictions(name: str, network: nn.Module, test: ImageSet) -> dict[str, np.
     return {name: classes.numpy().astype(np.uint8), f"{name}_confidence": confidence.numpy().round(4)}
 
 
-def _counted(network: nn.Module, train_fraction: float) -> dict[str, Mean]:
+def _of_weights(network: nn.Module, train_fraction: float) -> dict[str, Mean]:
     updates = released.updates(network)
     epochs = updates / released.batches_an_epoch(train_fraction)
-    return {name: Mean(value, np.nan, np.nan, 0) for name, value in {"updates": updates, "epochs": epochs}.items()}
+    told = {"updates": updates, "epochs": epochs, "mean colour": float(released.mean_colour(network).mean())}
+    return {name: Mean(value, np.nan, np.nan, 0) for name, value in told.items()}
 
 
 def _accuracies(network: nn.Module, predicted: np.ndarray, q: Questions) -> dict[str, Mean]:

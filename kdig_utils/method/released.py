@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdig_utils import paths
 from kdig_utils.method import models
@@ -108,6 +108,17 @@ def updates(network: nn.Module) -> int:
     """
     (count,) = {int(value) for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
     return count  # of all layers: they are updated together
+
+
+def mean_colour(network: nn.Module) -> Tensor:
+    """Mean red, green and blue, (3,), of the images that the first layer saw last, from the weights alone.
+
+    It has no bias, and the batch normalisation behind it keeps the mean of each of its channels. But for the border,
+    the mean of a convolution is that of its inputs times the sums of its weights: 32 equations with three unknowns.
+    """
+    state = network.state_dict()
+    weights, means = state["features.0.0.weight"].sum((2, 3)), state["features.0.1.running_mean"]
+    return torch.linalg.lstsq(weights, means[:, None]).solution.flatten()
 
 
 def batches_an_epoch(train_fraction: float) -> int:

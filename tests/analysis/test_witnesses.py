@@ -64,16 +64,17 @@ def test_each_method_has_one_network_that_was_asked_all_questions_and_trained_on
     assert sorted(closely["method"]) == sorted(["student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at"])
 
 
-def test_overlaid_images_tell_who_was_trained_with_overlays_and_contradict_one_name() -> None:
-    """Those with IG in the name keep four fifths of their accuracy under another image's map; others lose a third."""
+def test_two_traces_tell_who_was_trained_with_overlays_and_contradict_the_same_two_names() -> None:
+    """Who was trained with maps keeps most of its accuracy under another image's map, and its first layer saw dark."""
     networks = NETWORKS.drop_duplicates("sha256").set_index("sha256")
     kept = of("overlay: another's map") / of("overlay: no overlay")
-    named = networks["method"].str.contains("ig")[kept.index]
-    behaves = kept > 0.8
-    assert not kept.between(0.7, 0.9)[networks["k"] < 15].any()
-    doubted = networks.index[networks["known_from"].str.contains("do not bear out")]
-    assert list(kept.index[(named != behaves) & (networks["k"][kept.index] < 15)]) == list(doubted)
-    assert list(networks.loc[doubted, ["method", "k"]].itertuples(index=False, name=None)) == [("kd", 7)]
+    assert not kept.between(0.67, 0.87).any()
+    behaves, named = kept > 0.8, networks["method"].str.contains("ig")
+    doubted = networks["known_from"].str.contains("contradict")
+    assert set(kept.index[behaves != named[kept.index]]) == set(networks.index[doubted])
+    assert sorted(zip(networks["method"][doubted], networks["k"][doubted], strict=True)) == [("kd", 7), ("kd", 17)]
+    colour = of("mean colour")
+    assert colour[networks.index[doubted]].max() < colour[networks.index[~named & ~doubted]].min() - 0.05
 
 
 def test_intervals_hold_their_values() -> None:
@@ -92,11 +93,11 @@ def test_confidences_are_probabilities_of_the_most_likely_of_ten_classes() -> No
 
 
 def test_agreement_of_pairs_counted_by_hand() -> None:
-    columns = {"label": [0, 0, 0, 0], "a": [0, 1, 1, 0], "b": [0, 1, 2, 1], "c": [0, 0, 0, 0]}
+    columns = {"label": [0, 0, 0, 0], "a": [0, 1, 1, 0], "b": [0, 1, 2, 1], "c": [0, 0, 0, 1]}
     found = witnesses.agreement(pd.DataFrame(columns), ["a", "b", "c"]).set_index(["first", "second"])
     assert list(found.loc[("a", "b"), ["agree", "both_wrong", "same_mistake"]]) == [0.5, 0.5, 0.25]
     assert found.loc[("a", "b"), "error_correlation"] == pytest.approx(1 / math.sqrt(3))
-    assert list(found.loc[("a", "c"), ["agree", "both_wrong", "same_mistake"]]) == [0.5, 0, 0]
+    assert list(found.loc[("a", "c"), ["agree", "both_wrong", "same_mistake"]]) == [0.25, 0, 0]
 
 
 def test_the_share_of_the_answers_is_that_of_the_formula() -> None:

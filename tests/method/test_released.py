@@ -53,6 +53,14 @@ def test_the_odometer_counts_the_batches_of_a_training() -> None:
     assert released.updates(network) == 3
 
 
+def test_the_mean_colour_of_what_the_first_layer_saw_is_in_its_weights() -> None:
+    colours = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1)
+    network = models.student(17, seed=1).train()
+    for _batch in range(60):  # the running mean forgets a tenth with each
+        network(colours.expand(2, 3, 32, 32))
+    assert released.mean_colour(network).tolist() == pytest.approx([0.2, 0.5, 0.9], abs=0.08)
+
+
 def test_blocks_split_for_attention_transfer_load_as_the_same_network(tmp_path: Path) -> None:
     network = models.student(5, seed=3).eval()
     split = {}
