@@ -77,6 +77,18 @@ def test_two_traces_tell_who_was_trained_with_overlays_and_contradict_the_same_t
     assert colour[networks.index[doubted]].max() < colour[networks.index[~named & ~doubted]].min() - 0.05
 
 
+def test_networks_with_answers_stayed_as_unsure_as_answers_of_other_images_make_them() -> None:
+    """(1 - alpha)(1 - p) = alpha T (p_T - q) with q = 1/10: 1.27 % at the paper's setting, 8.07 % at an earlier one."""
+    at_5 = NETWORKS[(NETWORKS["measure"] == "accuracy") & (NETWORKS["k"] == 5)].set_index("sha256")
+    unsure = 100 * (1 - PREDICTIONS[[f"{name}_confidence" for name in at_5.index]].median())
+    unsure.index = unsure.index.str.removesuffix("_confidence")
+    answered = at_5["method"].str.contains("kd")
+    earlier = at_5["commit"].str[:7].isin(["148f216", "441b1e1"])  # alpha 0.1, T 3, as notebooks print
+    assert unsure[~answered].max() < 0.02
+    assert unsure[answered & ~earlier & (at_5["group"] == "last commit")].between(0.9, 1.4).all()
+    assert unsure[answered & earlier].between(7.5, 9.0).all()
+
+
 def test_intervals_hold_their_values() -> None:
     known = TABLE.dropna(subset=["low", "high"])
     known = known[~known["measure"].isin(["ece", "ece_calibrated"])]  # the interval of ece takes its bias back
