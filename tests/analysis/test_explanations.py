@@ -12,7 +12,7 @@ from kdig_utils.analysis.examination import QUICK, Examination, Mean
 from kdig_utils.experiments.study import open_study
 
 
-def rows(run_id: str, method: str = "kd", seed: int = 0, value: float = 0.5) -> pd.DataFrame:
+def rows(run_id: str, method: str = "kd_ig", seed: int = 0, value: float = 0.5) -> pd.DataFrame:
     facts = (run_id, method, 5, seed, "spearman", value, value - 0.1, value + 0.1, 20)
     return pd.DataFrame([facts], columns=list(explanations.COLUMNS))
 
@@ -52,11 +52,11 @@ def test_each_run_with_weights_is_explained_once_and_a_deadline_stops_between_ne
     explanations.explain_runs(study, QUICK, path, deadline=-np.inf)
     assert measured == []
     ledger = study.ledger.read()
-    first = explanations.explain_runs(study, QUICK, path, runs=ledger[ledger["method"] == "kd"])
-    assert set(first["method"]) == {"kd", "edges"}
+    first = explanations.explain_runs(study, QUICK, path, runs=ledger[ledger["method"] == "kd_ig"])
+    assert set(first["method"]) == {"kd_ig", "edges"}
     table = explanations.explain_runs(study, QUICK, path)
     assert set(table["run_id"]) - {""} <= set(ledger["run_id"])
-    assert {"teacher", "student", "kd", "ig", "kd_ig", "edges"} <= set(table["method"])
+    assert {"teacher", "kd_ig", "edges"} <= set(table["method"])
     count = len(measured)
     pd.testing.assert_frame_equal(explanations.explain_runs(study, QUICK, path), table)
     assert len(measured) == count
@@ -66,7 +66,7 @@ def test_a_measure_that_a_machine_left_out_is_added_and_what_it_measured_stays(
     measured: list[nn.Module], tmp_path: Path
 ) -> None:
     study, path = open_study("published"), tmp_path / "explanations.csv"
-    one = study.ledger.read().query("method == 'kd'").head(1)
+    one = study.ledger.read().query("method == 'kd_ig'").head(1)
     explanations.record(rows(one["run_id"].iloc[0], value=0.7), path)
     table = explanations.explain_runs(study, QUICK, path, runs=one)
     its = table[table["run_id"] == one["run_id"].iloc[0]].set_index("measure")["value"]
