@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
@@ -23,6 +24,7 @@ from kdig_utils.method.spec import METHODS, RunSpec
 COLOURS = ("#555555", "#000000", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#882255")
 METHOD_COLOURS = dict(zip(("teacher", *METHODS), COLOURS, strict=True))
 DPI = 96
+CLOSED = 1e-6  # of a panel that is left out: a ratio must be positive
 
 
 def style() -> None:
@@ -98,6 +100,8 @@ def draw_contrasts(axes: Axes, table: pd.DataFrame) -> None:
 def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
     """The same contrasts between runs at the paper's settings with these methods and pairings; return their evidence.
 
+    Without a run the panel is left out.
+
     Args:
         table: rows of `laboratory.contrasts`.
     """
@@ -112,7 +116,7 @@ def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
             of_condition[name] = runs.set_index("seed")["test_accuracy"].astype(float)
         found.append(laboratory.differences(pd.DataFrame(of_condition), row.weights, campaigns.SEEDS))
     if not any(map(len, found)):
-        waiting(axes)
+        leave_out(axes)
         return evidence.NOT_RUN
     axes.axvspan(-claims.margin(), claims.margin(), color="#DDDDDD", zorder=0)
     axes.axvline(0, color="black", lw=1)
@@ -122,12 +126,16 @@ def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
             mean, low, high = mean_interval(d)
             axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="D", color=COLOURS[2])
     axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
-    axes.set(xlabel="difference in test accuracy, points")
+    axes.set(xlabel="difference in test accuracy, points", title="The paper's settings")
     return evidence.TRAINED
 
 
-def waiting(axes: Axes, words: str = "at the paper's scale: not run yet") -> None:
-    """A small box in place of a panel whose runs are missing."""
-    axes.set_axis_off()
-    box = {"boxstyle": "round", "facecolor": "#F2F2F2", "edgecolor": "#999999"}
-    axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=9, bbox=box, transform=axes.transAxes, wrap=True)
+def leave_out(axes: Axes) -> None:
+    """Remove a panel whose runs are missing, and close its gap: its column, or its row where others stand above it."""
+    place = axes.get_subplotspec()
+    assert place is not None, "an axes of a grid of panels"
+    grid, one_column = place.get_gridspec(), len(place.rowspan) == place.get_gridspec().nrows
+    axes.remove()
+    ratios = np.array(grid.get_width_ratios() if one_column else grid.get_height_ratios(), dtype=float)
+    ratios[list(place.colspan if one_column else place.rowspan)] = CLOSED
+    (grid.set_width_ratios if one_column else grid.set_height_ratios)(ratios)

@@ -1,13 +1,16 @@
 """What is there and what is missing, a line each: for the command `status`, and for what the others print."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from kdig_utils.experiments import campaigns
-from kdig_utils.experiments.ledger import spec_of
+from kdig_utils import paths
+from kdig_utils.analysis import laboratory
+from kdig_utils.experiments import brief, campaigns, laptop
+from kdig_utils.experiments.ledger import Ledger, spec_of
 from kdig_utils.method import artifacts
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 
@@ -19,6 +22,36 @@ def campaign_lines(ledger: pd.DataFrame) -> list[str]:
         + ("" if not row.left else ", time not known yet" if np.isnan(row.hours) else f", about {row.hours:.1f} h")
         for row in campaigns.progress(ledger).itertuples()
     ]
+
+
+def waiting_box(*names: str, more: Iterable[str] = ()) -> str:
+    """A box in Markdown: the runs that these campaigns miss, and the commands that would make them; "" if none are.
+
+    Args:
+        names: of `CAMPAIGNS`, or `brief` or `laptop`.
+        more: other lines about what is missing, each with its command.
+    """
+    lines = [*filter(None, map(_missing, names)), *more]
+    if not lines:
+        return ""
+    title = '<div class="admonition note">\n<p class="admonition-title">Waiting for runs</p>'
+    words = "These runs are missing. This chapter shows what is there, and takes them in as they come."
+    how = "All but the laptop protocol needs a GPU. The page *How to run it* says more."
+    return "\n\n".join([title, words, "\n".join(f"- {line}" for line in lines), how, "</div>"])
+
+
+def _missing(name: str) -> str:
+    """What a campaign misses, and the command; "" if it is complete."""
+    if name == laptop.NAME:
+        wanted, rows, called = laptop.queue(), laboratory.read(), f"{name} --workers 2"
+    else:
+        rows = Ledger(paths.ledger_path()).read()
+        called = f"{'next' if name == brief.NAME else name} --budget-minutes 9"
+        wanted = brief.specs(brief.chosen(rows)) if name == brief.NAME else campaigns.specs(name)
+    left = len({spec.bare_id for spec in wanted} - campaigns.bare_run_ids(rows))
+    kind = "protocol" if name in (brief.NAME, laptop.NAME) else "campaign"
+    words = f"{left} of {len(wanted)} runs of the {kind} `{name}`: `python -m kdig_utils campaign {called}`"
+    return words if left else ""
 
 
 def finished(row: pd.Series) -> str:

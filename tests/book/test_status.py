@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
+from ledgers import student_rows, table
 
 from kdig_utils import paths
 from kdig_utils.book import status
@@ -65,3 +66,14 @@ def test_each_run_of_the_committed_ledger_stands_on_one_line():
     ledger = Ledger(paths.ledger_path()).read()
     found = status.ledger_lines(ledger)
     assert all(sum(run_id in line for line in found) == 1 for run_id in ledger["run_id"])
+
+
+def test_the_box_of_a_chapter_counts_the_runs_that_are_missing_and_goes_when_none_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
+    paths.ledger_path().parent.mkdir()
+    of_methods = [student_rows(method, [90.0] * 3, "matched", precision="float32") for method in ("student", "kd_ig")]
+    runs = [run for its in of_methods for run in its]
+    table(runs[1:]).to_csv(paths.ledger_path(), index=False)
+    assert "1 of 6 runs" in status.waiting_box("precision")
+    table(runs).to_csv(paths.ledger_path(), index=False)
+    assert status.waiting_box("precision") == ""
