@@ -6,6 +6,7 @@ from base64 import b64decode
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+import kdig_numbers
 import nbformat
 import pandas as pd
 from docutils import nodes
@@ -16,7 +17,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from kdig_utils.analysis import scorecard
-from kdig_utils.book import prose, status
+from kdig_utils.book import status
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method.spec import METHODS
 
@@ -86,8 +87,8 @@ class QuotedNumber(SphinxRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         try:
-            shown = prose.quoted(self.name, self.text, ledger_of(self.env), self.verdicts)
-        except prose.Contradiction as error:
+            shown = kdig_numbers.quoted(self.name, self.text, ledger_of(self.env), self.verdicts)
+        except kdig_numbers.Contradiction as error:
             logger.warning(str(error), location=self.get_location())
             shown = self.text
         text = nodes.inline("", shown, classes=["kdig-number"])

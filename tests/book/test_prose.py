@@ -17,11 +17,12 @@ from docutils.utils import new_document
 from sphinx import addnodes
 
 from kdig_utils.analysis import claims
-from kdig_utils.book import prose
 from kdig_utils.experiments.ledger import COLUMNS
 from kdig_utils.method.spec import RunSpec
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "book" / "_ext"))
+import kdig_numbers  # noqa: E402
 
 
 def run(accuracy: float, method: str = "kd_ig", images: int = 50000, **changes: object) -> dict:
@@ -65,7 +66,7 @@ def verdicts() -> pd.Series:
     ],
 )
 def test_a_true_quotation_is_shown(role: str, text: str, shown: str, ledger: pd.DataFrame) -> None:
-    assert prose.quoted(role, text, ledger, verdicts) == shown
+    assert kdig_numbers.quoted(role, text, ledger, verdicts) == shown
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_a_true_quotation_is_shown(role: str, text: str, shown: str, ledger: pd.
     ],
 )
 def test_a_false_quotation_is_refused(role: str, text: str, message: str, ledger: pd.DataFrame) -> None:
-    with pytest.raises(prose.Contradiction, match=message):
-        prose.quoted(role, text, ledger, verdicts)
+    with pytest.raises(kdig_numbers.Contradiction, match=message):
+        kdig_numbers.quoted(role, text, ledger, verdicts)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_false_quotation_is_refused(role: str, text: str, message: str, ledger
     ],
 )
 def test_a_quotation_may_round_and_nothing_else(quote: str, value: float, same: bool) -> None:
-    assert prose.agrees(quote, value) == same
+    assert kdig_numbers.agrees(quote, value) == same
 
 
 # The build
