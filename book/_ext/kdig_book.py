@@ -16,8 +16,9 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from kdig_utils.analysis import scorecard
+from kdig_utils.analysis import laboratory, scorecard
 from kdig_utils.book import status
+from kdig_utils.experiments import evidence, laptop
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method.spec import METHODS
 
@@ -67,6 +68,38 @@ class LedgerStatus(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         return [table(HEADINGS, summary(ledger_of(self.env)))]
+
+
+class ClaimsByKind(SphinxDirective):
+    """`{claims-by-kind}`: the claims, a row a kind of evidence, a column a verdict; times are left to the scorecard."""
+
+    def run(self) -> list[nodes.Node]:
+        kinds = scorecard.by_kind(scorecard.scorecard(ledger_of(self.env))).drop(index=evidence.TIMED)
+        kinds = kinds.loc[:, kinds.any()]
+        rows = [(kind, *map(str, counts)) for kind, counts in zip(kinds.index, kinds.to_numpy(), strict=True)]
+        return [table(("evidence", *kinds.columns), rows)]
+
+
+class LaboratoryTable(SphinxDirective):
+    """`{laboratory}`: a row for each tested question of the laptop protocol: what is shown, what is open."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(str(laptop.ledger_path()))
+        contrasts = laboratory.contrasts(laboratory.accuracies(laboratory.read()))
+        titles = {name: asked["title"] for name, asked in laboratory.registered()["questions"].items()}
+        rows = [(f"{name}: {titles[name]}", *shown_and_open(its)) for name, its in contrasts.groupby("question")]
+        return [table(("question", "shown, points", "not shown", "seeds missing"), rows)]
+
+
+def shown_and_open(contrasts: pd.DataFrame) -> tuple[str, str, str]:
+    """The contrasts of a question: those that a test decides, with their size; those undecided; those that wait."""
+    decided = contrasts["verdict"].isin((laboratory.ABOVE, laboratory.BELOW, laboratory.LEVEL))
+    waiting = contrasts["pairs"] < contrasts["seeds"]
+    shown = [
+        f"{row.name} {row.effect:+.2f} ({row.low:+.2f} to {row.high:+.2f}), {row.verdict}"
+        for row in contrasts[decided].itertuples()
+    ]
+    return "; ".join(shown), *("; ".join(contrasts["name"][those]) for those in (~decided & ~waiting, waiting))
 
 
 def ledger_of(env: BuildEnvironment) -> pd.DataFrame:
@@ -165,7 +198,10 @@ def serve_networks(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register directive and roles, and what is done to images before Sphinx collects them."""
-    app.add_directive("ledger-status", LedgerStatus)
+    for name, directive in (
+        ("ledger-status", LedgerStatus), ("claims-by-kind", ClaimsByKind), ("laboratory", LaboratoryTable),
+    ):  # fmt: skip
+        app.add_directive(name, directive)
     for role in ("ledger", "paper", "claim"):
         app.add_role(role, QuotedNumber())
     app.connect("doctree-read", follow_links_in_outputs, priority=100)

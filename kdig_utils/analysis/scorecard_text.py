@@ -1,5 +1,6 @@
 """The scorecard in words: why each claim has its verdict, in sentences that are computed from its row."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -40,7 +41,7 @@ def explained(row: Mapping) -> str:
 def _size_in_words(row: Mapping) -> str:
     if row["measure"] == "explaining_over_training":
         return f"at most {row['claimed']:g} is claimed"
-    return f"{row['gap']:+.3g}, tolerance {row['tolerance']:g}" if row["gap"] else "exactly"
+    return f"{row['gap']:+.3g} from the paper's, tolerance {row['tolerance']:g}" if row["gap"] else "the same number"
 
 
 def _accuracy_in_words(row: Mapping) -> str:
@@ -74,13 +75,17 @@ WORDS: dict[str, Callable[[Mapping], str]] = {
     **dict.fromkeys(("accuracy", "teacher_gap"), _accuracy_in_words),
     **dict.fromkeys(("difference", "interaction", "no_difference", "direction"), _difference_in_words),
     **dict.fromkeys(("map_similarity", "printed_imagenet"), _difference_in_words),
-    "latency_ratio": lambda row: f"{row['gap']:+.3g}, tolerance {row['tolerance']:g}, on this machine",
+    "latency_ratio": lambda row: f"{row['gap']:+.3g} from the paper's, tolerance {row['tolerance']:g}, on this machine",
 }
 
 
 def reasons(row: Mapping) -> str:
     """One paragraph on a row of the scorecard: what is claimed, what we have, how it was judged, where it is shown."""
-    said = f"The paper gives {claimed(row)}" if any(isinstance(part, str) for part in row["paths"]) else "In words"
+    said = (
+        f"The paper gives {claimed(row)}"
+        if any(isinstance(part, str) for part in row["paths"])
+        else "The claim is made in words"
+    )
     parts = [f"{said} ({row['source']}).", _evidence(row), _judgement(row), _conceptual(row), _conflict(row)]
     shown = f"Shown in [chapter {row['chapter'][:2]}]({row['chapter']}.ipynb)."
     return " ".join([*filter(None, parts), shown])
@@ -101,8 +106,23 @@ def _evidence(row: Mapping) -> str:
 def _what_is_missing(row: Mapping) -> str:
     if row["measure"] == "latency_ratio":
         return "It was not timed in this session."
-    short = f" What was run ({row['short_budget']}) gave {written(row['short'], row['unit'])}, which tests nothing."
-    return f"No run tests it yet: {explained(row)}." + (short if row["short_budget"] else "") + f" {_price(row)}"
+    if not row["short_budget"]:
+        return f"No run tests it yet: {explained(row)}. {_price(row)}"
+    lacks = row["reason"]
+    for pattern, words in LACKS.items():
+        lacks = re.sub(pattern, words, lacks)
+    found = written(row["short"], row["unit"])
+    return f"No run tests it yet. The nearest had {lacks}. They gave {found}, which tests nothing. {_price(row)}"
+
+
+LACKS = {  # what `eligibility` says of a run, in a sentence
+    r"epochs (\d+), not (\d+)": r"\1 epochs in place of \2",
+    r"n steps (\d+), not (\d+)": r"\1 steps of Integrated Gradients in place of \2",
+    r"([\d,]+) train images, not ([\d,]+)": r"\1 training images in place of \2",
+    r"train fraction (\S+), not ([\d.]+)": r"a share of \1 of them in place of \2",
+    r"pairing matched, not shuffled": "each image's own signals in place of another image's",
+    r"teacher ([^;]+), needs ([^;]+)": r"a teacher of \1, where \2 is needed",
+}
 
 
 def _price(row: Mapping) -> str:
@@ -110,7 +130,7 @@ def _price(row: Mapping) -> str:
         return f"It takes one teacher trained for {row['settings']['epochs']} epochs, or one that gets there sooner."
     methods, images = " and ".join(f"`{method}`" for method in row["methods"]), row["settings"]["train_images"]
     epochs = row["settings"].get("epochs", claims.paper()["training"]["epochs"])
-    paired = f", paired `{row['settings']['pairing']}`" if set(row["methods"]) != {"student"} else ""
+    paired = f", and the pairing `{row['settings']['pairing']}`" if set(row["methods"]) != {"student"} else ""
     return (
         f"It takes {row['seeds']} runs of {methods} with k = {row['k']}, {epochs} epochs and {images:,} images{paired}."
     )
@@ -119,7 +139,8 @@ def _price(row: Mapping) -> str:
 def _judgement(row: Mapping) -> str:
     if row["verdict"] in (NOT_RUN, NOT_TESTABLE):
         return ""
-    return f"{TESTS.get(row['measure'], TESTS['parameters'])} Hence *{row['verdict']}* ({explained(row)})."
+    rule = TESTS.get(row["measure"], TESTS["parameters"])
+    return f"{rule} What came out: {explained(row)}. So the verdict is *{row['verdict']}*."
 
 
 TESTS = {
@@ -132,7 +153,7 @@ TESTS = {
     f"opposite is shown, or if the difference is shown to be smaller than {claims.margin():g} points.",
     "map_similarity": "It has to be shown, seed by seed.",
     "printed_imagenet": "One network a method, on however many images, says nothing of the methods.",
-    "parameters": "It should be the same to the last digit printed.",
+    "parameters": "It should be the same, to the last digit that the paper prints.",
     "explaining_over_training": "It should be at most one.",
     "implementation_invariance": "It should be zero, but for rounding.",
     "latency_ratio": "It may be off by a fifth, as machines differ; all ratios share the teacher's 140 ms.",
