@@ -134,14 +134,14 @@ def draw_gains(axes: Axes, table: pd.DataFrame) -> None:
     """A row for each measurement of a gain: filled with its 95 % interval, hollow if it is a number without one.
 
     Args:
-        table: columns measured, value, low and high, in points, as `printed.gains` has them.
+        table: columns measured, value, low and high, in points, as `printed.gains` has them, and if wanted colour.
     """
     axes.axvline(0, color="black", lw=1)
     for place, row in enumerate(table.itertuples()):
-        known = not np.isnan(row.low)
+        known, colour = not np.isnan(row.low), getattr(row, "colour", COLOURS[7])
         reach = [[row.value - row.low], [row.high - row.value]] if known else None
-        fill = COLOURS[7] if known else "white"
-        axes.errorbar(row.value, place, xerr=reach, fmt="s", ms=7, capsize=3, color=COLOURS[7], markerfacecolor=fill)
+        look = {"fmt": "s", "ms": 7, "capsize": 3, "color": colour, "markerfacecolor": colour if known else "white"}
+        axes.errorbar(row.value, place, xerr=reach, **look)
         words = f"{row.value:+.2f}"
         axes.text(1.02, place, words, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table["measured"], ylim=(len(table) - 0.5, -0.5))
