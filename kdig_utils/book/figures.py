@@ -140,8 +140,8 @@ def draw_gains(axes: Axes, table: pd.DataFrame) -> None:
     for place, row in enumerate(table.itertuples()):
         known, colour = not np.isnan(row.low), getattr(row, "colour", COLOURS[7])
         reach = [[row.value - row.low], [row.high - row.value]] if known else None
-        look = {"fmt": "s", "ms": 7, "capsize": 3, "color": colour, "markerfacecolor": colour if known else "white"}
-        axes.errorbar(row.value, place, xerr=reach, **look)
+        fill = colour if known else "white"
+        axes.errorbar(row.value, place, xerr=reach, fmt="s", ms=7, capsize=3, color=colour, markerfacecolor=fill)
         words = f"{row.value:+.2f}"
         axes.text(1.02, place, words, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table["measured"], ylim=(len(table) - 0.5, -0.5))
