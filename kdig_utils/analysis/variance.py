@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
@@ -122,10 +122,15 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
     table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit()).loc[[f"C({group})", "Residual"]]
     # The expected mean square between groups is within + runs × between.
     above, within = table["mean_sq"]
-    least, most = above / _f_limits(*table["df"])
-    low, high = (max(0.0, (limit - within) / (limit + (runs - 1) * within)) for limit in (least, most))
+    low, high = map(float, share_limits(above, within, runs, *table["df"]))
     between = (above - within) / runs
     return Components(between, within, between / (between + within), low, high, groups, runs)
+
+
+def share_limits(above: ArrayLike, within: ArrayLike, runs: int, df_above: float, df_below: float) -> NDArray:
+    """The 95 % interval of `Components.share`, (2, ...), from the mean squares between groups of `runs` and within."""
+    limits = np.multiply.outer(1 / _f_limits(df_above, df_below), above)
+    return np.maximum(0.0, (limits - within) / (limits + np.multiply(runs - 1, within)))
 
 
 def _check_spread(accuracies: pd.Series, whose: str = "all runs") -> None:

@@ -28,7 +28,7 @@ RUNS = {
     "monte-carlo-pairing": 60 * 3,
     "precision": 2 * 3,
     "alignment": (2 * 7 + 1) * 10,
-    "components": 12 * 3,
+    "components": 6 * 6,
 }
 
 
