@@ -14,7 +14,6 @@ import pandas as pd
 from kdig_utils.experiments.ledger import of_one_teacher, spec_of
 from kdig_utils.method import models
 from kdig_utils.method.checks import check_choice
-from kdig_utils.method.pairings import PAIRINGS
 from kdig_utils.method.spec import MAIN_METHODS, METHODS, RunSpec, TeacherSpec
 
 SEEDS = 10
@@ -24,7 +23,8 @@ RESAMPLED_METHODS = ("student", "kd", "kd_ig", "kd_ig_at")
 COMPONENT_SEEDS = 6  # as many as draws: three seeds would leave the seed two degrees of freedom (chapter 09)
 COMPONENT_DRAWS = 6
 PRECISION_SEEDS = 3
-CONTROLS = tuple(pairing for pairing in PAIRINGS if pairing not in ("matched", "shuffled"))  # which the ablation has
+PRIMARY_SEEDS = 20  # of the alignment laboratory's primary question: the own map against another image's
+CONTROLS = ("index-matched", "edges", "black")  # of its other questions, beside no overlay
 
 
 def grid(seeds: int, **values: Sequence) -> list[RunSpec]:
@@ -63,9 +63,11 @@ CAMPAIGNS: dict[str, Callable[[], list[RunSpec]]] = {
     "compression-pairing": lambda: shuffled(compression()),
     "monte-carlo": monte_carlo,
     "monte-carlo-pairing": lambda: shuffled(monte_carlo()),
-    # The controls of the alignment laboratory: what is blended in, and what the teacher is asked about.
+    # The plan of the alignment laboratory: its primary question, then its controls and the online answers.
     "alignment": lambda: by_seed(
-        grid(SEEDS, method=["ig", "kd_ig"], pairing=CONTROLS), grid(SEEDS, method=["kd"], answers=["online"])
+        grid(PRIMARY_SEEDS, method=["ig"], pairing=["matched", "shuffled"]),
+        [*grid(SEEDS, method=["student"]), *grid(SEEDS, method=["ig"], pairing=CONTROLS)],
+        grid(SEEDS, method=["kd"], answers=["online"]),
     ),
     # Each draw of images with each seed: which of the two moves the accuracy.
     "components": lambda: grid(

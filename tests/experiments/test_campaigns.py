@@ -27,7 +27,7 @@ RUNS = {
     "monte-carlo": 60 * 4,
     "monte-carlo-pairing": 60 * 3,
     "precision": 2 * 3,
-    "alignment": (2 * 7 + 1) * 10,
+    "alignment": 2 * 20 + (1 + 3 + 1) * 10,
     "components": 6 * 6,
 }
 
