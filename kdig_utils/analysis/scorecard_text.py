@@ -40,7 +40,7 @@ def explained(row: Mapping) -> str:
 
 def _size_in_words(row: Mapping) -> str:
     if row["measure"] == "explaining_over_training":
-        return f"at most {row['claimed']:g} is claimed"
+        return f"{row['value']:.2g}, at most {row['claimed']:g} is claimed"
     return f"{row['gap']:+.3g} from the paper's, tolerance {row['tolerance']:g}" if row["gap"] else "the same number"
 
 
@@ -155,6 +155,7 @@ TESTS = {
     "printed_imagenet": "One network a method, on however many images, says nothing of the methods.",
     "parameters": "It should be the same, to the last digit that the paper prints.",
     "explaining_over_training": "It should be at most one.",
+    "sensitivity": "It should hold in every trial.",
     "implementation_invariance": "It should be zero, but for rounding.",
     "latency_ratio": "It may be off by a fifth, as machines differ; all ratios share the teacher's 140 ms.",
 }

@@ -36,7 +36,7 @@ def waiting_box(*names: str, more: Iterable[str] = ()) -> str:
         return ""
     title = '<div class="admonition note">\n<p class="admonition-title">Waiting for runs</p>'
     words = "These runs are missing. This chapter shows what is there, and takes them in as they come."
-    how = "All but the laptop protocol needs a GPU. The page *How to run it* says more."
+    how = "All but those of the laptop protocol need a GPU. The page *How to run it* says more."
     return "\n\n".join([title, words, "\n".join(f"- {line}" for line in lines), how, "</div>"])
 
 

@@ -212,8 +212,8 @@ def first_calls(order: Sequence[str], batch: int, calls: int, processes: int, de
 def record_first_calls(path: Path, seconds: float) -> int:
     """Write the calls of fresh processes, batch 64, to a CSV file; return how many processes there were of each order.
 
-    Teacher first and student first take turns for about `seconds`. The first three calls of a network are what the
-    released scripts average; the last ones are warm.
+    Teacher first and student first take turns for about `seconds`. The first call of a network is what the released
+    script times; the last ones are warm.
     """
     device, started, found = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
     for number in range(MOST_PROCESSES):
