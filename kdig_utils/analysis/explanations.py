@@ -72,8 +72,8 @@ def explain_runs(
     asked = prepare(study.teacher.to(study.device), study.test.to(study.device), effort)
     table = read(path)
     if not (table["run_id"] == "").any():
-        found = control_measures(asked).items()
-        record(pd.concat([_rows(means(values), "", name, k=5, seed=0) for name, values in found]), path)
+        controls = control_measures(asked).items()
+        record(pd.concat([_rows(means(values), "", name, k=5, seed=0) for name, values in controls]), path)
     runs = study.ledger.read() if runs is None else runs
     whole = table.loc[table["measure"] == "unexplained", "run_id"]  # which machines lent before 2026-11-28 left out
     for row, network in _networks(study, runs[~runs["run_id"].isin(whole)]):
