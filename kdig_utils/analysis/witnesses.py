@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from kdig_utils import paths
@@ -108,7 +109,7 @@ def closely(network: nn.Module, q: Questions) -> tuple[dict[str, Mean], dict[str
         The measures of `examination.examine`; `CORRUPTION, severity N`, accuracy; and those of `curve_measures`,
         `gradient_measures` and `step_measures`; and of each image what has a value there.
     """
-    values = examination.of_images(network, q.asked)
+    values = examination.of_images(fuse(network), q.asked)  # batch norm within the convolutions: in half the time
     for name, severity in itertools.product(CORRUPTED, SEVERITIES):
         changed = corruptions.corrupt(q.sample, name, severity)
         values[f"{name}, severity {severity}"] = predict(network, changed).argmax(1) == changed.labels
@@ -218,7 +219,7 @@ def measure(
     Args:
         files: by SHA-256, as `released.fetch` gives them.
     """
-    of_images = {"teacher": examination.of_images(teacher, q.asked)} | examination.control_measures(q.asked)
+    of_images = {"teacher": examination.of_images(fuse(teacher), q.asked)} | examination.control_measures(q.asked)
     means = {name: examination.means(values) for name, values in of_images.items()}
     means["teacher"] |= examination.means(examination.corruption_measures(teacher, q.asked))
     means["teacher"] |= examination.calibration_measures(teacher, q.asked.classified)
