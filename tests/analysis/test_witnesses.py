@@ -96,6 +96,16 @@ def test_intervals_hold_their_values() -> None:
     assert (known["value"] <= known["high"] + 1e-5).all()
 
 
+def test_values_of_images_have_the_committed_means_and_each_measure_the_same_images_for_all_networks() -> None:
+    committed, numbers = TABLE.set_index(["sha256", "measure"]), {}
+    for key, values in witnesses.images().items():
+        name, measure = key.split(".", 1)
+        assert float(values.mean()) == pytest.approx(committed.loc[(name, measure), "value"], abs=2e-5), key
+        numbers.setdefault(measure, set()).add(len(values))
+    assert set(numbers) == set(witnesses.OF_IMAGES)
+    assert all(len(its) == 1 for its in numbers.values())
+
+
 def test_confidences_are_probabilities_of_the_most_likely_of_ten_classes() -> None:
     for name in [name for name in PREDICTIONS if name.endswith("_confidence")]:
         assert PREDICTIONS[name].between(0.1, 1.0).all(), name
