@@ -1,4 +1,4 @@
-"""What choosing on the test images costs: from runs, by simulation, and what alpha and T do to a gradient."""
+"""What choosing on the test images may cost, by simulation, and what alpha and T do to a gradient."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdig_utils.analysis.sample_size import best_of_normal
-from kdig_utils.experiments.hyperparameters import LEVELS, VALIDATION_IMAGES, settings_in
+from kdig_utils.experiments.hyperparameters import LEVELS, VALIDATION_IMAGES
 from kdig_utils.method import losses
 
 REPEATS = 2000
@@ -31,33 +31,6 @@ class Noise(NamedTuple):
     seed: float
     test: float
     validation: float
-
-
-def optimism(rows: pd.DataFrame, chosen_by: str, repeats: int = REPEATS, seed: int = 0) -> float:
-    """How much a choice promises too much, from runs: one run of each setting, drawn, is what the chooser sees.
-
-    It reports the test accuracy of the run it chooses; the other runs of that setting say what to expect.
-
-    Args:
-        rows: of `trials`; settings with a single run take no part.
-        chosen_by: the column that is looked at, `validation_accuracy` or `test_accuracy`.
-
-    Returns:
-        Reported minus expected, mean over the repeats, in points; NaN with fewer than two settings to choose from.
-    """
-    repeated = [its for _setting, its in rows.groupby(settings_in(rows)) if len(its) > 1]
-    if len(repeated) < 2:
-        return math.nan
-    rng = np.random.default_rng(seed)
-    looked_at, too_high = [], []
-    for its in repeated:
-        seen, tested = (its[name].to_numpy(dtype=float) for name in (chosen_by, "test_accuracy"))
-        others = (tested.sum() - tested) / (len(its) - 1)
-        drawn = rng.integers(len(its), size=repeats)
-        looked_at.append(seen[drawn])
-        too_high.append((tested - others)[drawn])
-    best = np.argmax(looked_at, axis=0)
-    return float(np.take_along_axis(np.stack(too_high), best[None], axis=0).mean())
 
 
 def noise_of_runs(deviation: float, accuracy: float, correlation: float) -> Noise:

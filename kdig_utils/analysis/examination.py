@@ -22,7 +22,6 @@ from kdig_utils.method.pairings import another, permuted
 
 CONTROLS = ("untrained", "edges", "difference")
 RESAMPLES = 2000
-RESAMPLES_OF_ECE = 200
 PART = 32  # images at a time where each becomes many
 
 
@@ -30,17 +29,15 @@ PART = 32  # images at a time where each becomes many
 class Effort:
     """On how many images each measure is taken, as many of each class, and how finely."""
 
-    images: int = 100  # explained
-    n_steps: int = 16  # evaluations along the path of IG
+    images: int = 100  # explained: all measures of maps are taken on these
+    n_steps: int = 16  # evaluations along the path of IG, of all maps
     curve_steps: int = 10  # of deletion and insertion
-    perturbed: int = 20  # of the explained images, for infidelity and sensitivity
-    mosaics: int = 100  # of the pointing game
-    mosaic_steps: int = 4  # as `n_steps`, for a mosaic: each costs as much as four
+    mosaics: int = 100  # of the pointing game, made of the explained images
     corrupted: int = 50  # images under each corruption at each severity
     classified: int = 2000  # for calibration
 
 
-QUICK = Effort(images=10, n_steps=6, curve_steps=6, perturbed=4, mosaics=6, corrupted=10, classified=60)
+QUICK = Effort(images=10, n_steps=6, curve_steps=6, mosaics=6, corrupted=10, classified=60)
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def prepare(teacher: nn.Module, images: ImageSet, effort: Effort) -> Examination
         for name in corruptions.CORRUPTIONS
         for severity in corruptions.SEVERITIES
     }
-    maps, game = ig_maps(teacher, explained, effort.n_steps), faithfulness.mosaics(images, effort.mosaics)
+    maps, game = ig_maps(teacher, explained, effort.n_steps), faithfulness.mosaics(explained, effort.mosaics)
     return Examination(effort, explained, maps, game, corrupted, clean, classified)
 
 
@@ -118,15 +115,29 @@ def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
 def examine(network: nn.Module, asked: Examination) -> dict[str, Mean]:
     """All measures of one network, in evaluation mode, on the device of the examination's images.
 
-    For their names see `map_measures`, `pointing_measures`, `corruption_measures`, `perturbation_measures` and
-    `calibration_measures`.
+    For their names see `of_images`, `means`, `corruption_measures` and `calibration_measures`.
     """
-    values = map_measures(network, asked) | pointing_measures(network, asked) | corruption_measures(network, asked)
-    means = {name: mean_over_images(of_image) for name, of_image in values.items()}
-    return means | perturbation_measures(network, asked) | calibration_measures(network, asked.classified)
+    values = of_images(network, asked) | corruption_measures(network, asked)
+    return means(values) | calibration_measures(network, asked.classified)
 
 
-def examine_controls(asked: Examination) -> dict[str, dict[str, Mean]]:
+def of_images(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
+    """All measures of a network's maps, one value an image or a mosaic, in the same order for every network.
+
+    For their names see `map_measures`, `pointing_measures` and `perturbation_measures`.
+    """
+    return map_measures(network, asked) | pointing_measures(network, asked) | perturbation_measures(network, asked)
+
+
+def means(values: dict[str, Tensor]) -> dict[str, Mean]:
+    """The mean of each; where infidelity is among them `unexplained`, the share that a map does not foretell."""
+    found = {name: mean_over_images(of_image) for name, of_image in values.items()}
+    if "infidelity" in values:
+        found["unexplained"] = mean_over_images(values["infidelity"], values["infidelity_of_zeros"])
+    return found
+
+
+def control_measures(asked: Examination) -> dict[str, dict[str, Tensor]]:
     """How like the teacher's maps are maps that know nothing of it: for each of `CONTROLS` its measures of likeness.
 
     `untrained` are the maps of a student with random weights; `edges` and `difference` look at the image alone.
@@ -134,10 +145,7 @@ def examine_controls(asked: Examination) -> dict[str, dict[str, Mean]]:
     untrained = models.student(5).eval().to(asked.teacher_maps.device)
     maps = {"untrained": ig_maps(untrained, asked.explained, asked.effort.n_steps)}
     maps |= faithfulness.blind_maps(asked.explained)
-    return {
-        name: {measure: mean_over_images(values) for measure, values in likeness(maps[name], asked).items()}
-        for name in CONTROLS
-    }
+    return {name: likeness(maps[name], asked) for name in CONTROLS}
 
 
 def map_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
@@ -172,23 +180,22 @@ def likeness(maps: Tensor, asked: Examination) -> dict[str, Tensor]:
     return faithfulness.similarity(maps, asked.teacher_maps) | {"spearman_partial": partial}
 
 
-def perturbation_measures(network: nn.Module, asked: Examination) -> dict[str, Mean]:
-    """What is measured on few images, as each becomes many.
+def perturbation_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
+    """Measures for which each image becomes many, one value an image.
 
     Returns:
         `sensitivity`: how far the IG map moves under noise that is hardly seen (`faithfulness.map_sensitivity`);
-        `unexplained`: the share of the logit's changes that the attributions do not foretell
+        `infidelity` and `infidelity_of_zeros`, which is that of a map that foretells nothing
         (`faithfulness.infidelity_and_scale`).
     """
-    order = torch.randperm(len(asked.explained), generator=torch.Generator().manual_seed(0))[: asked.effort.perturbed]
     n_steps, values = asked.effort.n_steps, []
-    for seed, part in enumerate(order.to(asked.explained.labels.device).split(PART)):
+    for seed, part in enumerate(torch.arange(len(asked.explained)).to(asked.explained.labels.device).split(PART)):
         pixels, labels = asked.explained.images(part), asked.explained.labels[part]
         found = faithfulness.attributions(network, pixels, labels, n_steps)
         moved = faithfulness.map_sensitivity(network, pixels, labels, n_steps, seed=seed)
         values.append((moved, *faithfulness.infidelity_and_scale(network, pixels, found, labels, seed)))
-    moved, error, scale = map(torch.cat, zip(*values, strict=True))
-    return {"sensitivity": mean_over_images(moved), "unexplained": mean_over_images(error, scale)}
+    names = ("sensitivity", "infidelity", "infidelity_of_zeros")
+    return dict(zip(names, map(torch.cat, zip(*values, strict=True)), strict=True))
 
 
 def pointing_measures(network: nn.Module, asked: Examination) -> dict[str, Tensor]:
@@ -199,7 +206,7 @@ def pointing_measures(network: nn.Module, asked: Examination) -> dict[str, Tenso
         sign; with `signed_` in front of the sum over the channels with its sign.
     """
     game = asked.mosaics
-    found = faithfulness.attributions(network, game.images, game.target, asked.effort.mosaic_steps)
+    found = faithfulness.attributions(network, game.images, game.target, asked.effort.n_steps)
     signed = {f"signed_{name}": value for name, value in faithfulness.pointing(found.sum(1), game.asked).items()}
     return faithfulness.pointing(attribution_map(found), game.asked) | signed
 
@@ -228,18 +235,10 @@ def _right(network: nn.Module, images: ImageSet) -> Tensor:
 def calibration_measures(network: nn.Module, images: ImageSet) -> dict[str, Mean]:
     """`accuracy`; `ece`, the expected calibration error; `ece_calibrated`, what it were if the network were calibrated.
 
-    The interval of `ece` is the basic bootstrap's, which takes back the upward bias of so many bins; that of
-    `ece_calibrated` holds 95 % of the draws.
+    Their intervals are those of `calibration.Calibration`.
     """
-    probabilities, labels = predict(network, images).softmax(1).cpu(), images.labels.cpu()
-    ece, count = calibration.expected_calibration_error(probabilities, labels), len(labels)
-    draws = torch.randint(count, (RESAMPLES_OF_ECE, count), generator=torch.Generator().manual_seed(0))
-    resampled = [calibration.expected_calibration_error(probabilities[draw], labels[draw]) for draw in draws]
-    low, high = 2 * ece - np.quantile(resampled, (0.975, 0.025))
-    null = calibration.error_if_calibrated(probabilities)
-    null_low, null_high = np.quantile(null, (0.025, 0.975))
-    return {
-        "accuracy": mean_over_images(probabilities.argmax(1) == labels),
-        "ece": Mean(ece, max(0.0, float(low)), float(high), count),
-        "ece_calibrated": Mean(float(null.mean()), float(null_low), float(null_high), count),
-    }
+    confidence, classes = predict(network, images).softmax(1).cpu().max(1)
+    right, count = classes == images.labels.cpu(), len(classes)
+    found = calibration.calibration(confidence.double().numpy(), right.numpy())
+    ece, null = Mean(*found[:3], count), Mean(*found[3:], count)
+    return {"accuracy": mean_over_images(right), "ece": ece, "ece_calibrated": null}

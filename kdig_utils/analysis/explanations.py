@@ -13,7 +13,7 @@ import pandas as pd
 from filelock import FileLock
 from torch import nn
 
-from kdig_utils.analysis.examination import Effort, Mean, examine, examine_controls, prepare
+from kdig_utils.analysis.examination import Effort, Mean, control_measures, examine, means, prepare
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts
@@ -49,8 +49,8 @@ def record(rows: pd.DataFrame, path: Path) -> None:
             pd.concat([table, new] if len(table) else [new], ignore_index=True).round(5).to_csv(part, index=False)
 
 
-def _rows(means: dict[str, Mean], run_id: str, method: str, k: int, seed: int) -> pd.DataFrame:
-    lines = [(run_id, method, k, seed, measure, *mean) for measure, mean in means.items()]
+def _rows(found: dict[str, Mean], run_id: str, method: str, k: int, seed: int) -> pd.DataFrame:
+    lines = [(run_id, method, k, seed, measure, *mean) for measure, mean in found.items()]
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
@@ -72,15 +72,15 @@ def explain_runs(
     asked = prepare(study.teacher.to(study.device), study.test.to(study.device), effort)
     table = read(path)
     if not (table["run_id"] == "").any():
-        found = examine_controls(asked).items()
-        record(pd.concat([_rows(means, "", control, k=5, seed=0) for control, means in found]), path)
+        controls = control_measures(asked).items()
+        record(pd.concat([_rows(means(values), "", name, k=5, seed=0) for name, values in controls]), path)
     runs = study.ledger.read() if runs is None else runs
     whole = table.loc[table["measure"] == "unexplained", "run_id"]  # which machines lent before 2026-11-28 left out
     for row, network in _networks(study, runs[~runs["run_id"].isin(whole)]):
         if time.monotonic() > deadline:
             break
-        means = examine(network.to(study.device), asked)
-        record(_rows(means, *row[["run_id", "method", "k", "seed"]]), path)
+        found = examine(network.to(study.device), asked)
+        record(_rows(found, *row[["run_id", "method", "k", "seed"]]), path)
         report(f"{row['run_id']}  {row['method']:9} k {row['k']}  seed {row['seed']}: explained")
     return read(path)
 

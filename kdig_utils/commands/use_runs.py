@@ -63,7 +63,7 @@ def explain(
 
 
 def witnesses() -> None:
-    """Measure the networks that the paper's authors released, in half an hour of two CPU cores. Needs CIFAR-10.
+    """Measure the networks that the paper's authors released, in an hour of two CPU cores. Needs CIFAR-10.
 
     They are fetched from the authors' repository, or taken from the folder that KDIG_RELEASED names.
     """

@@ -3,57 +3,41 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from kdig_utils.analysis import calibration, corruptions
 from kdig_utils.method.cifar10 import ImageSet
 
 
-def two_classes(confidence: Tensor) -> Tensor:
-    return torch.stack([confidence, 1 - confidence], 1)
-
-
 def test_calibration_error_by_hand() -> None:
     # Bin (14/15, 1]: 0.95, 0.97 right, right: gap 0.04. Bin (9/15, 10/15]: 0.62, 0.64 right, wrong: gap 0.13.
-    probabilities = two_classes(torch.tensor([0.95, 0.97, 0.62, 0.64], dtype=torch.float64))
-    found = calibration.expected_calibration_error(probabilities, torch.tensor([0, 0, 0, 1]))
+    found = calibration.expected_calibration_error(np.array([0.95, 0.97, 0.62, 0.64]), np.array([1, 1, 1, 0]))
     assert found == pytest.approx(0.5 * 0.04 + 0.5 * 0.13)
-    table = calibration.reliability(probabilities, torch.tensor([0, 0, 0, 1]))
-    assert table["images"].tolist() == [0] * 9 + [2] + [0] * 4 + [2]
-    assert table["accuracy"].dropna().tolist() == [0.5, 1.0]
 
 
 def test_a_bin_is_closed_above() -> None:
-    edge = two_classes(torch.tensor([0.6], dtype=torch.float64))
-    assert calibration.reliability(edge, torch.tensor([0]))["images"].tolist() == [0] * 8 + [1] + [0] * 6
+    assert calibration.bins_of(np.array([0.6, 0.601, 1.0, 0.0])).tolist() == [8, 9, 14, 0]
 
 
 def test_a_calibrated_classifier_has_the_error_of_noise_and_no_more() -> None:
-    generator = torch.Generator().manual_seed(0)
-    confidence = 0.5 + 0.5 * torch.rand(20_000, generator=generator, dtype=torch.float64)
-    labels = (torch.rand(20_000, generator=generator) > confidence).long()
-    found = calibration.expected_calibration_error(two_classes(confidence), labels)
-    null = calibration.error_if_calibrated(two_classes(confidence))
-    assert np.quantile(null, 0.005) <= found <= np.quantile(null, 0.995)
+    rng = np.random.default_rng(0)
+    confidence = 0.5 + 0.5 * rng.random(20_000)
+    found = calibration.calibration(confidence, rng.random(20_000) < confidence)
+    assert found.null_low * 0.8 <= found.error <= found.null_high * 1.2
     # By hand: the gap of a bin is about normal, its mean size √(2 / π) standard errors.
-    table = calibration.reliability(two_classes(confidence), labels).query("images > 0")
-    c = table["confidence"]
-    expected = (np.sqrt(2 / np.pi) * np.sqrt(c * (1 - c) * table["images"])).sum() / 20_000
-    assert null.mean() == pytest.approx(expected, rel=0.1)
+    places = calibration.bins_of(confidence)
+    expected = sum(
+        np.sqrt(2 / np.pi * its.mean() * (1 - its.mean()) * len(its))
+        for its in (confidence[places == place] for place in np.unique(places))
+    )
+    assert found.null == pytest.approx(expected / 20_000, rel=0.1)
 
 
 def test_an_overconfident_classifier_has_its_gap() -> None:
-    generator = torch.Generator().manual_seed(1)
-    labels = (torch.rand(50_000, generator=generator) > 0.7).long()
-    probabilities = two_classes(torch.full((50_000,), 0.9, dtype=torch.float64))
-    assert calibration.expected_calibration_error(probabilities, labels) == pytest.approx(0.2, abs=0.01)
-
-
-def test_logits_are_no_probabilities_and_labels_must_match() -> None:
-    with pytest.raises(ValueError, match="softmax"):
-        calibration.reliability(torch.tensor([[3.0, -1.0]]), torch.tensor([0]))
-    with pytest.raises(ValueError, match="one label for each"):
-        calibration.reliability(torch.tensor([[0.5, 0.5]]), torch.tensor([0, 1]))
+    right = np.random.default_rng(1).random(50_000) < 0.7
+    found = calibration.calibration(np.full(50_000, 0.9), right)
+    assert found.error == pytest.approx(0.2, abs=0.01)
+    assert found.low < 0.2 < found.high
+    assert found.null_high < 0.01
 
 
 # Glass moves more often, or blurs more, which takes moved pixels back; the elastic bends more, but shears less.

@@ -62,7 +62,7 @@ def test_the_teacher_is_perfectly_like_itself_and_all_measures_are_there(asked: 
 
 
 def test_the_controls_have_no_perfect_likeness(asked: Examination) -> None:
-    found = examination.examine_controls(asked)
+    found = {name: examination.means(values) for name, values in examination.control_measures(asked).items()}
     assert set(found) == set(examination.CONTROLS)
     assert all(abs(mean.value) < 1 for of in found.values() for name, mean in of.items() if name != "spearman_partial")
     # A linear model of the mean colours weighs the difference to the baseline and nothing else.

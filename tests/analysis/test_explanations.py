@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from torch import nn
 
 from kdig_utils.analysis import explanations
@@ -40,7 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return dict.fromkeys(("spearman", "unexplained"), Mean(0.5, 0.4, 0.6, 20))
 
     monkeypatch.setattr(explanations, "prepare", lambda *_: None)
-    monkeypatch.setattr(explanations, "examine_controls", lambda _asked: {"edges": {"spearman": Mean(0, 0, 0, 20)}})
+    monkeypatch.setattr(explanations, "control_measures", lambda _asked: {"edges": {"spearman": torch.zeros(20)}})
     monkeypatch.setattr(explanations, "examine", examine)
     return networks
 

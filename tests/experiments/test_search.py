@@ -255,18 +255,6 @@ def test_noise_splits_the_spread_of_runs() -> None:
         choosing.noise_of_runs(0.4, 92.0, correlation=1.5)
 
 
-def test_optimism_of_equal_settings_is_that_of_the_highest_normal_value() -> None:
-    rng, alphas, noise = np.random.default_rng(0), LEVELS["alpha"], Noise(seed=0.0, test=0.5, validation=0.5)
-    specs = [varied(seed, alpha, temperature) for seed in range(40) for alpha in alphas for temperature in (2.5, 4.0)]
-    luck = rng.normal(92, 0.5, (2, len(specs)))
-    rows = hyperparameters.trials(ledger_of([row_of(*its) for its in zip(specs, *luck, strict=True)]), base_spec("kd"))
-    expected = choosing.expected_optimism(12, noise)
-    assert choosing.optimism(rows, "test_accuracy") == pytest.approx(expected["test"], abs=0.12)
-    # Where luck on validation images says nothing about test images, it cannot inflate what they report.
-    assert choosing.optimism(rows, "validation_accuracy") == pytest.approx(0.0, abs=0.12)
-    assert math.isnan(choosing.optimism(rows.drop_duplicates(["alpha", "temperature"]), "test_accuracy"))
-
-
 @pytest.fixture
 def searched_ledger() -> pd.DataFrame:
     """A search in which alpha 0.9 is lucky on test, 0.6 lucky on validation, and 0.3 the best: fresh seeds know."""
