@@ -27,7 +27,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = runpy.run_path(str(ROOT / "setup.py"))["groups"]((ROOT / "requirements.txt").read_text())
 MEGABYTE = 1_000_000
-MOST_LINES = 13_460
+MOST_LINES = 13_450
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 40
 # A place on somebody's machine, which means nothing on another one.

@@ -97,10 +97,10 @@ def draw_contrasts(axes: Axes, table: pd.DataFrame) -> None:
     axes.set(xlabel="difference in test accuracy, points")
 
 
-def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
+def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> list[str]:
     """The same contrasts between runs at the paper's settings with these methods and pairings; return their evidence.
 
-    Without a run the panel is left out.
+    Without a run the panel is left out, and there is no evidence.
 
     Args:
         table: rows of `laboratory.contrasts`.
@@ -117,7 +117,7 @@ def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
         found.append(laboratory.differences(pd.DataFrame(of_condition), row.weights, campaigns.SEEDS))
     if not any(map(len, found)):
         leave_out(axes)
-        return evidence.NOT_RUN
+        return []
     axes.axvspan(-claims.margin(), claims.margin(), color="#DDDDDD", zorder=0)
     axes.axvline(0, color="black", lw=1)
     for place, d in enumerate(found):
@@ -127,7 +127,7 @@ def draw_paper_scale(axes: Axes, table: pd.DataFrame) -> str:
             axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="D", color=COLOURS[2])
     axes.set(yticks=range(len(table)), yticklabels=table["name"], ylim=(len(table) - 0.5, -0.5))
     axes.set(xlabel="difference in test accuracy, points", title="The paper's settings")
-    return evidence.TRAINED
+    return [evidence.TRAINED]
 
 
 def draw_gains(axes: Axes, table: pd.DataFrame) -> None:
