@@ -157,7 +157,7 @@ TESTS = {
     "explaining_over_training": "It should be at most one.",
     "sensitivity": "It should hold in every trial.",
     "implementation_invariance": "It should be zero, but for rounding.",
-    "latency_ratio": "It may be off by a fifth, as machines differ; all ratios share the teacher's 140 ms.",
+    "latency_ratio": "It may be off by about a fifth, as machines differ; all ratios share the teacher's 140 ms.",
 }
 TESTS |= {"teacher_gap": TESTS["accuracy"], "interaction": TESTS["difference"]}
 
