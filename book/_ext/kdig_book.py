@@ -74,7 +74,7 @@ class ClaimsByKind(SphinxDirective):
     """`{claims-by-kind}`: the claims, a row a kind of evidence, a column a verdict; times are left to the scorecard."""
 
     def run(self) -> list[nodes.Node]:
-        kinds = scorecard.by_kind(scorecard.scorecard(ledger_of(self.env))).drop(index=evidence.TIMED)
+        kinds = scorecard.by_kind(card_of(self.env)).drop(index=evidence.TIMED)
         kinds = kinds.loc[:, kinds.any()]
         rows = [(kind, *map(str, counts)) for kind, counts in zip(kinds.index, kinds.to_numpy(), strict=True)]
         return [table(("evidence", *kinds.columns), rows)]
@@ -95,10 +95,7 @@ def shown_and_open(contrasts: pd.DataFrame) -> tuple[str, str, str]:
     """The contrasts of a question: those that a test decides, with their size; those undecided; those that wait."""
     decided = contrasts["verdict"].isin((laboratory.ABOVE, laboratory.BELOW, laboratory.LEVEL))
     waiting = contrasts["pairs"] < contrasts["seeds"]
-    shown = [
-        f"{row.name} {row.effect:+.2f} ({row.low:+.2f} to {row.high:+.2f}), {row.verdict}"
-        for row in contrasts[decided].itertuples()
-    ]
+    shown = [f"{row.name} {laboratory.in_words(row)}" for row in contrasts[decided].itertuples()]
     return "; ".join(shown), *("; ".join(contrasts["name"][those]) for those in (~decided & ~waiting, waiting))
 
 
@@ -109,10 +106,15 @@ def ledger_of(env: BuildEnvironment) -> pd.DataFrame:
     return Ledger(path).read()
 
 
+def card_of(env: BuildEnvironment) -> pd.DataFrame:
+    """The scorecard of the book that is being built, by the claims' names, without any timing."""
+    path = Path(env.srcdir) / "results" / "runs.csv"
+    return _card(path, path.stat().st_mtime if path.is_file() else 0.0)
+
+
 @cache
-def verdicts(path: Path, _modified: float) -> pd.Series:
-    """The verdict of each claim by its name, from the ledger at `path`, without any timing."""
-    return scorecard.scorecard(Ledger(path).read()).set_index("name")["verdict"]
+def _card(path: Path, _modified: float) -> pd.DataFrame:
+    return scorecard.scorecard(Ledger(path).read()).set_index("name", drop=False)
 
 
 class QuotedNumber(SphinxRole):
@@ -128,8 +130,7 @@ class QuotedNumber(SphinxRole):
         return [self.linked(text) if self.name == "claim" else text], []
 
     def verdicts(self) -> pd.Series:
-        path = Path(self.env.srcdir) / "results" / "runs.csv"
-        return verdicts(path, path.stat().st_mtime if path.is_file() else 0.0)
+        return card_of(self.env)["verdict"]
 
     def linked(self, text: nodes.inline) -> nodes.Node:
         """The text with a link to the scorecard, if the book has one and this is another page."""

@@ -78,13 +78,13 @@ def shortfall(run: pd.Series, claim: Claim) -> str:
     """What a row of `prepared` lacks to count as a test of `claim`, in words; empty if it counts."""
     settings = claim.settings
     lacks = [
-        f"{getattr(run, name):,.0f} {name.replace('_', ' ')}, not {settings[name]:,}"
-        for name in ("train_images", "test_images")
+        f"{getattr(run, name):,.0f} {words} in place of {settings[name]:,}"
+        for name, words in (("train_images", "training images"), ("test_images", "test images"))
         if getattr(run, name) != settings[name]
     ]
     lacks += [
-        f"{name.replace('_', ' ')} {getattr(run, name)}, not {settings[name]}"
-        for name in ("train_fraction", "data_md5")
+        f"{words} {getattr(run, name)} in place of {settings[name]}"
+        for name, words in (("train_fraction", "a share of"), ("data_md5", "images with the MD5"))
         if name in settings and getattr(run, name) != settings[name]
     ]
     lacks += _teacher_lacks(run, claim) if run.method == "teacher" else _student_lacks(run, claim)
@@ -113,10 +113,10 @@ def _student_lacks(run: pd.Series, claim: Claim) -> list[str]:
     if run.method == "student":
         return lacks
     if run.pairing != settings["pairing"]:
-        lacks.append(f"pairing {run.pairing}, not {settings['pairing']}")
+        lacks.append(f"the pairing {run.pairing} in place of {settings['pairing']}")
     if not run.teacher_accuracy >= settings["teacher_accuracy"]:
-        found = f"{run.teacher_accuracy:.1f} %" if run.teacher_accuracy > 0 else "not in the ledger"
-        lacks.append(f"teacher {found}, needs {settings['teacher_accuracy']} %")
+        found = f"of {run.teacher_accuracy:.1f} %" if run.teacher_accuracy > 0 else "that is not in the ledger"
+        lacks.append(f"a teacher {found} in place of one of {settings['teacher_accuracy']} %")
     elif not run.first_teacher:
         lacks.append("another teacher than the first that is good enough")
     return lacks

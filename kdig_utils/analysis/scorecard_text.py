@@ -1,6 +1,5 @@
 """The scorecard in words: why each claim has its verdict, in sentences that are computed from its row."""
 
-import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -108,21 +107,10 @@ def _what_is_missing(row: Mapping) -> str:
         return "It was not timed in this session."
     if not row["short_budget"]:
         return f"No run tests it yet: {explained(row)}. {_price(row)}"
-    lacks = row["reason"]
-    for pattern, words in LACKS.items():
-        lacks = re.sub(pattern, words, lacks)
     found = written(row["short"], row["unit"])
-    return f"No run tests it yet. The nearest had {lacks}. They gave {found}, which tests nothing. {_price(row)}"
-
-
-LACKS = {  # what `eligibility` says of a run, in a sentence
-    r"epochs (\d+), not (\d+)": r"\1 epochs in place of \2",
-    r"n steps (\d+), not (\d+)": r"\1 steps of Integrated Gradients in place of \2",
-    r"([\d,]+) train images, not ([\d,]+)": r"\1 training images in place of \2",
-    r"train fraction (\S+), not ([\d.]+)": r"a share of \1 of them in place of \2",
-    r"pairing matched, not shuffled": "each image's own signals in place of another image's",
-    r"teacher ([^;]+), needs ([^;]+)": r"a teacher of \1, where \2 is needed",
-}
+    return (
+        f"No run tests it yet. The nearest had {row['reason']}. They gave {found}, which tests nothing. {_price(row)}"
+    )
 
 
 def _price(row: Mapping) -> str:

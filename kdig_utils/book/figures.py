@@ -142,8 +142,7 @@ def draw_gains(axes: Axes, table: pd.DataFrame) -> None:
         reach = [[row.value - row.low], [row.high - row.value]] if known else None
         fill = colour if known else "white"
         axes.errorbar(row.value, place, xerr=reach, fmt="s", ms=7, capsize=3, color=colour, markerfacecolor=fill)
-        words = f"{row.value:+.2f}"
-        axes.text(1.02, place, words, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+        axes.text(1.02, place, f"{row.value:+.2f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set(yticks=range(len(table)), yticklabels=table["measured"], ylim=(len(table) - 0.5, -0.5))
     axes.set(xlabel="difference in test accuracy, points")
 

@@ -48,7 +48,7 @@ def _missing(name: str) -> str:
         rows = Ledger(paths.ledger_path()).read()
         called = f"{'next' if name == brief.NAME else name} --budget-minutes 9"
         wanted = brief.specs(brief.chosen(rows)) if name == brief.NAME else campaigns.specs(name)
-    left = len({spec.bare_id for spec in wanted} - campaigns.bare_run_ids(rows))
+    left = len(wanted) - campaigns.rows_of(rows, wanted)["run_id"].nunique()
     kind = "protocol" if name in (brief.NAME, laptop.NAME) else "campaign"
     words = f"{left} of {len(wanted)} runs of the {kind} `{name}`: `python -m kdig_utils campaign {called}`"
     return words if left else ""

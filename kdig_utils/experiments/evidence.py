@@ -23,6 +23,10 @@ PREFIX = f"{PROTOCOL}: "
 # Fields of a spec that a claim names itself or that change no result by intent; all others must be the paper's, which
 # are RunSpec's defaults: a field added later is compared as well.
 FREE_FIELDS = ("k", "pairing", "train_fraction")
+COUNTED_FIELDS = {  # how these fields are told; the others by their names
+    "epochs": "{} epochs in place of {}",
+    "n_steps": "{} steps of Integrated Gradients in place of {}",
+}
 
 
 def protocol(name: str) -> str:
@@ -90,5 +94,7 @@ def unlike(spec: RunSpec, wanted: RunSpec | None = None, ignoring: Collection[st
     """
     ours, theirs = (each.setting(*FREE_FIELDS, *ignoring) for each in (spec, wanted or RunSpec(spec.method)))
     return "; ".join(
-        f"{name.replace('_', ' ')} {value}, not {theirs[name]}" for name, value in ours.items() if value != theirs[name]
+        COUNTED_FIELDS.get(name, f"{name.replace('_', ' ')} {{}} in place of {{}}").format(value, theirs[name])
+        for name, value in ours.items()
+        if value != theirs[name]
     )

@@ -147,18 +147,18 @@ def test_methods_are_compared_seed_by_seed():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"epochs": 5}, "epochs 5, not 100"),
-        ({"pairing": "edges"}, "pairing edges"),
-        ({"alpha": 0.5}, "alpha 0.5, not 0.01"),
-        ({"batch_size": 256}, "batch size 256, not 64"),
-        ({"train_images": 500}, "500 train images, not 50,000"),
+        ({"epochs": 5}, "5 epochs in place of 100"),
+        ({"pairing": "edges"}, "the pairing edges"),
+        ({"alpha": 0.5}, "alpha 0.5 in place of 0.01"),
+        ({"batch_size": 256}, "batch size 256 in place of 64"),
+        ({"train_images": 500}, "500 training images in place of 50,000"),
         ({"finished": "2026-11-22T22:29Z"}, "the claim was registered"),
         ({"finished": "27/11/2099 10:00"}, "the claim was registered"),
         ({"finished": None}, "the claim was registered"),
-        ({"data_md5": "other data"}, "data md5 other data"),
-        ({"n_steps": 8}, "n steps 8, not 50"),
-        ({"validation_images": 5000}, "validation images 5000, not 0"),
-        ({"train_fraction": 0.8}, "train fraction 0.8, not 1.0"),
+        ({"data_md5": "other data"}, "the MD5 other data"),
+        ({"n_steps": 8}, "8 steps of Integrated Gradients in place of 50"),
+        ({"validation_images": 5000}, "validation images 5000 in place of 0"),
+        ({"train_fraction": 0.8}, "a share of 0.8 in place of 1.0"),
     ],
 )
 def test_runs_with_other_settings_are_shown_and_do_not_count(changes, reason):
@@ -189,9 +189,9 @@ def test_a_weak_teacher_does_not_count_except_for_a_student_without_one():
     rows = [teacher_row(90.0), *student_rows("kd_ig", drawn(92.0, 2)), *student_rows("student", drawn(91.2, 1))]
     table = card(rows)
     assert table.loc["mean_kd_ig", "verdict"] == NOT_RUN
-    assert "teacher 90.0 %" in table.loc["mean_kd_ig", "reason"]
+    assert "a teacher of 90.0 %" in table.loc["mean_kd_ig", "reason"]
     assert table.loc["mean_student", "verdict"] == REPRODUCED
-    assert "teacher not in the ledger" in card(student_rows("kd_ig", drawn(92.0, 2))).loc["mean_kd_ig", "reason"]
+    assert "a teacher that is not in the ledger" in card(student_rows("kd_ig", drawn(92.0, 2))).loc["mean_kd_ig", "reason"]
 
 
 @pytest.mark.parametrize("method", ["kd_ig", "at"])
@@ -452,9 +452,9 @@ def test_a_row_of_one_protocol_is_no_evidence_for_a_claim_of_the_other():
         if claim.name in ("mean_kd_ig", "kd_ig_over_kd", "brief_kd_ig_over_kd")
     }
     assert (lacks["", ""], lacks[brief.NAME, brief.NAME]) == ("", "")
-    assert "epochs 20, not 100" in lacks[brief.NAME, ""]
-    assert "schedule one_cycle, not constant" in lacks[brief.NAME, ""]
-    assert "epochs 100, not 20" in lacks["", brief.NAME]
+    assert "20 epochs in place of 100" in lacks[brief.NAME, ""]
+    assert "schedule one_cycle in place of constant" in lacks[brief.NAME, ""]
+    assert "100 epochs in place of 20" in lacks["", brief.NAME]
 
 
 @pytest.mark.parametrize(
