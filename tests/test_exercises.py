@@ -1,28 +1,37 @@
-"""What a hidden solution tells the reader to call is there."""
+"""Exercises: a solution is right, its starter is not; and what a hidden solution tells the reader to call is there."""
 
+import json
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
 
 import nbformat
 import pytest
+import torch
+from answer_exercises import exercises_of, solution_in
 
 import kdig_utils
+from kdig_utils.book import exercises
 from kdig_utils.experiments.study import Study, open_study
 from kdig_utils.paths import repository_root
 
-SOLUTION = re.compile(r"^(`{3,})\{admonition\} Solution$(.*?)^\1$", re.MULTILINE | re.DOTALL)
+ROOT = repository_root()
+SOLUTION = re.compile(r"^(`{3,})\{admonition\} Solution$(.*?)^\1$|<details>()(.*?)</details>", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 NAME = re.compile(r"(?<![\w./])([a-z]\w*)\.([A-Za-z]\w*)")
 MODULES = {found.name.rpartition(".")[2]: found.name for found in walk_packages(kdig_utils.__path__, "kdig_utils.")}
 FILES = {"csv", "json", "md", "py", "yml"}
-NOTEBOOKS = sorted((repository_root() / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FIRST_HALF = [path for path in NOTEBOOKS if path.name < "08"]
+WITH_EXERCISES = [path for path in NOTEBOOKS if exercises_of(path)]
 
 
 def names_in(markdown: str) -> set[tuple[str, str]]:
     """Each `module.name` of the package in the code of the solutions in a Markdown cell."""
-    code = [found[1] for solution in SOLUTION.findall(markdown) for found in CODE.findall(solution[1])]
+    code = [found[1] for solution in SOLUTION.findall(markdown) for found in CODE.findall(solution[1] + solution[3])]
     named = {pair for snippet in code for pair in NAME.findall(snippet)}
     return {(module, name) for module, name in named if module in MODULES and name not in FILES}
 
@@ -55,3 +64,56 @@ def test_a_name_that_is_gone_is_found_and_prose_and_files_are_not_taken_for_code
 def test_the_chapters_solutions_call_something():
     cells = [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
     assert len(set().union(*map(names_in, cells))) > 10
+
+
+# Solutions that are run
+
+
+@pytest.mark.parametrize("notebook", WITH_EXERCISES, ids=lambda path: path.stem)
+def test_a_solution_is_right_and_its_starter_is_not(notebook: Path):
+    words = [sys.executable, str(ROOT / "tests" / "answer_exercises.py"), str(notebook)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    said = json.loads(ran.stdout.splitlines()[-1])
+    print(f"{len(said)} exercises")
+    assert [one for one in said if one["solution"] != "Right." or one["starter"] == "Right."] == []
+
+
+@pytest.mark.parametrize("notebook", FIRST_HALF, ids=lambda path: path.stem)
+def test_a_chapter_of_the_first_half_has_four_to_six_exercises_with_hidden_solutions(notebook: Path):
+    found = exercises_of(notebook)
+    assert 4 <= len(found) <= 6
+    assert [starter for starter, solution in found if not solution] == []
+
+
+def test_the_solution_is_the_code_that_is_hidden():
+    hidden = "Text\n<details>\n<summary>Solution</summary>\n\n```python\nx = 1\n```\n\nWhy.\n</details>"
+    assert solution_in(hidden) == "x = 1\n"
+    assert solution_in("```python\nx = 1\n```") == ""
+
+
+@pytest.mark.parametrize(
+    ("judge", "right", "wrong", "hint"),
+    [
+        (exercises.number(0.25, 0.01), 0.255, 25, "per cent"),
+        (exercises.number(0.25, 0.01), 0.25, -0.25, "sign"),
+        (exercises.number(2, 0.1), torch.tensor(2.05), 3, "large"),
+        (exercises.number(2, 0.1), 2, float("nan"), "undefined"),
+        (exercises.choice("black", {"white": "brighter"}), " Black", "white", "brighter"),
+        (exercises.choice("black", {"white": "brighter"}), "black", "green", "none of"),
+        (exercises.function(torch.exp, (torch.zeros(2),)), lambda x: 1 + x, lambda x: x, "off by up to 1"),
+        (exercises.function(torch.exp, (torch.zeros(2),)), torch.exp, torch.sum, "shape"),
+        (exercises.function(abs, (-1,), (2,)), abs, lambda x: -x, "case 2"),
+        (exercises.function(abs, (-1,)), abs, lambda x: None, "nothing"),
+        (exercises.function(abs, (-1,)), abs, lambda x: 1 / 0, "ZeroDivisionError"),
+        (exercises.function(abs, (-1,)), abs, 3, "no function"),
+    ],
+)
+def test_a_judge_says_right_or_what_is_off(judge, right, wrong, hint, capsys: pytest.CaptureFixture):
+    assert exercises.check(right, judge)
+    assert not exercises.check(wrong, judge)
+    assert not exercises.check(..., judge)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Right."
+    assert hint in said[1]
+    assert "three dots" in said[2]

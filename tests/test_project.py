@@ -27,7 +27,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = runpy.run_path(str(ROOT / "setup.py"))["groups"]((ROOT / "requirements.txt").read_text())
 MEGABYTE = 1_000_000
-MOST_LINES = 13_450
+MOST_LINES = 13_420
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 40
 # A place on somebody's machine, which means nothing on another one.
@@ -88,9 +88,10 @@ def test_notebook_stores_no_stderr_widgets_or_progress_bars(path: Path) -> None:
 def test_every_figure_has_an_alternative_text_a_caption_and_its_kind_of_evidence(path: Path) -> None:
     for cell in code_cells(path):
         for place, output in enumerate(cell.outputs):
-            if "image/png" not in output.get("data", {}):
+            turned = 'class="kdig-widget"' in output.get("data", {}).get("text/html", "")
+            if not turned and "image/png" not in output.get("data", {}):
                 continue
-            assert len(output.metadata.get("image/png", {}).get("alt", "")) > 20, cell.source
+            assert turned or len(output.metadata.get("image/png", {}).get("alt", "")) > 20, cell.source
             after = cell.outputs[place + 1 : place + 2]
             caption = after[0].get("data", {}).get("text/markdown", "") if after else ""
             found = re.fullmatch(r"\*.+\* Evidence: (.+)\.", caption, re.DOTALL)

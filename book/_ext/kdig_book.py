@@ -1,6 +1,8 @@
 """What the book needs beyond Jupyter Book: what was run, numbers that are checked, alternative texts, a local badge."""
 
 import hashlib
+import math
+import os
 import re
 from base64 import b64decode
 from functools import cache
@@ -16,6 +18,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from kdig_utils import paths
 from kdig_utils.analysis import laboratory, scorecard
 from kdig_utils.book import status
 from kdig_utils.experiments import evidence, laptop
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 REMOTE_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LOCAL_BADGE = "/book/figures/colab-badge.svg"
 SETTINGS = ["method", "epochs", "k", "other_settings", "test_images", "campaign"]
+WORDS_A_MINUTE = 130  # of a text with formulas, in a language that is not the reader's first
 SCORECARD = "notebooks/16_scorecard"
 CHAPTER_LINK = re.compile(r"([\w./-]+)\.ipynb")
 HEADINGS = ("method", "accuracy", "lowest to highest", "seeds", *(name.replace("_", " ") for name in SETTINGS[1:]))
@@ -180,6 +184,23 @@ def describe_figures(app: Sphinx, doctree: nodes.document) -> None:
         image["alt"] = texts.get(PurePosixPath(image["uri"]).stem, image.get("alt", ""))
 
 
+def tell_time(app: Sphinx, doctree: nodes.document) -> None:
+    """Below a chapter's title: how long it takes to read, and how long it ran on the machine that builds the book."""
+    source = Path(app.env.doc2path(app.env.docname))
+    section = next(doctree.findall(nodes.section), None)
+    if source.suffix != ".ipynb" or section is None:
+        return
+    cells = nbformat.read(source, as_version=4).cells
+    words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    minutes = 5 * math.ceil(words / WORDS_A_MINUTE / 5)
+    told = f"About {minutes} minutes to read, exercises not counted. No GPU is needed."
+    executed = paths.workspace() / "reproduce" / "published" / source.name
+    if executed.is_file():
+        seconds = nbformat.read(executed, as_version=4).metadata.get("papermill", {}).get("duration")
+        told += f" Its code ran in {seconds:.0f} s on {os.cpu_count()} CPU cores for this page." if seconds else ""
+    section.insert(1, nodes.paragraph(text=told, classes=["kdig-time"]))
+
+
 def without_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:
     """Leave out sphinx-thebe's scripts: the theme adds them twice, which is an error on each page; none uses them."""
     scripts = context.get("script_files", [])
@@ -191,9 +212,9 @@ def without_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, 
 def serve_networks(app: Sphinx, error: Exception | None) -> None:
     """Put what `book/try_it.md` runs in the reader's browser beside the pages; without a network, the reason why."""
     if error is None and app.builder.format == "html":
-        from kdig_utils.edge import browser  # slow to import, and needed only now
+        import kdig_browser  # slow to import, and needed only now
 
-        if missing := browser.write_site(Path(app.outdir) / "_static" / "try_it"):
+        if missing := kdig_browser.write_site(Path(app.outdir) / "_static" / "try_it"):
             logger.info("try_it: no networks in the browser: %s", missing)
 
 
@@ -208,6 +229,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", follow_links_in_outputs, priority=100)
     app.connect("doctree-read", use_local_badges, priority=100)
     app.connect("doctree-read", describe_figures, priority=100)
+    app.connect("doctree-read", tell_time, priority=100)
     app.connect("html-page-context", without_thebe, priority=900)
     app.connect("build-finished", serve_networks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -16,7 +16,7 @@
   const LARGEST = 4096; // pixels of a side: the largest canvas that phones have
   const BLANK = new Float32Array(3 * SIZE * SIZE); // what a network is called with while no picture is there
 
-  let assets; // assets.json, written by kdig_utils/browser.py
+  let assets; // assets.json, written by book/_ext/kdig_browser.py
   let runtime; // ONNX Runtime Web
   let networks = []; // the entries of assets.networks, each with its session and what it took to load
   let picture = null; // what is classified: {pixels, example}; example is null for a picture of one's own

@@ -1,5 +1,5 @@
 """How it is told.
 
 `figures`: style, caption and alternative text. `repository`: address and README. `status`: what is there and what is
-missing. `reproduce`: all chapters, headlessly.
+missing. `reproduce`: all chapters, headlessly. `widgets`: figures that a reader can turn. `exercises`: their checkers.
 """

@@ -147,6 +147,7 @@ def fingerprint(notebook: Path, profile: str) -> str:
     inputs = [
         *(path for path in package.rglob("*") if path.suffix in (".py", ".json", ".yml")),
         *_files(paths.artifacts_folder()),
+        *_files(root / "book" / "widgets"),
     ]
     if profile == "published":
         inputs += _files(root / "results")

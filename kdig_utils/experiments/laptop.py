@@ -32,6 +32,7 @@ from kdig_utils.method.pairings import PAIRINGS
 from kdig_utils.method.precompute import compute_signals
 from kdig_utils.method.signals import SECANT, SignalSettings, TeacherSignals
 from kdig_utils.method.spec import METHODS, RunSpec
+from kdig_utils.method.training import train_student
 
 NAME = "laptop"
 SEEDS = 10
@@ -274,6 +275,29 @@ def frozen_signals(images: ImageSet) -> TeacherSignals:
     maps = sheet.view(-1, 32, MAP_COLUMNS, 32).transpose(1, 2).reshape(-1, 32, 32)
     told = {**named, "indices": images.indices.tolist()}
     return TeacherSignals(maps=(maps.float() / 255).half(), manifest=told, **rest)
+
+
+def train_small_teacher(smoothing: float, epochs: int = 60) -> nn.Module:
+    """A teacher of the student's size, trained on labels of which `smoothing` is spread evenly over all classes.
+
+    Label smoothing is distillation at temperature 1 from a teacher that finds every class equally likely: up to a
+    constant the losses are one (Yuan et al., arXiv 1909.11723).
+    """
+    images = cifar10.load_laptop()
+    knows_nothing = replace(frozen_signals(images), logits=torch.zeros(len(images), len(cifar10.CLASSES)))
+    return train_student(spec("kd", epochs=epochs, alpha=smoothing, temperature=1.0), images, knows_nothing)[0]
+
+
+def small_teacher(smoothing: float) -> nn.Module:
+    """The stored small teacher: `smoothing` is 0 or 0.1.
+
+    Raises:
+        KeyError: there is no teacher with this smoothing.
+        ValueError: the file is not the one that was stored.
+    """
+    named = json.loads((signals_folder() / "small_teachers.json").read_text())[f"{smoothing:g}"]
+    network = models.student(K, stem_stride=BASE.stem_stride)
+    return artifacts.read_weights(network, signals_folder() / named["file"], named["sha256"])
 
 
 def ledger_path() -> Path:

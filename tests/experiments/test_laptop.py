@@ -1,6 +1,7 @@
 """The laptop protocol: what is registered is what runs, from the repository alone, apart from all other runs."""
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from kdig_utils.experiments import laptop
 from kdig_utils.experiments.laptop import BASE, CONDITIONS
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.side_by_side import Way
-from kdig_utils.method import artifacts, cifar10, models, precompute, training
+from kdig_utils.method import artifacts, cifar10, losses, models, precompute, training
 from kdig_utils.method.spec import RunSpec
 
 REGISTERED = claims.protocols()[laptop.NAME]
@@ -147,3 +148,24 @@ def test_more_images_than_there_are_of_a_class_are_refused() -> None:
     first, held_out = training.training_positions(labels, RunSpec("student", train_images=2000, validation_images=500))
     assert len(first) == 2000
     assert not set(first.tolist()) & set(held_out.tolist())
+
+
+def test_label_smoothing_is_distillation_from_a_teacher_that_knows_nothing() -> None:
+    """The loss that trains the small teachers has the gradient of PyTorch's own label smoothing."""
+    logits = torch.randn(16, 10, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels, blank = torch.arange(16) % 10, torch.zeros(16, 10)
+    smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    ours = 0.9 * plain + 0.1 * losses.distillation_loss(logits, blank, temperature=1.0)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, smoothed)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_small_teachers_are_as_accurate_as_their_record_says_and_the_smoothed_one_is_less_sure() -> None:
+    record = json.loads((laptop.signals_folder() / "small_teachers.json").read_text())
+    images, sure = cifar10.load_sample("test"), {}
+    for name, entry in record.items():
+        network = laptop.small_teacher(float(name))
+        assert abs(models.accuracy(network, images) - entry["test_accuracy"]) < 3  # 2,000 images in place of 10,000
+        sure[name] = float(models.predict(network, images).softmax(1).amax(1).mean())
+    assert sure["0.1"] < sure["0"] - 0.05

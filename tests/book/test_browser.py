@@ -24,8 +24,11 @@ import torch
 import yaml
 from PIL import Image
 
-from kdig_utils.edge import browser, timing
+from kdig_utils.edge import timing
 from kdig_utils.method import artifacts, cifar10
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "book" / "_ext"))
+import kdig_browser as browser
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[tests]'")
 

@@ -1,0 +1,74 @@
+"""Checkers of exercises: each says right, or what is off.
+
+A judge takes an answer and returns what is off with it, and nothing for a right one.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Judge = Callable[[Any], str]
+NOT_YET = "Not answered yet: put your answer in the place of the three dots."
+
+
+def check(answer: Any, judge: Judge) -> bool:
+    """Print whether the reader's answer, a value or a function, is right, or what is off; return whether it is."""
+    try:
+        off = NOT_YET if answer is ... else judge(answer)
+    except Exception as error:  # it is the reader's code that runs, and it may raise anything
+        off = f"Not yet: it raises {type(error).__name__}: {error}"
+    print(off or "Right.")
+    return not off
+
+
+def number(right: float, tolerance: float) -> Judge:
+    """A number is right within `tolerance`; of a wrong one it says in which direction it is off."""
+
+    def judge(answer: Any) -> str:
+        value = float(answer)
+        if abs(value - right) <= tolerance:
+            return ""
+        for factor, slip in ((100, "are these per cent?"), (0.01, "is it a fraction?"), (-1, "look at the sign")):
+            if math.isclose(value, right * factor, abs_tol=abs(tolerance * factor)):
+                return f"Not yet: {value:g} is {factor:g} times the right number; {slip}"
+        return f"Not yet: {value:g} is too {'large' if value > right else 'small' if value < right else 'undefined'}."
+
+    return judge
+
+
+def choice(right: str, others: Mapping[str, str]) -> Judge:
+    """A word is right; of each other one, `others` says what is off."""
+
+    def judge(answer: Any) -> str:
+        word = str(answer).strip().lower()
+        known = {right.lower(): "", **{other.lower(): f"Not yet: {off}" for other, off in others.items()}}
+        return known.get(word, f"Not yet: {answer!r} is none of {', '.join(sorted([right, *others]))}.")
+
+    return judge
+
+
+def function(right: Callable[..., Any], *cases: tuple[Any, ...], rtol: float = 1e-4, atol: float = 1e-6) -> Judge:
+    """A function is right where it gives the numbers that `right` gives, for each of these arguments."""
+
+    def judge(answer: Any) -> str:
+        if not callable(answer):
+            return f"Not yet: {answer!r} is no function."
+        for place, case in enumerate(cases, start=1):
+            if off := _difference(answer(*case), right(*case), rtol, atol):
+                return f"Not yet: case {place} of {len(cases)}: {off}"
+        return ""
+
+    return judge
+
+
+def _difference(found: Any, wanted: Any, rtol: float, atol: float) -> str:
+    if found is None or found is ...:
+        return "the function returns nothing."
+    found, wanted = (torch.as_tensor(value).detach().double() for value in (found, wanted))
+    if found.shape != wanted.shape:
+        return f"the shape is {tuple(found.shape)}, and should be {tuple(wanted.shape)}."
+    if torch.allclose(found, wanted, rtol, atol):
+        return ""
+    return f"off by up to {(found - wanted).abs().max():.2g}, where the largest right value is {wanted.max():.3g}."
