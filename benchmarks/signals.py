@@ -1,6 +1,6 @@
 """How long the teacher's signals take: maps by Integrated Gradients, logits and attention maps.
 
-Maps in the paper's 50 steps of Gauss-Legendre, and in 6 intervals by secants, as complete as those (chapter 04).
+Maps in the paper's 50 steps of Gauss-Legendre, and in 6 intervals by secants, as complete as those (chapter 17).
 
 `compute_signals` as a training needs it, into a folder that is thrown away, after a warm-up: on a GPU all 50,000 (the
 1,000 of the repository, repeated), on a CPU a few, from which the time of 50,000 is extrapolated. Prints the row and

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 FILE = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md|yml|toml|txt|ipynb|cfg)|(?:[\w.-]+/)+)`")
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
-NEW = {"notebooks/17_name.ipynb", "losses.py"}  # an example, and a name without its folder
+NEW = {"notebooks/18_name.ipynb", "losses.py"}  # an example, and a name without its folder
 ROUTINE = """
 import dataclasses, torch
 from kdig_utils.method import cifar10, losses, models, training

@@ -29,6 +29,8 @@ REQUIRED = runpy.run_path(str(ROOT / "setup.py"))["groups"]((ROOT / "requirement
 MEGABYTE = 1_000_000
 MOST_LINES = 13_420
 MOST_LINES_OF_A_FILE = 350
+MOST_VISIBLE_LINES = 80  # of code on a chapter's page
+HIDDEN = {"hide-cell", "hide-input", "remove-cell", "remove-input"}
 MOST_LINES_OF_A_FUNCTION = 40
 # A place on somebody's machine, which means nothing on another one.
 LOCAL_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt)/\w|file:/{2}")
@@ -126,6 +128,13 @@ def test_cells_are_short_and_stand_alone(path: Path) -> None:
     longest = max(code_cells(path), key=lambda cell: len(cell.source.splitlines()))
     assert len(longest.source.splitlines()) <= 25, longest.source
     assert not [cell.source for cell in code_cells(path) if re.search(r"^%run|\.ipynb['\"]", cell.source, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.name < "08"], ids=lambda path: path.stem)
+def test_a_page_of_the_first_half_shows_little_code(path: Path) -> None:
+    """What draws or prepares is a click away."""
+    shown = [cell.source for cell in code_cells(path) if not HIDDEN & set(cell.metadata.get("tags", []))]
+    assert sum(bool(line.strip()) for source in shown for line in source.splitlines()) <= MOST_VISIBLE_LINES
 
 
 @each_notebook

@@ -9,6 +9,11 @@
     return powers.map((power) => power / sum);
   }
 
+  function named(power) {
+    const shown = (2 ** power).toPrecision(2);
+    return shown === data.temperature.toPrecision(2) ? `${shown} (paper)` : shown;
+  }
+
   function update() {
     const { logits, label } = data.images[image];
     const probabilities = softmax(logits);
@@ -31,7 +36,7 @@
 
   const images = kit.choice({ label: "The image:", options: data.images.map(({ label }) => label) }, show);
   const heat = kit.slider(
-    { label: "Temperature T", min: -2, max: 4.5, step: 0.05, value: Math.log2(temperature), words: (v) => (2 ** v).toPrecision(2) },
+    { label: "Temperature T", min: -2, max: 4.5, step: 0.05, value: Math.log2(temperature), words: named },
     (power) => ((temperature = 2 ** power), update()),
   );
   show(0);

@@ -118,7 +118,7 @@ def in_words(row: pd.Series) -> str:
     if row.verdict == NOT_RUN:
         return f"{found} after {row.pairs} of {row.seeds} seeds, no verdict yet"
     undecided = row.verdict in (UNDECIDED, SO_FAR)
-    needs = f", {row.needed:.0f} seeds would see {registered()['margin']:g} points" if undecided else ""
+    needs = f", about {row.needed:.0f} seeds can show {registered()['margin']:g} points" if undecided else ""
     return f"{found}: {row.verdict}{needs}"
 
 
@@ -215,8 +215,8 @@ def choice_held(rows: pd.DataFrame) -> tuple[str, str]:
     if cells["test"].isna().any() or len(extra) < 2:
         return NOT_RUN, OPEN
     best, (mean, low, high) = cells.loc[cells["test"].idxmax()], mean_interval(extra)
-    said = f"test images choose α = {best['alpha']:g}, T = {best['temperature']:g}, which looks {mean:+.2f} points "
-    said += f"({low:+.2f} to {high:+.2f}) better than it is"
+    said = f"test images choose α = {best['alpha']:g}, T = {best['temperature']:g} by the mean over seeds; what each "
+    said += f"seed chooses alone looks {mean:+.2f} points ({low:+.2f} to {high:+.2f}) better than it is, on average"
     if (cells["seeds"] < registered()["questions"]["L5"]["seeds"]).any():
         return said, OPEN
     return said, NO if best["alpha"] < 0.9 or low > 1 else YES if high < 1 else OPEN

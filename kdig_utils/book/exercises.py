@@ -13,14 +13,13 @@ Judge = Callable[[Any], str]
 NOT_YET = "Not answered yet: put your answer in the place of the three dots."
 
 
-def check(answer: Any, judge: Judge) -> bool:
-    """Print whether the reader's answer, a value or a function, is right, or what is off; return whether it is."""
+def check(answer: Any, judge: Judge) -> None:
+    """Print whether the reader's answer, a value or a function, is right, or what is off with it."""
     try:
         off = NOT_YET if answer is ... else judge(answer)
     except Exception as error:  # it is the reader's code that runs, and it may raise anything
         off = f"Not yet: it raises {type(error).__name__}: {error}"
     print(off or "Right.")
-    return not off
 
 
 def number(right: float, tolerance: float) -> Judge:

@@ -83,7 +83,7 @@ def claims_table(ledger: pd.DataFrame) -> str:
 def methods_table(ledger: pd.DataFrame) -> str:
     """Students of `campaigns.main_runs` and their teacher beside the paper's; a row for each method, run or not.
 
-    Below stands a better teacher that has no students yet.
+    Below stands a better teacher that has no students of the paper's size yet.
     """
     students = campaigns.main_runs(ledger)
     shown = {"teacher": teachers.of(students, ledger), **dict(iter(students.groupby("method")))}
@@ -98,7 +98,7 @@ def methods_table(ledger: pd.DataFrame) -> str:
         spec = spec_of(row)
         trained = getattr(spec, "recipe", "") or f"{spec.epochs} epochs by this book's code"
         words = f"{row['test_accuracy']:.2f} % (run `{row['run_id']}`). How it was trained: {trained}."
-        lines += ["", f"A better teacher has no students yet: {words}"]
+        lines += ["", f"A better teacher has no students of the paper's size yet: {words}"]
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kdig_utils.method.tracing import NONLINEAR, NotASecantNetwork, trace
 
-GRADING = 0.2  # the points' density falls as 1 / (a + GRADING); tried on the teacher (chapter 04), harmless elsewhere
+GRADING = 0.2  # the points' density falls as 1 / (a + GRADING); tried on the teacher (chapter 17), harmless elsewhere
 
 # What the backward pass needs of an operation: slopes of secants, or the little graph by which autograd transposes it.
 Tape = dict[fx.Node, Tensor | tuple[list[Tensor], Tensor]]

@@ -39,7 +39,7 @@ class SignalSettings:
 
     Attributes:
         n_steps: evaluations along the path of Integrated Gradients.
-        method: the quadrature, or `secant` for intervals that know where the ReLUs switch (`secants`, chapter 04).
+        method: the quadrature, or `secant` for intervals that know where the ReLUs switch (`secants`, chapter 17).
         baseline: `mean_colour` is the paper's, zeros after normalisation.
         tap: index of the feature block whose attention map is kept (9 for k = 5).
         error: None takes `n_steps` of `method`; a number asks `attribution.attribute` for this relative error instead.

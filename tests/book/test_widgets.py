@@ -1,11 +1,19 @@
 """The figures that a reader can turn, as they are stored in the chapters: in Chromium, by keyboard, on a phone."""
 
+import base64
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+from kdig_utils.method.overlay import EpochDraws, overlay
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[tests]'")
 
@@ -92,3 +100,64 @@ def test_a_described_picture_stands_in_where_no_script_runs(figure: str, browser
     still = page.locator("figure > img")
     assert still.is_visible()
     assert len(still.get_attribute("alt")) > 20
+
+
+# What the page computes is what the package computes
+
+
+def data_of(figure: str) -> dict:
+    """What the script of a figure gets."""
+    page = STORED[figure]
+    return json.JSONDecoder().raw_decode(page, re.search(r"\}\s*\)\((?=\{)", page).end())[0]
+
+
+def image_of(packed: str, channels: int) -> Tensor:
+    """Packed bytes as (channels, 32, 32) in [0, 1]."""
+    pixels = torch.from_numpy(np.frombuffer(base64.b64decode(packed), np.uint8).copy())
+    return pixels.view(32, 32, channels).permute(2, 0, 1).float() / 255
+
+
+def set_controls(page: sync_api.Page, sliders: list[float], radios: list[int]) -> None:
+    """Give the sliders these values, and choose these options, in their order on the page."""
+    for slider, value in zip(page.locator("input[type=range]").all(), sliders, strict=False):
+        slider.evaluate("(node, value) => { node.value = value; node.dispatchEvent(new Event('input')) }", value)
+    for fieldset, place in zip(page.locator("fieldset").all(), radios, strict=False):
+        fieldset.locator("input").nth(place).check()
+
+
+READ_PIXELS = """() => [...document.querySelectorAll('canvas')].map(
+    (canvas) => Array.from(canvas.getContext('2d').getImageData(0, 0, 32, 32).data))"""
+
+
+@pytest.mark.parametrize(
+    ("probability", "power", "down", "right", "mirrored", "left_behind"),
+    [(50, 1, 0, 0, 0, 0), (100, 2, -4, 3, 1, 0), (100, 1.5, 2, -1, 0, 1), (0, 1, 1, 1, 1, 0), (85, 1.25, 4, 4, 1, 1)],
+)
+def test_the_overlay_of_the_page_is_that_of_the_package(
+    probability: int, power: float, down: int, right: int, mirrored: int, left_behind: int, browser: sync_api.Browser
+) -> None:
+    data, n = data_of("05_overlay-0")["images"], len(data_of("05_overlay-0")["images"])
+    page, _wrong = opened(browser, "05_overlay-0")
+    set_controls(page, [probability, power, down, right], [mirrored, left_behind])
+    shown = torch.tensor(page.evaluate(READ_PIXELS), dtype=torch.float).view(n, 32, 32, 4)[..., :3].permute(0, 3, 1, 2)
+    images, maps = (
+        torch.stack([image_of(one["pixels"], 3) for one in data]),
+        torch.stack([image_of(one["map"], 1)[0] for one in data]),
+    )
+    overlaid = torch.tensor([one["from"] <= probability for one in data])
+    shifts, flips = torch.tensor([[4 - down, 4 - right]]).expand(n, 2), torch.full((n,), bool(mirrored))
+    draws = EpochDraws(torch.arange(n), shifts, flips, overlaid, torch.full((n,), float(power)))
+    wanted = overlay(images, maps, draws, "index-matched" if left_behind else "matched")
+    assert (shown - 255 * wanted).abs().max() <= 0.51  # a pixel is a whole number
+
+
+@pytest.mark.parametrize(("image", "doublings"), [(0, 0), (2, 1.3), (5, 4.5), (3, -2)])
+def test_the_softened_answer_of_the_page_is_the_softmax(
+    image: int, doublings: float, browser: sync_api.Browser
+) -> None:
+    page, _wrong = opened(browser, "02_distillation-0")
+    set_controls(page, [doublings], [image])
+    shown = [float(text.removesuffix(" %")) for text in page.locator(".kdig-value").all_inner_texts()]
+    logits = torch.tensor(data_of("02_distillation-0")["images"][image]["logits"])
+    wanted = (logits / 2**doublings).softmax(0)
+    torch.testing.assert_close(torch.tensor(shown), 100 * wanted, atol=0.06, rtol=0)
