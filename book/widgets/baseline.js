@@ -26,8 +26,8 @@
     map.describe(`the IG map of ${label} from the baseline ${name}`);
     signed.describe(`the attributions with their signs, from the baseline ${name}`);
     words.say(
-      `${label}, from ${name}: F(x) − F(x′) = ${signs(high)} − (${signs(low)}) = ${signs(high - low)}. The attributions add up to ${signs(sum)}. ` +
-        `Of the map, ${Math.round(dark)} % lie on the darkest tenth of the pixels and ${Math.round(light)} % on the lightest.`,
+      `${label}, from ${name}: F(x) − F(x′) = ${signs(high)} − ${low < 0 ? `(${signs(low)})` : signs(low)} = ${signs(high - low)}. The attributions add up to ${signs(sum)}. The gap is ${signs(sum - (high - low))}. ` +
+        `The darkest tenth of the pixels holds ${Math.round(dark)} % of the map, the lightest tenth ${Math.round(light)} %.`,
     );
   }
 

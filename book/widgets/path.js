@@ -49,8 +49,8 @@
     rectangles.setAttribute("d", drawn);
     const gap = sum - rise, leads = data.heights[at] > data.rivals[at] ? data.label : data.rival;
     words.say(
-      `At a = ${a.toFixed(2)} the ${data.label} logit has made ${Math.round(100 * share)} % of its rise of ${rise.toFixed(1)}; ${leads} is ahead. ` +
-        `The sum with ${steps} ${steps > 1 ? "steps" : "step"} (${rules[rule]}) is ${sum.toFixed(1)}. Its completeness gap is ${gap < 0 ? "−" : "+"}${Math.abs(gap).toFixed(2)}, ` +
+      `At a = ${a.toFixed(2)} the ${data.label} logit has made ${Math.round(100 * share)} % of its rise of ${rise.toFixed(1)}; of ${data.label} and ${data.rival}, ${leads} is higher. ` +
+        `Over the whole path, the sum with ${steps} ${steps > 1 ? "steps" : "step"} (${rules[rule]}) is ${sum.toFixed(1)}, and the rise is ${rise.toFixed(1)}. The completeness gap is ${gap < 0 ? "−" : "+"}${Math.abs(gap).toFixed(2)}, ` +
         `${(100 * Math.abs(gap / rise)).toFixed(1)} % of the rise.`,
     );
   }
