@@ -193,7 +193,7 @@ def tell_time(app: Sphinx, doctree: nodes.document) -> None:
     cells = nbformat.read(source, as_version=4).cells
     words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
     minutes = 5 * math.ceil(words / WORDS_A_MINUTE / 5)
-    told = f"About {minutes} minutes to read, exercises not counted. No GPU is needed."
+    told = f"About {minutes} minutes to read; the exercises take longer. No GPU is needed."
     executed = paths.workspace() / "reproduce" / "published" / source.name
     if executed.is_file():
         seconds = nbformat.read(executed, as_version=4).metadata.get("papermill", {}).get("duration")

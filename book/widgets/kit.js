@@ -2,7 +2,8 @@
 (() => {
   "use strict";
   const SVG = "http://www.w3.org/2000/svg";
-  let made = 0; // gives each control a name of its own, though several figures stand on one page
+  /** A name of its own for each control: several figures stand on one page. */
+  const fresh = () => `kdig-${Math.random().toString(36).slice(2)}`;
 
   function filled(node, attributes, children) {
     for (const [name, value] of Object.entries(attributes)) {
@@ -21,7 +22,7 @@
 
   /** A slider with its label and its value in words; arrow keys move it. `words(value)` is what a screen reader says. */
   function slider({ label, min, max, step, value, words = String }, changed) {
-    const id = `kdig-control-${(made += 1)}-${Math.random().toString(36).slice(2, 8)}`;
+    const id = fresh();
     const input = element("input", { id, type: "range", min, max, step, value });
     const shown = element("output", { for: id });
     const update = () => {
@@ -35,7 +36,7 @@
 
   /** Radio buttons, of which one is chosen; `options` are texts, and `changed` gets the place of the chosen one. */
   function choice({ label, options, value = 0 }, changed) {
-    const name = `kdig-choice-${(made += 1)}-${Math.random().toString(36).slice(2, 8)}`;
+    const name = fresh();
     const buttons = options.map((text, place) =>
       element("label", {},
         element("input", { type: "radio", name, checked: place === value, onchange: () => changed(place) }), ` ${text}`),
@@ -77,7 +78,7 @@
     return { node: element("div", { class: "kdig-bars" }, ...rows.flatMap((row) => row.cells)), draw };
   }
 
-  /** Lines over a common axis. `lines`: [{values, colour}]; x and y: {from, to, label}. `mark(at)` draws an upright. */
+  /** Lines over a common axis. `lines`: [{xs, values, colour}]; x and y: {from, to, label}. `mark(at)` draws an upright. */
   function chart({ x, y, label, width = 440, height = 220 }, lines) {
     const left = 44, right = width - 10, top = 12, bottom = height - 38;
     const across = (value) => left + ((value - x.from) / (x.to - x.from)) * (right - left);
@@ -95,8 +96,7 @@
       text([(left + right) / 2, height - 6], x.label, { "text-anchor": "middle" }),
       text([left + 6, top + 4], y.label), ...drawn, upright);
     const mark = (at) => ["x1", "x2"].forEach((end) => upright.setAttribute(end, across(at)));
-    const redraw = (line, xs, values) => drawn[line].setAttribute("d", path(xs, values));
-    return { node, mark, redraw, across, up };
+    return { node, mark, across, up };
   }
 
   /** A line of text that a screen reader hears of when it changes, but not at each step of a slider that moves. */

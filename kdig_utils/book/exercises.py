@@ -5,6 +5,7 @@ A judge takes an answer and returns what is off with it, and nothing for a right
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,17 +23,22 @@ def check(answer: Any, judge: Judge) -> None:
     print(off or "Right.")
 
 
-def number(right: float, tolerance: float) -> Judge:
-    """A number is right within `tolerance`; of a wrong one it says in which direction it is off."""
+def number(right: float, tolerance: float, slips: Mapping[float, str] = MappingProxyType({})) -> Judge:
+    """A number is right within `tolerance`; `slips` says of a likely wrong one, by its value, what went wrong."""
 
     def judge(answer: Any) -> str:
         value = float(answer)
         if abs(value - right) <= tolerance:
             return ""
-        for factor, slip in ((100, "are these per cent?"), (0.01, "is it a fraction?"), (-1, "look at the sign")):
+        for slip, hint in slips.items():
+            if math.isclose(value, slip, rel_tol=1e-3, abs_tol=tolerance):
+                return f"Not yet: {hint}"
+        for factor, hint in ((100, "are these per cent?"), (0.01, "is it a fraction?"), (-1, "look at the sign")):
             if math.isclose(value, right * factor, abs_tol=abs(tolerance * factor)):
-                return f"Not yet: {value:g} is {factor:g} times the right number; {slip}"
-        return f"Not yet: {value:g} is too {'large' if value > right else 'small' if value < right else 'undefined'}."
+                return f"Not yet: {value:g} is {factor:g} times the right number; {hint}"
+        return (
+            f"Not yet: {value:g} is {'too large' if value > right else 'too small' if value < right else 'no number'}."
+        )
 
     return judge
 
@@ -48,15 +54,27 @@ def choice(right: str, others: Mapping[str, str]) -> Judge:
     return judge
 
 
-def function(right: Callable[..., Any], *cases: tuple[Any, ...], rtol: float = 1e-4, atol: float = 1e-6) -> Judge:
-    """A function is right where it gives the numbers that `right` gives, for each of these arguments."""
+def function(
+    right: Callable[..., Any],
+    *cases: tuple[Any, ...],
+    slips: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+) -> Judge:
+    """A function is right where it gives the numbers that `right` gives, for each of these arguments.
+
+    Args:
+        slips: by its hint, a function that makes a likely mistake.
+    """
 
     def judge(answer: Any) -> str:
         if not callable(answer):
             return f"Not yet: {answer!r} is no function."
         for place, case in enumerate(cases, start=1):
-            if off := _difference(answer(*case), right(*case), rtol, atol):
-                return f"Not yet: case {place} of {len(cases)}: {off}"
+            found = answer(*case)
+            if off := _difference(found, right(*case), rtol, atol):
+                slipped = [hint for hint, wrong in slips.items() if not _difference(found, wrong(*case), rtol, atol)]
+                return f"Not yet: {slipped[0] if slipped else f'case {place} of {len(cases)}: {off}'}"
         return ""
 
     return judge

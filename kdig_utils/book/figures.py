@@ -45,12 +45,17 @@ def show(figure: Figure, alt: str, caption: str, kind: str | Iterable[str]) -> N
     Raises:
         ValueError: alternative text or caption is empty, or a kind is not in the vocabulary.
     """
-    if not alt.strip() or not caption.strip():
-        raise ValueError(f"a figure needs an alternative text and a caption, got {alt!r} and {caption!r}: write both")
-    named = f"Evidence: {evidence.in_words(kind)}"
+    below = caption_of(alt, caption, kind)
     display(Image(data=png(figure), format="png", alt=alt))
     plt.close(figure)
-    display(Markdown(f"*{caption}* {named}."))
+    display(below)
+
+
+def caption_of(alt: str, caption: str, kind: str | Iterable[str]) -> Markdown:
+    """What stands below a figure: its caption and its kind of evidence; raises as `show` does."""
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"a figure needs an alternative text and a caption, got {alt!r} and {caption!r}: write both")
+    return Markdown(f"*{caption}* Evidence: {evidence.in_words(kind)}.")
 
 
 def png(figure: Figure) -> bytes:

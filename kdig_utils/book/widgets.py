@@ -10,13 +10,12 @@ from html import escape
 from typing import Any
 
 import matplotlib.pyplot as plt
-from IPython.display import HTML, Markdown, display
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from kdig_utils import paths
 from kdig_utils.book import figures
-from kdig_utils.experiments import evidence
 
 PAGE = """<figure class="kdig-widget" id="kdig-{name}" role="group" aria-label="{label}">
 <img src="data:image/png;base64,{still}" alt="{alt}"></figure>
@@ -41,6 +40,7 @@ def show(
 
     Raises:
         FileNotFoundError: there is no such script.
+        ValueError: as `figures.show`.
     """
     folder = paths.repository_root() / "book" / "widgets"
     script, kit, style = ((folder / file).read_text() for file in (f"{name}.js", "kit.js", "kit.css"))
@@ -49,11 +49,10 @@ def show(
         style=style, script=script, kit=kit, data=json.dumps(data).replace("<", "\\u003c"),
     )  # fmt: skip
     plt.close(still)
-    display(HTML(page))
-    display(Markdown(f"*{caption}* Evidence: {evidence.in_words(kind)}."))
+    display(HTML(page), figures.caption_of(alt, caption, kind))
 
 
 def packed(values: Tensor) -> str:
-    """Numbers in [0, 1] as bytes 0 to 255 in base 64; an image (3, H, W) as red, green, blue of each pixel."""
+    """Numbers in [0, 1] as bytes 0 to 255 in base 64: a map (H, W), or an image (3, H, W) as colours pixel by pixel."""
     pixels = values.permute(1, 2, 0) if values.ndim == 3 else values
     return base64.b64encode(pixels.clamp(0, 1).mul(255).round().byte().cpu().numpy().tobytes()).decode()

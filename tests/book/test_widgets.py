@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdig_utils.method.integrated_gradients import quadrature
 from kdig_utils.method.overlay import EpochDraws, overlay
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[tests]'")
@@ -55,10 +56,15 @@ def opened(browser: sync_api.Browser, figure: str, **settings) -> tuple[sync_api
     return page, wrong
 
 
-def texts(page: sync_api.Page) -> str:
-    """All that the figure says, and the pixels that it shows."""
-    drawn = "[...document.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL())"
-    return page.inner_text("figure") + "".join(page.evaluate(drawn)) + page.inner_html("figure")
+def drawn(page: sync_api.Page) -> str:
+    """What the figure shows and says, its pixels too, without the controls: those change by themselves."""
+    pixels = "[...document.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL())"
+    rest = """() => {
+        const copy = document.querySelector('figure').cloneNode(true);
+        copy.querySelectorAll('.kdig-control, fieldset').forEach((control) => control.remove());
+        return copy.innerHTML;
+    }"""
+    return page.evaluate(rest) + "".join(page.evaluate(pixels))
 
 
 def test_a_chapter_has_interactive_figures() -> None:
@@ -72,7 +78,7 @@ def test_each_control_is_named_and_moves_by_keyboard(figure: str, browser: sync_
     assert controls.count() > 0
     for control in controls.all():
         assert control.evaluate("node => node.labels?.[0]?.textContent || node.textContent").strip()
-        before = texts(page)
+        before = drawn(page)
         at_end = control.evaluate("node => node.type === 'range' && node.value === node.max")
         key = (
             "Enter"
@@ -83,7 +89,7 @@ def test_each_control_is_named_and_moves_by_keyboard(figure: str, browser: sync_
         )
         control.focus()
         control.press(key)
-        assert texts(page) != before
+        assert drawn(page) != before
     assert page.locator("[role=status]").count() == 1
     assert wrong == []
 
@@ -161,3 +167,24 @@ def test_the_softened_answer_of_the_page_is_the_softmax(
     logits = torch.tensor(data_of("02_distillation-0")["images"][image]["logits"])
     wanted = (logits / 2**doublings).softmax(0)
     torch.testing.assert_close(torch.tensor(shown), 100 * wanted, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize(("rule", "doublings"), [(0, 0), (0, 3), (1, 2), (2, 4), (3, 3), (3, 5)])
+def test_the_completeness_gap_of_the_page_is_that_of_the_packages_quadrature(
+    rule: int, doublings: int, browser: sync_api.Browser
+) -> None:
+    data, steps = data_of("03_integrated_gradients-0"), 2**doublings
+    page, _wrong = opened(browser, "03_integrated_gradients-0")
+    set_controls(page, [16, doublings], [rule])
+    name = ("riemann_left", "riemann_right", "riemann_middle", "gausslegendre")[rule]
+    places, weights = quadrature(name, steps)
+    if rule == 3:
+        terms = data["gauss"][str(steps)]
+        torch.testing.assert_close(weights.float(), torch.tensor([term["weight"] for term in terms]), atol=1e-3, rtol=0)
+        slopes = torch.tensor([term["slope"] for term in terms])
+    else:
+        slopes = torch.tensor(data["slopes"])[(places * (len(data["slopes"]) - 1)).round().long()]
+    rise = data["heights"][-1] - data["heights"][0]
+    shown = re.search(r"gap is ([+−])([\d.]+)", page.inner_text(".kdig-status"))
+    gap = float(shown[2]) * (1 if shown[1] == "+" else -1)
+    assert gap == pytest.approx(float((weights * slopes).sum()) - rise, abs=0.02)
