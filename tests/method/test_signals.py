@@ -12,6 +12,7 @@ import pytest
 import torch
 from captum.attr import IntegratedGradients
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from kdig_utils.method import artifacts, cifar10, losses, models, precompute, signals
 from kdig_utils.method.cifar10 import ImageSet
@@ -22,9 +23,8 @@ SETTINGS = SignalSettings(n_steps=3)
 GPU = torch.device("cuda")
 IMAGES = 8
 BATCH = 3
-# Folding batch norm and another batch size change float32 sums; where a ReLU6 then flips, a gradient moves.
-# In float64 the folded network's maps agree to 1e-14; float16 alone rounds by 5e-4.
-TOLERANCE = 1e-2
+# Folding batch norm and another batch size change float32 sums by 1e-6; float16 rounds a map by 5e-4.
+TOLERANCE = 1e-3
 
 
 class Stop(Exception):
@@ -33,8 +33,14 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def teacher(sample_train: ImageSet) -> models.Teacher:
-    """Random weights with batch-norm statistics and answers of order one, so that folding is put to the test."""
+    """Random weights with batch-norm statistics and answers of order one, so that folding is put to the test.
+
+    Its activations are smooth: at a switch of a ReLU6, another machine's rounding moves a gradient by 1 %.
+    """
     network, generator = models.teacher(1), torch.Generator().manual_seed(1)
+    for layer in network.modules():
+        if isinstance(layer, Conv2dNormActivation) and len(layer) == 3:
+            layer[2] = nn.Softplus()
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in norms:
         layer.momentum = 1.0
@@ -190,7 +196,7 @@ def test_another_images_map_is_told_apart(teacher: models.Teacher, images: Image
     """The re-scoring test could not pass on a store in another order."""
     maps = open_signals(teacher, images, store, SETTINGS).maps.float().flatten(1)
     distance = torch.cdist(maps, maps) + 100 * torch.eye(IMAGES)
-    assert float(distance.min()) > 10 * TOLERANCE * float(maps.norm(dim=1).max())
+    assert float(distance.min()) > 100 * TOLERANCE * float(maps.norm(dim=1).max())
 
 
 def test_maps_span_up_to_one_and_attention_has_unit_length(
@@ -214,7 +220,7 @@ def test_error_is_the_relative_completeness_error(teacher: models.Teacher, image
         image, baselines, int(images.labels[0]), n_steps=3, return_convergence_delta=True
     )
     rise = attributions.sum() - delta
-    assert float(found.error[0]) == pytest.approx(float(delta.abs() / rise.abs()), rel=2e-2, abs=1e-3)
+    assert float(found.error[0]) == pytest.approx(float(delta.abs() / rise.abs()), rel=1e-3, abs=1e-4)
 
 
 def test_manifest_names_teacher_data_settings_and_indices(
