@@ -20,7 +20,7 @@ from kdig_utils.method import cifar10
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
 
-sys.path.append(str(Path(__file__).parent))  # for `ledgers`, which tests in every folder import
+sys.path.append(str(Path(__file__).parent))  # for `ledgers` and `chapters`, which tests import
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
