@@ -1,4 +1,4 @@
-"""The pairings: planted effects of a synthetic ledger are found, and nulls are not."""
+"""The pairings, as chapter 11 judges them: planted effects of a synthetic ledger are found, and nulls are not."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from chapters import cells_of
 from ledgers import row_of
 from scipy import stats
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.pairing_results import (
-    CONTROLS,
-    PRIMARY,
-    differences,
-    gains,
-    judged,
-    readings,
-    with_answers,
-    with_overlays,
-)
 from kdig_utils.experiments import campaigns
 from kdig_utils.method import pairings
 from kdig_utils.method.cifar10 import ImageSet
@@ -28,6 +19,10 @@ from kdig_utils.method.overlay import draw_epoch, overlay
 from kdig_utils.method.pairings import PAIRINGS
 from kdig_utils.method.spec import RunSpec
 
+CHAPTER = cells_of("11", "judged", "readings", "with_overlays", "with_answers", "gains", "differences")
+CONTROLS, PRIMARY, judged, readings = CHAPTER.CONTROLS, CHAPTER.PRIMARY, CHAPTER.judged, CHAPTER.readings
+gains, differences = CHAPTER.gains, CHAPTER.differences
+with_overlays, with_answers = CHAPTER.with_overlays, CHAPTER.with_answers
 SEEDS = campaigns.SEEDS
 RUNS = dict.fromkeys(("none", *CONTROLS), SEEDS) | dict.fromkeys(("matched", PRIMARY), campaigns.PRIMARY_SEEDS)
 MARGIN = 0.3
