@@ -19,7 +19,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from kdig_utils import paths
-from kdig_utils.analysis import choosing, corruptions, examination, faithfulness
+from kdig_utils.analysis import corruptions, examination, faithfulness, gradients
 from kdig_utils.analysis.examination import Effort, Examination, Mean, mean_over_images
 from kdig_utils.method import losses, released
 from kdig_utils.method.cifar10 import ImageSet
@@ -135,21 +135,21 @@ def curve_measures(network: nn.Module, asked: Examination) -> dict[str, Mean]:
 
 
 def step_measures(network: nn.Module, q: Questions) -> dict[str, Mean]:
-    """What the stored answers do to one training step, with respect to all parameters (`choosing.gradient_plane`).
+    """What the stored answers do to one training step, with respect to all parameters (`gradients.gradient_plane`).
 
     Returns:
         `step share, alpha A, temperature T` in per cent and `step angle, ...` in degrees, means over `BATCHES` batches
         of `BATCH_SIZE` crops; `step angle, two batches`, between the cross-entropy gradients of two of them.
     """
     parts = [slice(start, start + BATCH_SIZE) for start in range(0, BATCHES * BATCH_SIZE, BATCH_SIZE)]
-    planes = [choosing.gradient_plane(network, q.crops[p], q.labels[p], q.answers["stored"][p]) for p in parts]
+    planes = [gradients.gradient_plane(network, q.crops[p], q.labels[p], q.answers["stored"][p]) for p in parts]
     table = pd.concat(planes).groupby(["alpha", "temperature"]).mean()
     found = {
         f"step {name}, alpha {alpha:g}, temperature {temperature:g}": Mean(value, np.nan, np.nan, BATCHES * BATCH_SIZE)
         for name in ("share", "angle")
         for (alpha, temperature), value in table[name].items()
     }
-    apart = choosing.degrees_between(*(choosing.label_gradient(network, q.crops[p], q.labels[p]) for p in parts))
+    apart = gradients.degrees_between(*(gradients.label_gradient(network, q.crops[p], q.labels[p]) for p in parts))
     return found | {"step angle, two batches": Mean(apart, np.nan, np.nan, BATCHES * BATCH_SIZE)}
 
 
