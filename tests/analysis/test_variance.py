@@ -4,6 +4,7 @@ import ledgers
 import numpy as np
 import pandas as pd
 import pytest
+from chapters import cells_of
 from scipy import stats
 from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.diagnostic import lilliefors
@@ -14,12 +15,14 @@ from kdig_utils.experiments import campaigns
 from kdig_utils.experiments.ledger import Ledger, spec_of
 from kdig_utils.method.spec import METHODS
 
+CHAPTER_08, CHAPTER_09 = cells_of("08", "factor_effects"), cells_of("09", "added_variance")
+factor_effects = CHAPTER_08.factor_effects
 PLANTED = {"kd": 0.5, "ig": 0.25, "at": -0.1, "kd:ig": 0.3, "kd:at": 0.0, "ig:at": -0.2, "kd:ig:at": 0.7}
 
 
 def accuracy(method: str) -> float:
     """The accuracy, in per cent, in which exactly `PLANTED` is hidden."""
-    sign = {factor: 1 if factor in method.split("_") else -1 for factor in variance.FACTORS}
+    sign = {factor: 1 if factor in method.split("_") else -1 for factor in CHAPTER_08.FACTORS}
     return 91 + sum(effect * np.prod([sign[f] / 2 for f in term.split(":")]) for term, effect in PLANTED.items())
 
 
@@ -45,14 +48,14 @@ def one_method(values: np.ndarray, method: str = "student", **changes: object) -
 
 
 def test_planted_effects_are_recovered_exactly_where_there_is_no_noise():
-    table = variance.factor_effects(factorial_ledger(noise=0.0, seeds=2))
+    table = factor_effects(factorial_ledger(noise=0.0, seeds=2))
     assert dict(table["effect"]) == pytest.approx(PLANTED, abs=1e-9)
 
 
 def test_effects_are_contrasts_of_means():
     rows = factorial_ledger(noise=0.3)
     mean = rows.groupby("method")["test_accuracy"].mean()
-    table = variance.factor_effects(rows)
+    table = factor_effects(rows)
     with_ig, without = mean[["ig", "kd_ig", "ig_at", "kd_ig_at"]], mean[["student", "kd", "at", "kd_at"]]
     assert table.loc["ig", "effect"] == pytest.approx(with_ig.mean() - without.mean())
     alone = mean["kd_ig"] - mean["kd"] - mean["ig"] + mean["student"]
@@ -65,7 +68,7 @@ def test_the_interval_of_each_effect_holds_it_in_19_of_20_studies():
     studies = 150
     inside = []
     for seed in range(studies):
-        table = variance.factor_effects(factorial_ledger(noise=0.32, seed=seed))
+        table = factor_effects(factorial_ledger(noise=0.32, seed=seed))
         truth = pd.Series(PLANTED)
         inside.append((table["low"] < truth) & (truth < table["high"]))
     covered = np.mean(inside)
@@ -75,13 +78,13 @@ def test_the_interval_of_each_effect_holds_it_in_19_of_20_studies():
 
 def test_blocking_by_seed_narrows_the_intervals_when_runs_with_one_seed_share_luck():
     rows = factorial_ledger(noise=0.1, shared=1.0)
-    plain, blocked = variance.factor_effects(rows), variance.factor_effects(rows, blocks=["seed"])
+    plain, blocked = factor_effects(rows), factor_effects(rows, blocks=["seed"])
     assert dict(plain["effect"]) == pytest.approx(dict(blocked["effect"]))
     assert ((plain["high"] - plain["low"]) > 4 * (blocked["high"] - blocked["low"])).all()
 
 
 def test_the_papers_eighty_runs_show_main_effects_of_kd_and_ig_and_no_synergy():
-    table = variance.factor_effects(paper_rows())
+    table = factor_effects(paper_rows())
     assert set(table.index[table["p_holm"] < 0.05]) == {"kd", "ig"}
     assert table.loc["kd:ig", "low"] < 0 < table.loc["kd:ig", "high"]
 
@@ -89,9 +92,9 @@ def test_the_papers_eighty_runs_show_main_effects_of_kd_and_ig_and_no_synergy():
 def test_a_factorial_analysis_needs_all_eight_methods_and_two_runs():
     rows = factorial_ledger(noise=0.3, seeds=2)
     with pytest.raises(ValueError, match="no run of kd, ig_at: "):
-        variance.factor_effects(rows[~rows["method"].isin(["kd", "ig_at"])])
+        factor_effects(rows[~rows["method"].isin(["kd", "ig_at"])])
     with pytest.raises(ValueError, match="each method has 1 run"):
-        variance.factor_effects(rows[rows["seed"] == 0])
+        factor_effects(rows[rows["seed"] == 0])
 
 
 # Normality
@@ -204,14 +207,14 @@ def test_runs_that_all_end_alike_cannot_be_split():
     with pytest.raises(ValueError, match=r"all runs end alike, at 10\.00 %"):
         variance.variance_components(nested_ledger(0, 0, 4, 3).assign(test_accuracy=10.0), "resample")
     with pytest.raises(ValueError, match=r"all runs end alike, at 10\.00 %"):
-        variance.factor_effects(factorial_ledger(0).assign(test_accuracy=10.0))
+        factor_effects(factorial_ledger(0).assign(test_accuracy=10.0))
 
 
 def test_what_resampling_adds_is_found_by_subtraction():
     rng = np.random.default_rng(0)
     alone = one_method(rng.normal(91, 0.3, 4000))
     together = one_method(rng.normal(90, 0.5, 4000), train_fraction=0.8)
-    row = variance.added_variance(together, alone).loc["student"]
+    row = CHAPTER_09.added_variance(together, alone).loc["student"]
     assert row["added"] == pytest.approx(0.5**2 - 0.3**2, rel=0.1)
     assert row["low"] < (0.5 / 0.3) ** 2 < row["high"]
     assert row["p"] < 1e-6
@@ -221,7 +224,7 @@ def test_the_interval_of_the_ratio_of_variances_holds_it_in_19_of_20_studies():
     rng, studies, inside = np.random.default_rng(1), 1000, 0
     for _ in range(studies):
         together, alone = (pd.Series(rng.normal(0, spread, n)) for spread, n in ((0.5, 60), (0.3, 10)))
-        found = variance._ratio_of_variances(together, alone)
+        found = CHAPTER_09.ratio_of_variances(together, alone)
         inside += found["low"] < (0.5 / 0.3) ** 2 < found["high"]
     print(f"{inside} of {studies} intervals hold the ratio of variances")
     assert inside / studies == pytest.approx(0.95, abs=3 * np.sqrt(0.05 * 0.95 / studies))
@@ -229,6 +232,6 @@ def test_the_interval_of_the_ratio_of_variances_holds_it_in_19_of_20_studies():
 
 def test_variances_cannot_be_subtracted_without_two_runs_in_both_tables():
     with pytest.raises(ValueError, match="no method has two runs or more in both tables"):
-        variance.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.array([90.0])))
+        CHAPTER_09.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.array([90.0])))
     with pytest.raises(ValueError, match=r"all runs of student end alike, at 91\.00"):
-        variance.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.full(3, 91.0)))
+        CHAPTER_09.added_variance(one_method(np.array([90.0, 91.0])), one_method(np.full(3, 91.0)))
