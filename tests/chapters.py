@@ -19,7 +19,8 @@ def cells_of(number: str, *names: str) -> SimpleNamespace:
     cells = [ast.parse(source) for source in sources if "%" not in {line.lstrip()[:1] for line in source.splitlines()}]
     space: dict[str, object] = {"__name__": f"chapter_{number}"}
     for cell in cells:
-        defined = {getattr(node, "name", "") for node in cell.body}
+        targets = [target for node in cell.body if isinstance(node, ast.Assign) for target in node.targets]
+        defined = {getattr(node, "name", "") for node in cell.body} | {getattr(target, "id", "") for target in targets}
         imports = [node for node in cell.body if isinstance(node, ast.Import | ast.ImportFrom)]
         chosen = cell.body if defined & set(names) else imports
         exec(compile(ast.Module(chosen, type_ignores=[]), path.name, "exec"), space)

@@ -6,6 +6,7 @@ import ledgers
 import numpy as np
 import pandas as pd
 import pytest
+from chapters import cells_of
 from ledgers import drawn, student_rows, teacher_row
 from scipy import stats
 
@@ -17,6 +18,7 @@ from kdig_utils.experiments import brief, campaigns, evidence
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method.spec import METHODS
 
+reasons = cells_of("16", "TESTS", "evidence_of", "price_of", "conceptual", "reasons").reasons
 MEANS = {method: float(np.mean(claims.lookup(f"ablation_runs.{method}"))) for method in METHODS}
 
 
@@ -98,7 +100,7 @@ def test_claims_that_no_one_recipe_can_meet_are_marked_both_ways():
     assert not {"mean_student", "headline_student"} & set(conflicts)
     table = card([])
     assert "sweep_k5" in table.loc["mean_kd_ig", "conflicts"]
-    assert "One recipe can hardly give" in scorecard_text.reasons(table.loc["mean_kd_ig"])
+    assert "One recipe can hardly give" in reasons(table.loc["mean_kd_ig"])
 
 
 def test_a_family_does_not_grow_with_what_was_run():
@@ -304,7 +306,7 @@ def test_direct_and_conceptual_replication_have_a_verdict_each():
     assert (alone["verdict"], alone["matched_verdict"]) == (NOT_RUN, NOT_REPRODUCED)
     assert (both["verdict"], both["matched_verdict"]) == (REPRODUCED, NOT_REPRODUCED)
     assert (both["value"], both["matched_value"]) == pytest.approx((0.8, 0.0))
-    assert "conceptual replication" in scorecard_text.reasons(both)
+    assert "conceptual replication" in reasons(both)
 
 
 def test_a_student_is_measured_against_its_own_teacher():
@@ -500,7 +502,7 @@ def test_direct_and_conceptual_brief_runs_have_a_verdict_each():
     assert (row["verdict"], row["matched_verdict"]) == (REPRODUCED, NOT_REPRODUCED)
     assert (row["value"], row["matched_value"]) == pytest.approx((0.8, 0.0))
     assert row["matched_low"] < row["matched_value"] < row["matched_high"]
-    assert "conceptual replication" in scorecard_text.reasons(row)
+    assert "conceptual replication" in reasons(row)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +522,7 @@ def test_a_direction_is_judged_by_its_sign_and_the_margin(gain, spread, verdict)
 
 
 def test_a_brief_claim_that_waits_tells_its_own_price():
-    paragraph = scorecard_text.reasons(card([]).loc["brief_kd_ig_over_kd"])
+    paragraph = reasons(card([]).loc["brief_kd_ig_over_kd"])
     assert "It takes 5 runs of `kd_ig` and `kd` with k = 5, 20 epochs and 50,000 images" in paragraph
 
 
@@ -546,7 +548,7 @@ def test_every_verdict_comes_with_a_paragraph_that_names_it_and_its_numbers():
     table = card(rows, {5: Speedup(1.5, 1.4, 1.6)})
     assert set(table["verdict"]) >= {REPRODUCED, UNDECIDED, NOT_REPRODUCED, NOT_TESTABLE, NOT_RUN}
     for _name, row in table.iterrows():
-        paragraph = scorecard_text.reasons(row)
+        paragraph = reasons(row)
         if any(isinstance(path, str) for path in row["paths"]):
             assert scorecard_text.written(row["claimed"], row["unit"]) in paragraph
         assert row["source"] in paragraph
