@@ -18,7 +18,7 @@ import pandas as pd
 
 from kdig_utils.analysis import claims, verdicts
 from kdig_utils.analysis.comparisons import mixed
-from kdig_utils.analysis.scorecard_text import written
+from kdig_utils.analysis.scorecard import written
 from kdig_utils.experiments.ledger import NUMBER_COLUMNS
 
 STATISTICS = ("mean", "min", "max", "std", "count")

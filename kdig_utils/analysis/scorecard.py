@@ -21,6 +21,7 @@ from kdig_utils.method.spec import METHODS
 CONCEPTUAL = "matched"  # as the paper's text means it; claims.yml has the pairing of the released scripts
 NUMBERS = ("value", "gap", "reach", "low", "high", "p", "p_level", "p_exact", "p_holm", "p_level_holm", "best", "short")
 UNPAIRED = ("student", "teacher")  # take nothing from a teacher
+DIGITS = {"%": ".2f", "points": "+.2f", "M": ".2f", "": ",.0f", "rank correlation": "+.3f", "relative": ".0e"}
 Speedups = Mapping[int, tuple[float, float, float]]
 
 
@@ -276,3 +277,18 @@ def headline(card: pd.DataFrame) -> str:
         said = ", ".join(f"{count} {verdict}" for verdict, count in tested.items() if count)
         parts.append(f"{kind}: {tested.sum()} of {row.sum()} claims tested" + (f" ({said})" if said else ""))
     return "; ".join(parts)
+
+
+def written(value: float, unit: str) -> str:
+    """A number of the scorecard with its unit, as tables show it; empty if there is none."""
+    if np.isnan(value):
+        return ""
+    if unit in ("×", "ms"):
+        return f"{round(value, 2):.10g} {unit}"
+    return f"{value:{DIGITS[unit]}} {unit}".rstrip()
+
+
+def claimed(row: Mapping) -> str:
+    """The paper's number of a row with its unit, or the bound that its words imply; empty if they imply none."""
+    bound = "at most " if row["measure"] == "explaining_over_training" else ""
+    return bound + written(row["claimed"], row["unit"])

@@ -10,7 +10,7 @@ from chapters import cells_of
 from ledgers import drawn, student_rows, teacher_row
 from scipy import stats
 
-from kdig_utils.analysis import claims, comparisons, counted, eligibility, scorecard, scorecard_text, verdicts
+from kdig_utils.analysis import claims, comparisons, counted, eligibility, scorecard, verdicts
 from kdig_utils.analysis.operating_characteristics import TRUTHS, operating_characteristics
 from kdig_utils.analysis.verdicts import NOT_REPRODUCED, NOT_RUN, NOT_TESTABLE, REPRODUCED, UNDECIDED
 from kdig_utils.edge.timing import Speedup
@@ -18,7 +18,8 @@ from kdig_utils.experiments import brief, campaigns, evidence
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method.spec import METHODS
 
-reasons = cells_of("16", "TESTS", "evidence_of", "price_of", "conceptual", "reasons").reasons
+CELLS = ("or_unknown", "WORDS", "explained", "TESTS", "evidence_of", "price_of", "conceptual", "reasons")
+CHAPTER = cells_of("16", *CELLS)
 MEANS = {method: float(np.mean(claims.lookup(f"ablation_runs.{method}"))) for method in METHODS}
 
 
@@ -100,7 +101,7 @@ def test_claims_that_no_one_recipe_can_meet_are_marked_both_ways():
     assert not {"mean_student", "headline_student"} & set(conflicts)
     table = card([])
     assert "sweep_k5" in table.loc["mean_kd_ig", "conflicts"]
-    assert "One recipe can hardly give" in reasons(table.loc["mean_kd_ig"])
+    assert "One recipe can hardly give" in CHAPTER.reasons(table.loc["mean_kd_ig"])
 
 
 def test_a_family_does_not_grow_with_what_was_run():
@@ -238,7 +239,7 @@ def test_runs_that_miss_each_others_seeds_or_pairing_are_told_truly():
     assert short["short"] == pytest.approx(0.8)
     apart = [row | {"seed": row["seed"] + 5} for row in student_rows("kd_ig", drawn(92.0, 2, 5))]
     rows = [teacher_row(), *student_rows("student", drawn(91.2, 1, 5)), *apart]
-    assert "no seed that all methods have" in scorecard_text.explained(card(rows).loc["kd_ig_over_student"])
+    assert "no seed that all methods have" in CHAPTER.explained(card(rows).loc["kd_ig_over_student"])
 
 
 def test_seeds_beyond_the_planned_ones_change_no_verdict():
@@ -271,7 +272,7 @@ def test_before_the_planned_seeds_a_look_is_an_interim_one_and_takes_far_more_ev
 
     assert (looked(5, 0.83)["verdict"], looked(5, 0.83)["interim"]) == (UNDECIDED, True)
     assert (looked(10, 0.83)["verdict"], looked(10, 0.83)["interim"]) == (REPRODUCED, False)
-    assert "interim look, 5 of 10 seeds" in scorecard_text.explained(looked(5, 0.83))
+    assert "interim look, 5 of 10 seeds" in CHAPTER.explained(looked(5, 0.83))
     assert looked(9, -3.0)["verdict"] == NOT_REPRODUCED
     assert looked(9, 0.83)["verdict"] == UNDECIDED  # an early look refutes, and never confirms
     single = [teacher_row(), *student_rows("student", [91.2]), *student_rows("kd_ig", [92.0])]
@@ -306,7 +307,7 @@ def test_direct_and_conceptual_replication_have_a_verdict_each():
     assert (alone["verdict"], alone["matched_verdict"]) == (NOT_RUN, NOT_REPRODUCED)
     assert (both["verdict"], both["matched_verdict"]) == (REPRODUCED, NOT_REPRODUCED)
     assert (both["value"], both["matched_value"]) == pytest.approx((0.8, 0.0))
-    assert "conceptual replication" in reasons(both)
+    assert "conceptual replication" in CHAPTER.reasons(both)
 
 
 def test_a_student_is_measured_against_its_own_teacher():
@@ -502,7 +503,7 @@ def test_direct_and_conceptual_brief_runs_have_a_verdict_each():
     assert (row["verdict"], row["matched_verdict"]) == (REPRODUCED, NOT_REPRODUCED)
     assert (row["value"], row["matched_value"]) == pytest.approx((0.8, 0.0))
     assert row["matched_low"] < row["matched_value"] < row["matched_high"]
-    assert "conceptual replication" in reasons(row)
+    assert "conceptual replication" in CHAPTER.reasons(row)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +523,7 @@ def test_a_direction_is_judged_by_its_sign_and_the_margin(gain, spread, verdict)
 
 
 def test_a_brief_claim_that_waits_tells_its_own_price():
-    paragraph = reasons(card([]).loc["brief_kd_ig_over_kd"])
+    paragraph = CHAPTER.reasons(card([]).loc["brief_kd_ig_over_kd"])
     assert "It takes 5 runs of `kd_ig` and `kd` with k = 5, 20 epochs and 50,000 images" in paragraph
 
 
@@ -548,15 +549,15 @@ def test_every_verdict_comes_with_a_paragraph_that_names_it_and_its_numbers():
     table = card(rows, {5: Speedup(1.5, 1.4, 1.6)})
     assert set(table["verdict"]) >= {REPRODUCED, UNDECIDED, NOT_REPRODUCED, NOT_TESTABLE, NOT_RUN}
     for _name, row in table.iterrows():
-        paragraph = reasons(row)
+        paragraph = CHAPTER.reasons(row)
         if any(isinstance(path, str) for path in row["paths"]):
-            assert scorecard_text.written(row["claimed"], row["unit"]) in paragraph
+            assert scorecard.written(row["claimed"], row["unit"]) in paragraph
         assert row["source"] in paragraph
         assert f"[chapter {row['chapter'][:2]}]({row['chapter']}.ipynb)" in paragraph
         if row["verdict"] in (*verdicts.DECIDED, UNDECIDED):
             assert f"*{row['verdict']}*" in paragraph
             assert row["found"] in paragraph
-            assert scorecard_text.written(row["value"], row["unit"]) in paragraph
+            assert scorecard.written(row["value"], row["unit"]) in paragraph
 
 
 @pytest.mark.parametrize(
@@ -573,4 +574,4 @@ def test_every_verdict_comes_with_a_paragraph_that_names_it_and_its_numbers():
     ],
 )
 def test_numbers_are_written_with_their_unit(value, unit, text):
-    assert scorecard_text.written(value, unit) == text
+    assert scorecard.written(value, unit) == text
