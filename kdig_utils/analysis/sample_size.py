@@ -5,7 +5,6 @@ from bisect import bisect_left
 from functools import cache
 
 from scipy import special, stats
-from statsmodels.stats.power import TTestIndPower
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
 
@@ -59,8 +58,3 @@ def seeds_needed(
     if not alpha < chance < 1:
         raise ValueError(f"chance {chance} is outside ({alpha}, 1): 0.8 is usual")
     return 2 + bisect_left(range(2, 10**9), chance, key=lambda runs: power(gain, deviation, runs, alpha, correlation))
-
-
-def smallest_gain(runs: int, deviation: float) -> float:
-    """The true gain, in points, that the two-sample t-test sees with chance 0.8 when each method has `runs` runs."""
-    return deviation * float(TTestIndPower().solve_power(nobs1=runs, power=0.8, alpha=SIGNIFICANCE))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from chapters import cells_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -33,7 +34,7 @@ def test_the_seeds_that_are_needed_are_those_of_statsmodels():
     of_differences = DEVIATION * math.sqrt(2 * (1 - 0.3))
     solved = TTestPower().solve_power(effect_size=0.4 / of_differences, power=0.8, alpha=0.05)
     assert sample_size.seeds_needed(0.4, DEVIATION, correlation=0.3) == math.ceil(solved)
-    gain = sample_size.smallest_gain(10, DEVIATION)
+    gain = cells_of("08", "smallest_gain").smallest_gain(10, DEVIATION)
     assert sample_size.power(gain, DEVIATION, 10) == pytest.approx(0.8, abs=1e-4)
 
 
