@@ -246,15 +246,11 @@ def exact_float32() -> Iterator[None]:
 
 @exact_float32()
 @torch.inference_mode()
-def predict(model: nn.Module, images: ImageSet, batch_size: int | None = None) -> Tensor:
-    """Logits of all `images`, (N, 10), with the model in evaluation mode.
-
-    Args:
-        batch_size: 50 on the CPU, where small batches fit into the cache, and 500 on a GPU.
-    """
+def predict(model: nn.Module, images: ImageSet) -> Tensor:
+    """Logits of all `images`, (N, 10), with the model in evaluation mode."""
     model.eval()
-    batch_size = batch_size or (500 if images.pixels.is_cuda else 50)
-    return torch.cat([model(images.images(slice(at, at + batch_size))) for at in range(0, len(images), batch_size)])
+    at_once = 500 if images.pixels.is_cuda else 50  # small batches fit into the cache of a CPU
+    return torch.cat([model(images.images(slice(at, at + at_once))) for at in range(0, len(images), at_once)])
 
 
 def share_correct(model: nn.Module, images: ImageSet) -> Tensor:
