@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from chapters import cells_of
 from scipy import stats
 from torch import nn
 
@@ -179,17 +178,11 @@ def test_without_a_forkserver_first_calls_say_what_to_do(monkeypatch):
         timing.first_calls(("student", "teacher"), 1, 2, 2)
 
 
-# What was submitted, as chapter 14 reads it
-
-CHAPTER = cells_of("14", "submitted")
-
-
-def books_own(record: pd.DataFrame) -> pd.DataFrame:
-    return record[record["file"] == CHAPTER.BOOK]
+# What was submitted
 
 
 def test_the_record_of_the_book_keeps_the_schema():
-    record = books_own(CHAPTER.submitted())
+    record = timing.books_own(timing.submitted())
     assert len(record)
     assert set(record.columns) == {*timing.COLUMNS, "file"}
     assert not record.duplicated(["model", "runtime", "precision", "batch", "threads"]).any()
@@ -209,17 +202,17 @@ def results(tmp_path, monkeypatch) -> Path:
 
 
 def test_without_a_record_there_are_columns_and_no_rows(results):
-    record = CHAPTER.submitted()
+    record = timing.submitted()
     assert record.empty
     assert {*timing.COLUMNS, "file"} == set(record.columns)
-    assert books_own(record).empty
+    assert timing.books_own(record).empty
 
 
 def test_the_record_of_the_book_comes_first_whatever_the_others_are_called(results):
-    for name in ("aaa", CHAPTER.BOOK, "zzz"):
+    for name in ("aaa", timing.BOOK, "zzz"):
         (results / f"{name}.json").write_text(json.dumps([{"model": "teacher", "machine": name}]))
         (results / "first_calls" / f"{name}.csv").write_text(f"network,ms,machine\nteacher,1,{name}\n")
-    record = CHAPTER.submitted()
-    assert record["file"].tolist() == [CHAPTER.BOOK, "aaa", "zzz"]
-    assert books_own(record)["machine"].tolist() == [CHAPTER.BOOK]
-    assert CHAPTER.submitted_first_calls()["file"].tolist() == [CHAPTER.BOOK, "aaa", "zzz"]
+    record = timing.submitted()
+    assert record["file"].tolist() == [timing.BOOK, "aaa", "zzz"]
+    assert timing.books_own(record)["machine"].tolist() == [timing.BOOK]
+    assert timing.submitted_first_calls()["file"].tolist() == [timing.BOOK, "aaa", "zzz"]
