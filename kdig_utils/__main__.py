@@ -103,7 +103,7 @@ def is_expected(error: Exception) -> bool:
 def nobody_reads(stream: TextIO) -> bool:
     """Whether the pipe that `stream` writes to has no reader any more; what is printed later goes nowhere then."""
     try:
-        stream.flush()
+        print(file=stream, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return True

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from kdig_utils import __main__ as command_line
-from kdig_utils.book import reproduce, repository
+from kdig_utils.book import repository, reproduce
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = repository.notebooks()
