@@ -116,10 +116,11 @@ def status() -> int:
     from kdig_utils.analysis import plan
 
     ledger, folder = Ledger(paths.ledger_path()).read(), paths.workspace()
+    needed = "claims.yml or artifacts/manifest.json"
     sections = {
         "ledger": ledger_lines(ledger),
-        "queue": described("claims.yml", lambda: plan.progress_lines(ledger)),
-        "campaigns": described("claims.yml", lambda: [*campaign_lines(ledger), answers_line(ledger)]),
+        "queue": described(needed, lambda: plan.progress_lines(ledger)),
+        "campaigns": described(needed, lambda: [*campaign_lines(ledger), answers_line(ledger)]),
         "runs in progress": [*chain(*map(checkpoint_lines, sorted(folder.glob("*/checkpoints/*.pt"))))],
         "teacher signals": [*chain(*map(signals_lines, sorted(folder.glob("*/signals/*/done.npy"))))],
         "artifacts": described("manifest.json", artifact_lines),
