@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -100,14 +100,13 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, OSError) or (isinstance(error, EXPECTED_ERRORS) and raised_here)
 
 
-def nobody_reads(stream: TextIO) -> bool:
-    """Whether the pipe that `stream` writes to has no reader any more; what is printed later goes nowhere then."""
+def nobody_reads_on() -> bool:
+    """Whether the output is a pipe without a reader; what is still to be printed goes nowhere then."""
     try:
-        print(file=stream, flush=True)
+        return bool(print(flush=True))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    return False
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -136,7 +135,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         status, message = 2, f"{package} is not installed: pip install {package}, or '.[book,edge]'"
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads(sys.stdout):
+        if isinstance(error, BrokenPipeError) and nobody_reads_on():
             return 141
         if not is_expected(error):
             raise

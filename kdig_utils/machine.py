@@ -85,10 +85,8 @@ def kernel_environment(folder: Path) -> dict[str, str]:
 
     What IPython, Jupyter and Matplotlib keep lies below `folder`; the reader's home folder is not needed.
     """
-    own = {"IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime", "MPLCONFIGDIR": "matplotlib"}
-    readers = ("MATPLOTLIBRC", "MPLBACKEND", "PYTHONSTARTUP")  # empty is as good as unset
-    kept = {variable: str(folder.resolve() / name) for variable, name in own.items()}
-    return {**process_environment(), **dict.fromkeys(readers, ""), **kept}
+    own = {name: str(folder.resolve() / name) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")}
+    return {**process_environment(), **own, "MATPLOTLIBRC": "", "MPLBACKEND": "", "PYTHONSTARTUP": ""}  # as if unset
 
 
 def usable_cpu_numbers() -> list[int]:

@@ -22,16 +22,9 @@ FOLDERS = ("KDIG_ROOT", "KDIG_WORKSPACE", "KDIG_DATA", "KDIG_RELEASED")
 
 
 def named_folder(variable: str) -> Path | None:
-    """The folder that an environment variable names, absolute, as the shell that set it means it; None if it is unset.
-
-    Raises:
-        ValueError: it begins with `~`, and that user has no home folder.
-    """
+    """The folder that an environment variable names, absolute, as the shell that set it means it; None without it."""
     value = os.environ.get(variable)
-    try:
-        return Path(value).expanduser().resolve() if value else None
-    except RuntimeError as error:
-        raise ValueError(f"{variable}={value}: {error} Name the folder in full.") from error
+    return Path(os.path.expanduser(value)).resolve() if value else None
 
 
 def absolute_folders() -> dict[str, str]:

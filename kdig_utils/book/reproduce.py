@@ -4,19 +4,20 @@ The run folder, `reproduce/PROFILE` in the workspace, holds the executed copies.
 stands a fingerprint of what it was made from, so that `--resume` passes over what is up to date.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import nbformat
+import pandas as pd
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
@@ -85,14 +86,14 @@ def chosen_notebooks(only: Sequence[str] | None = None) -> list[Path]:
     Raises:
         ValueError: there is no chapter with that number, `only` names none, or a chapter's notebook is missing.
     """
-    by_number = {path.name[:2]: path for path in notebooks()}
+    needed = [paths.repository_root() / "_toc.yml", *notebooks()]
+    if missing := [path for path in needed if not path.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: restore it from git")
+    by_number = {path.name[:2]: path for path in needed[1:]}
     wanted = set(by_number) if only is None else {number.strip().zfill(2) for number in only if number.strip()}
     if unknown := sorted((wanted or {""}) - set(by_number)):
         raise ValueError(f"no chapter {unknown[0]!r}: choose from {','.join(by_number)}")
-    chosen = [path for number, path in by_number.items() if number in wanted]
-    if missing := [path for path in chosen if not path.is_file()]:
-        raise ValueError(f"{missing[0]} is in _toc.yml and not there: restore it from git")
-    return chosen
+    return [path for number, path in by_number.items() if number in wanted]
 
 
 def check_parameters(notebook: Path) -> None:
@@ -119,7 +120,7 @@ def execute(notebook: Path, profile: str, folder: Path) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     error = ""
     try:
-        with _kernel_environment(folder):
+        with mock.patch.dict(os.environ, _kernel_environment(folder)):
             papermill.execute_notebook(
                 _literal(notebook),
                 _literal(folder / notebook.name),
@@ -163,12 +164,10 @@ def fingerprint(notebook: Path, profile: str) -> str:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """The table at the end: notebook, seconds, status, first line of the error."""
-    width = max(len("notebook"), *(len(outcome.notebook) for outcome in outcomes))
-    lines = [f"{'notebook':{width}}  seconds  status      first line of the error"]
-    lines += [f"{o.notebook:{width}}  {o.seconds:7.1f}  {o.status:10}  {o.error}".rstrip() for o in outcomes]
+    table = pd.DataFrame(outcomes).to_string(index=False, float_format="%.1f")
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     total = sum(outcome.seconds for outcome in outcomes)
-    return "\n".join([*lines, f"{len(outcomes) - failed} of {len(outcomes)} notebooks are well, {total:.0f} s in all"])
+    return f"{table}\n{len(outcomes) - failed} of {len(outcomes)} notebooks are well, {total:.0f} s in all"
 
 
 def store(outcomes: Sequence[Outcome]) -> list[str]:
@@ -237,23 +236,15 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-@contextlib.contextmanager
-def _kernel_environment(folder: Path) -> Iterator[None]:
+def _kernel_environment(folder: Path) -> dict[str, str]:
     """Let the kernel `python3` be this interpreter with this package, whatever kernels and settings the reader has."""
     own = folder / ".jupyter"
     quiet = "--log-level=CRITICAL"  # what fails in a cell is in the executed copy
     argv = [sys.executable, "-m", "ipykernel_launcher", quiet, "-f", "{connection_file}"]
     with replacing(own / "kernels" / "python3" / "kernel.json") as part:
         part.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-    before = dict(os.environ)
-    found = os.pathsep.join(filter(None, (str(own), before.get("JUPYTER_PATH"))))
-    os.environ.update(MALLOC_SETTINGS | machine.kernel_environment(own) | paths.absolute_folders(), JUPYTER_PATH=found)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
+    found = os.pathsep.join(filter(None, (str(own), os.environ.get("JUPYTER_PATH"))))
+    return MALLOC_SETTINGS | machine.kernel_environment(own) | paths.absolute_folders() | {"JUPYTER_PATH": found}
 
 
 def _literal(path: Path) -> str:

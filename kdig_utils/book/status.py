@@ -1,8 +1,8 @@
 """What is there and what is missing, a line each: for the command `status`, and for what the others print."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -92,43 +92,30 @@ def _other_settings(spec: RunSpec | TeacherSpec) -> str:
     return ", ".join(filter(None, told))
 
 
-def described(file: str, describe: Callable[[], list[str]], remedy: str = "restore it from git") -> list[str]:
-    """The lines that `describe` makes of a file; where it cannot, one that says the file is damaged, and the remedy."""
+def described(file: Any, describe: Callable[[Any], str], remedy: str = "restore it from git") -> str:
+    """What `describe` says of a file; where it cannot, a line that the file is damaged, and the remedy."""
     try:
-        return describe()
+        return describe(file)
     except Exception as error:  # what reads a damaged file raises many types
-        return [f"{file}: {DAMAGED} ({' '.join(first_line(error).split())}): {remedy}"]
+        return f"{file}: {DAMAGED} ({' '.join(first_line(error).split())}): {remedy}"
 
 
-def checkpoint_lines(path: Path) -> list[str]:
+def checkpoint_line(path: Path) -> str:
     """Where the run of a checkpoint stands."""
-
-    def describe() -> list[str]:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        spec, done = content["spec"], content["epoch"]
-        told = f"{spec.get('method', 'teacher')} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
-        return [f"{path.stem} ({path.parts[-3]}): {told}"]
-
-    return described(path.name, describe, f"delete {path} to start the run afresh")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    spec = content["spec"]
+    done, name = content["epoch"], spec.get("method", "teacher")
+    return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
 
 
-def signals_lines(done: Path) -> list[str]:
-    """How much is there of the store of teacher signals to which this file belongs."""
-    folder = done.parent
-
-    def describe() -> list[str]:
-        rows = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}  # refuses a file cut short
-        return [f"{folder.name} ({folder.parts[-3]}): {rows['done'].sum():,} of {len(rows['done']):,} images"]
-
-    return described(folder.name, describe, f"delete {folder} to compute the signals again")
+def signals_line(folder: Path) -> str:
+    """How much of a store of teacher signals is there."""
+    rows = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}  # refuses a file cut short
+    return f"{folder.name} ({folder.parts[-3]}): {rows['done'].sum():,} of {len(rows['done']):,} images"
 
 
-def artifact_lines() -> list[str]:
-    """What each published network is."""
-
-    def describe(name: str, entry: dict) -> list[str]:
-        artifacts.load(name)
-        return [f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"]
-
-    entries = artifacts.manifest().items()
-    return [line for name, entry in entries for line in described(name, partial(describe, name, entry))]
+def artifact_line(name: str) -> str:
+    """What a published network is."""
+    artifacts.load(name)
+    entry = artifacts.manifest()[name]
+    return f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"

@@ -2,27 +2,19 @@
 
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 
 from kdig_utils import paths
-from kdig_utils.book.status import (
-    DAMAGED,
-    artifact_lines,
-    campaign_lines,
-    checkpoint_lines,
-    described,
-    ledger_lines,
-    signals_lines,
-)
+from kdig_utils.book import status as told
 from kdig_utils.commands.make_runs import UNTIL_THE_END, Span, campaign_specs, student_study
 from kdig_utils.experiments import campaigns, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import PROFILES, open_study
 from kdig_utils.machine import keep_freed_memory
+from kdig_utils.method import artifacts
 
 Check = Annotated[bool, "change nothing; fail if something would change"]
 
@@ -115,19 +107,23 @@ def status() -> int:
     """Say what is there and what is missing, or damaged."""
     from kdig_utils.analysis import plan
 
-    ledger, folder = Ledger(paths.ledger_path()).read(), paths.workspace()
-    needed = "claims.yml or artifacts/manifest.json"
+    ledger, folder, needed = Ledger(paths.ledger_path()).read(), paths.workspace(), "claims.yml or manifest.json"
+    runs, stores = sorted(folder.glob("*/checkpoints/*.pt")), sorted(folder.glob("*/signals/*/done.npy"))
+    again, joined = "delete it to start afresh", "\n  ".join
     sections = {
-        "ledger": ledger_lines(ledger),
-        "queue": described(needed, lambda: plan.progress_lines(ledger)),
-        "campaigns": described(needed, lambda: [*campaign_lines(ledger), answers_line(ledger)]),
-        "runs in progress": [*chain(*map(checkpoint_lines, sorted(folder.glob("*/checkpoints/*.pt"))))],
-        "teacher signals": [*chain(*map(signals_lines, sorted(folder.glob("*/signals/*/done.npy"))))],
-        "artifacts": described("manifest.json", artifact_lines),
+        "ledger": joined(told.ledger_lines(ledger)),
+        "queue": told.described(needed, lambda _file: joined(plan.progress_lines(ledger))),
+        "campaigns": told.described(needed, lambda _file: joined([*told.campaign_lines(ledger), answers_line(ledger)])),
+        "runs in progress": joined(told.described(path, told.checkpoint_line, again) for path in runs),
+        "teacher signals": joined(told.described(path.parent, told.signals_line, again) for path in stores),
+        "artifacts": told.described(
+            "manifest.json",
+            lambda _file: joined(told.described(name, told.artifact_line) for name in artifacts.manifest()),
+        ),
     }
     for title, lines in sections.items():
-        print(f"{title}\n  " + "\n  ".join(lines or ["none"]))
-    return int(any(f": {DAMAGED} (" in line for lines in sections.values() for line in lines))
+        print(f"{title}\n  {lines or 'none'}")
+    return int(any(f": {told.DAMAGED} (" in lines for lines in sections.values()))
 
 
 def answers_line(ledger: pd.DataFrame) -> str:

@@ -152,9 +152,8 @@ def provenance(device: torch.device) -> dict[str, str]:
 def code_commit() -> str:
     """The commit of the code: `KDIG_COMMIT` where it is set, else git's, with `+` if the package has other changes.
 
-    A machine that is lent has the files of one commit and may have the git folder of an earlier one. A copy without a
-    git folder has no commit, whatever repository it lies in. Where git refuses the clone a warning says why: an unknown
-    commit makes no run wrong, and an error would lose the run that is done.
+    A machine that is lent has the files of one commit and may have the git folder of an earlier one. A copy has none,
+    whatever repository it lies in. Where git refuses the clone a warning says why: an error would lose a finished run.
     """
     if named := os.environ.get("KDIG_COMMIT"):
         return named

@@ -58,12 +58,6 @@ def test_a_folder_is_what_the_shell_that_named_it_means(
     assert paths.absolute_folders()[variable] == str(tmp_path / meant)
 
 
-def test_a_home_that_nobody_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDIG_WORKSPACE", "~nobody_of_this_name/there")
-    with pytest.raises(ValueError, match=r"KDIG_WORKSPACE=~nobody_of_this_name/there.*in full"):
-        paths.workspace()
-
-
 @pytest.mark.slow
 def test_command_line_and_chapters_share_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the paths hold braces, which papermill takes for places to fill in."""
