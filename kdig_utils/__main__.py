@@ -103,7 +103,8 @@ def is_expected(error: Exception) -> bool:
 def nobody_reads_on() -> bool:
     """Whether the output is a pipe without a reader; what is still to be printed goes nowhere then."""
     try:
-        return bool(print(flush=True))
+        print(flush=True)
+        return False
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
