@@ -33,6 +33,8 @@ STEPS := $(if $(filter reproduce,$(MAKECMDGOALS)),4,3)
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_TOP_PAD_ := 1073741824
+# Text is UTF-8 whatever the locale.
+export PYTHONUTF8 := 1
 
 help:
 	echo "make reproduce   run every notebook and build the book: _build/html/index.html"
@@ -48,7 +50,7 @@ reproduce: setup
 	$(PYTHON) -m kdig_utils reproduce --profile published --resume
 	echo "4/4 Building the book from the committed notebooks, which were executed in the same profile"
 	$(VENV)/bin/jupyter-book build . -W --keep-going -n
-	echo "Notebooks and book took $$SECONDS s; open $(CURDIR)/_build/html/index.html"
+	echo "Notebooks and book took $$SECONDS s; open $$PWD/_build/html/index.html"
 
 test: setup
 	echo "3/3 Testing: package, project, every notebook in profiles smoke and published, the book"
@@ -79,7 +81,7 @@ $(INSTALLED): pyproject.toml requirements.txt setup.py
 	}
 	need_gb() {
 	  free_gb=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1000000) }')
-	  [ $$free_gb -ge $$1 ] || fail "not enough space: installing takes $$1 GB, $(CURDIR) has" \
+	  [ $$free_gb -ge $$1 ] || fail "not enough space: installing takes $$1 GB, $$PWD has" \
 	    "$$free_gb GB free; free some and run make again"
 	}
 	# While the environment is made, the downloaded packages lie beside it.
@@ -101,7 +103,7 @@ $(INSTALLED): pyproject.toml requirements.txt setup.py
 	fi
 	echo "2/$(STEPS) Installing the requirements into $(VENV), $$size, some minutes; details in $(INSTALL_LOG)"
 	mkdir -p $(VENV)/tmp
-	if ! TMPDIR=$(CURDIR)/$(VENV)/tmp $(PYTHON) -m pip install --retries 2 --progress-bar off -r requirements.txt \
+	if ! TMPDIR="$$PWD/$(VENV)/tmp" $(PYTHON) -m pip install --retries 2 --progress-bar off -r requirements.txt \
 	  -c $(TORCH_BUILD) 2>&1 \
 	  | tee $(INSTALL_LOG) | sed -u -n -e 's#^ *Downloading \([^ ]*/\)\?\([^ /]*whl\) (\(.*\)).*#  downloading \2, \3#p' \
 	    -e 's#^Installing collected.*#  installing what was downloaded#p'

@@ -7,6 +7,8 @@ description.
 import argparse
 import dataclasses
 import inspect
+import io
+import os
 import re
 import sys
 import traceback
@@ -98,16 +100,31 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, OSError) or (isinstance(error, EXPECTED_ERRORS) and raised_here)
 
 
+def nobody_reads_on() -> bool:
+    """Whether the output is a pipe without a reader; what is still to be printed goes nowhere then."""
+    try:
+        print(flush=True)
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    0: well. 1: a notebook failed, a run diverged, or an artifact is damaged. 2: bad input, or a package is missing.
-    3: the GPU's memory is full. 130: stopped by hand.
+    0: well. 1: a notebook failed, a run diverged, or a file is damaged. 2: bad input, or a package is missing.
+    3: the GPU's memory is full. 130: stopped by hand. 141: who read the output has gone, as `head` does.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the locale lacks is printed as ?
+            stream.reconfigure(errors="replace")
     given = vars(command_line().parse_args(words))
     resume = " with --resume" if given.get("resume") is False else ""
     try:
-        return call(given.pop("command"), given)
+        status = call(given.pop("command"), given)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(f"stopped; run the same command again{resume} to go on", file=sys.stderr)
         return 130
@@ -119,6 +136,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         status, message = 2, f"{package} is not installed: pip install {package}, or '.[book,edge]'"
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads_on():
+            return 141
         if not is_expected(error):
             raise
         status, message = 2, str(error.args[0] if isinstance(error, KeyError) else error)

@@ -74,10 +74,19 @@ def _die_with_parent() -> None:
 
 
 def process_environment() -> dict[str, str]:
-    """The environment of a fresh process: this package can be imported, and logs stay quiet."""
+    """The environment of a fresh process: this package can be imported, text is UTF-8, and logs stay quiet."""
     found = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    quiet = {"TORCH_LOGS": "-all", "OPENVINO_TELEMETRY": "0"}
-    return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, found))}
+    fixed = {"TORCH_LOGS": "-all", "OPENVINO_TELEMETRY": "0", "PYTHONUTF8": "1"}
+    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(filter(None, found))}
+
+
+def kernel_environment(folder: Path) -> dict[str, str]:
+    """The environment of a notebook's kernel: of the reader's profiles, start-up files and styles it has none.
+
+    What IPython, Jupyter and Matplotlib keep lies below `folder`; the reader's home folder is not needed.
+    """
+    own = {name: str(folder.resolve() / name) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")}
+    return {**process_environment(), **own, "MATPLOTLIBRC": "", "MPLBACKEND": "", "PYTHONSTARTUP": ""}  # as if unset
 
 
 def usable_cpu_numbers() -> list[int]:

@@ -18,14 +18,28 @@ REMEDIES = {
 }
 
 
+FOLDERS = ("KDIG_ROOT", "KDIG_WORKSPACE", "KDIG_DATA", "KDIG_RELEASED")
+
+
+def named_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names, absolute, as the shell that set it means it; None without it."""
+    value = os.environ.get(variable)
+    return Path(os.path.expanduser(value)).resolve() if value else None
+
+
+def absolute_folders() -> dict[str, str]:
+    """Those of `FOLDERS` that are set, made absolute: for a process that works in another folder than this one."""
+    return {variable: str(folder) for variable in FOLDERS if (folder := named_folder(variable))}
+
+
 def repository_root() -> Path:
     """The book's folder: `KDIG_ROOT` if set, else the nearest folder upwards that holds `notebooks` and `kdig_utils`.
 
     Raises:
         FileNotFoundError: no such folder was found.
     """
-    if root := os.environ.get("KDIG_ROOT"):
-        return Path(root).resolve()
+    if root := named_folder("KDIG_ROOT"):
+        return root
     here = Path.cwd()
     for folder in (here, *here.parents, *Path(__file__).resolve().parents):
         if (folder / "notebooks").is_dir() and (folder / "kdig_utils").is_dir():
@@ -53,7 +67,7 @@ def artifacts_folder() -> Path:
 
 def workspace() -> Path:
     """The folder for data sets, teacher signals and checkpoints: `KDIG_WORKSPACE`, else `.kdig` in the repository."""
-    return Path(os.environ.get("KDIG_WORKSPACE") or repository_root() / ".kdig")
+    return named_folder("KDIG_WORKSPACE") or repository_root() / ".kdig"
 
 
 @contextlib.contextmanager

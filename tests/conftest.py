@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from kdig_utils import machine, paths
 from kdig_utils.method import cifar10
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.signals import TeacherSignals
@@ -25,8 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def pytest_configure() -> None:
-    """Side by side, each process takes the ports of its kernels from a range of its own: two could pick the same."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels get the environment of `reproduce`, none of the reader's settings.
+
+    Side by side, each process takes the ports of its kernels from a range of its own: two could pick the same.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="kernels-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ.update(machine.kernel_environment(Path(folder.name)) | paths.absolute_folders())
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         ports = itertools.cycle(range(20_000 + 1_000 * int(worker[2:]), 21_000 + 1_000 * int(worker[2:])))
         LocalPortCache.find_available_port = lambda _cache, ip: next(port for port in ports if is_free(ip, port))

@@ -30,6 +30,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     (tmp_path / "README.md").write_text("before\n<!-- results:begin -->\n<!-- results:end -->\nafter\n")
     (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/new/name"\n')
+    (tmp_path / "_toc.yml").write_text("parts:\n  - chapters:\n      - file: notebooks/00_a\n")
     monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
     monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path / "workspace"))
     return tmp_path

@@ -207,6 +207,7 @@
 
   async function choose(chosen) {
     picture = chosen;
+    say(""); // what was wrong with another picture
     if (networks.length) await classify();
   }
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -28,7 +29,8 @@ CLOSED = 1e-6  # of a panel that is left out: a ratio must be positive
 
 
 def style() -> None:
-    """Set the book's style for all figures that follow, and show the words of a table in full."""
+    """Set the book's style for all figures that follow, whatever the reader's is, and show a table's words in full."""
+    matplotlib.rcdefaults()  # but for the backend
     pd.set_option("display.max_colwidth", None)
     titles = {"axes.titleweight": "bold", "axes.titlelocation": "left", "figure.titleweight": "bold"}
     sns.set_theme(style="whitegrid", font_scale=0.9, rc={"figure.constrained_layout.use": True, **titles})

@@ -31,15 +31,18 @@ def address() -> str:
         ValueError: it is no address of a GitHub repository.
     """
     path = repository_root() / "pyproject.toml"
-    found = tomllib.loads(path.read_text())["project"]["urls"]["Repository"]
+    found = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     if not re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+", found):
         raise ValueError(f"Repository = {found!r} in {path.name} is not of the form https://github.com/OWNER/NAME")
     return found
 
 
 def notebooks() -> list[Path]:
-    """The chapters that compute, in reading order."""
-    return sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """The chapters that compute, in reading order: those of the table of contents, and no copy that a reader made."""
+    contents = repository_root() / "_toc.yml"
+    text = contents.read_text(encoding="utf-8") if contents.is_file() else ""
+    listed = re.findall(r"^ *- file: (notebooks/\d\d_\w+)", text, re.MULTILINE)
+    return [contents.parent / f"{name}.ipynb" for name in listed]
 
 
 def stale_addresses() -> Iterator[tuple[Path, str, str]]:
@@ -47,7 +50,7 @@ def stale_addresses() -> Iterator[tuple[Path, str, str]]:
     root, own = repository_root(), address().removeprefix("https://github.com/")
     named = [root / name for name in ("README.md", "CITATION.cff", "_config.yml")]
     for path in filter(Path.is_file, (*named, *sorted(root.glob("book/*.md")), *notebooks())):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for slug in sorted(set(OWN_ADDRESS.findall(text)) - {own}):
             text = re.sub(rf"(github\.com/|google\.com/github/){re.escape(slug)}\b", rf"\g<1>{own}", text)
             folder = re.escape(slug.split("/")[1])  # that a clone makes
@@ -136,7 +139,7 @@ def readme_with(table: str) -> str:
     Raises:
         ValueError: a mark is missing.
     """
-    text = (repository_root() / "README.md").read_text()
+    text = (repository_root() / "README.md").read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}, once each, around its table of results")
     before, after = text.split(BEGIN)[0], text.split(END)[1]

@@ -4,24 +4,25 @@ The run folder, `reproduce/PROFILE` in the workspace, holds the executed copies.
 stands a fingerprint of what it was made from, so that `--resume` passes over what is up to date.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import nbformat
+import pandas as pd
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from kdig_utils import paths
+from kdig_utils import machine, paths
 from kdig_utils.book.repository import notebooks
 from kdig_utils.experiments.reports import print_line
 from kdig_utils.experiments.study import PROFILES
@@ -56,7 +57,7 @@ class Outcome:
     error: str = ""
 
 
-def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> list[Outcome]:
+def reproduce(profile: str, only: Sequence[str] | None = None, resume: bool = False) -> list[Outcome]:
     """Run the chapters in `profile`, all or those with the numbers in `only`; a chapter that fails stops no other one.
 
     Args:
@@ -69,7 +70,7 @@ def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> l
     chosen = chosen_notebooks(only)
     for notebook in chosen:
         check_parameters(notebook)
-    folder = paths.workspace().resolve() / "reproduce" / profile
+    folder = paths.workspace() / "reproduce" / profile
     print_line(f"{len(chosen)} notebooks, profile {profile}; executed copies go to {folder}")
     outcomes = []
     for number, notebook in enumerate(chosen, start=1):
@@ -79,19 +80,20 @@ def reproduce(profile: str, only: Sequence[str] = (), resume: bool = False) -> l
     return outcomes
 
 
-def chosen_notebooks(only: Sequence[str] = ()) -> list[Path]:
-    """The chapters with these numbers, in reading order; all of them if `only` is empty.
+def chosen_notebooks(only: Sequence[str] | None = None) -> list[Path]:
+    """The chapters with these numbers, in reading order; all of them if `only` is None. An empty number is passed over.
 
     Raises:
-        ValueError: there is no chapter with that number, or none at all.
+        ValueError: there is no chapter with that number, `only` names none, or a chapter's notebook is missing.
     """
-    by_number = {path.name[:2]: path for path in notebooks()}
-    if not by_number:
-        raise ValueError(f"no notebooks NN_*.ipynb in {paths.repository_root() / 'notebooks'}: restore them from git")
-    wanted = {number.strip().zfill(2) for number in only}
-    if unknown := sorted(wanted - set(by_number)):
+    needed = [paths.repository_root() / "_toc.yml", *notebooks()]
+    if missing := [path for path in needed if not path.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: restore it from git")
+    by_number = {path.name[:2]: path for path in needed[1:]}
+    wanted = set(by_number) if only is None else {number.strip().zfill(2) for number in only if number.strip()}
+    if unknown := sorted((wanted or {""}) - set(by_number)):
         raise ValueError(f"no chapter {unknown[0]!r}: choose from {','.join(by_number)}")
-    return [path for number, path in by_number.items() if not wanted or number in wanted]
+    return [path for number, path in by_number.items() if number in wanted]
 
 
 def check_parameters(notebook: Path) -> None:
@@ -100,7 +102,7 @@ def check_parameters(notebook: Path) -> None:
     papermill only warns of an unknown name, and the chapter would then run in another profile than the one asked for.
     """
     try:
-        found = {name: entry["default"] for name, entry in papermill.inspect_notebook(str(notebook)).items()}
+        found = {name: entry["default"] for name, entry in papermill.inspect_notebook(_literal(notebook)).items()}
     except ValueError as error:
         raise ValueError(f"{notebook} is no notebook ({type(error).__name__}): restore it from git") from error
     expected = {name: repr(value) for name, value in PARAMETERS.items()}
@@ -118,10 +120,10 @@ def execute(notebook: Path, profile: str, folder: Path) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     error = ""
     try:
-        with _kernel_environment(folder):
+        with mock.patch.dict(os.environ, _kernel_environment(folder)):
             papermill.execute_notebook(
-                str(notebook),
-                str(folder / notebook.name),
+                _literal(notebook),
+                _literal(folder / notebook.name),
                 parameters={"profile": profile},
                 kernel_name="python3",
                 language="python",
@@ -162,12 +164,10 @@ def fingerprint(notebook: Path, profile: str) -> str:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """The table at the end: notebook, seconds, status, first line of the error."""
-    width = max(len("notebook"), *(len(outcome.notebook) for outcome in outcomes))
-    lines = [f"{'notebook':{width}}  seconds  status      first line of the error"]
-    lines += [f"{o.notebook:{width}}  {o.seconds:7.1f}  {o.status:10}  {o.error}".rstrip() for o in outcomes]
+    table = pd.DataFrame(outcomes).to_string(index=False, float_format="%.1f")
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     total = sum(outcome.seconds for outcome in outcomes)
-    return "\n".join([*lines, f"{len(outcomes) - failed} of {len(outcomes)} notebooks are well, {total:.0f} s in all"])
+    return f"{table}\n{len(outcomes) - failed} of {len(outcomes)} notebooks are well, {total:.0f} s in all"
 
 
 def store(outcomes: Sequence[Outcome]) -> list[str]:
@@ -180,13 +180,13 @@ def store(outcomes: Sequence[Outcome]) -> list[str]:
     """
     if failed := [outcome.notebook for outcome in outcomes if outcome.status == "failed"]:
         raise ValueError(f"{failed[0]} failed: mend it, and store the notebooks then")
-    folder, changed = paths.workspace().resolve() / "reproduce" / "published", []
+    folder, changed = paths.workspace() / "reproduce" / "published", []
     for outcome in outcomes:
         committed = paths.repository_root() / "notebooks" / outcome.notebook
         text = nbformat.writes(_without_traces(nbformat.read(folder / outcome.notebook, 4))) + "\n"
-        if committed.read_text() != text:
+        if committed.read_text(encoding="utf-8") != text:
             with replacing(committed) as part:
-                part.write_text(text)
+                part.write_text(text, encoding="utf-8")
             changed.append(outcome.notebook)
     return changed
 
@@ -236,30 +236,17 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-@contextlib.contextmanager
-def _kernel_environment(folder: Path) -> Iterator[None]:
-    """Let the kernel `python3` be this interpreter with this package, whatever kernels the machine has installed."""
-    kernel = folder / ".jupyter" / "kernels" / "python3" / "kernel.json"
+def _kernel_environment(folder: Path) -> dict[str, str]:
+    """Let the kernel `python3` be this interpreter with this package, whatever kernels and settings the reader has."""
+    own = folder / ".jupyter"
     quiet = "--log-level=CRITICAL"  # what fails in a cell is in the executed copy
     argv = [sys.executable, "-m", "ipykernel_launcher", quiet, "-f", "{connection_file}"]
-    with replacing(kernel) as part:
+    with replacing(own / "kernels" / "python3" / "kernel.json") as part:
         part.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-    settings = {
-        **{name: os.environ.get(name, value) for name, value in MALLOC_SETTINGS.items()},
-        "JUPYTER_PATH": _prepended(folder / ".jupyter", "JUPYTER_PATH"),
-        "PYTHONPATH": _prepended(Path(__file__).parents[2], "PYTHONPATH"),
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    found = os.pathsep.join(filter(None, (str(own), os.environ.get("JUPYTER_PATH"))))
+    return MALLOC_SETTINGS | machine.kernel_environment(own) | paths.absolute_folders() | {"JUPYTER_PATH": found}
 
 
-def _prepended(folder: Path, variable: str) -> str:
-    return os.pathsep.join(filter(None, (str(folder), os.environ.get(variable))))
+def _literal(path: Path) -> str:
+    """A path in the words of papermill, which formats those that it gets."""
+    return str(path).replace("{", "{{").replace("}", "}}")

@@ -1,7 +1,8 @@
 """What is there and what is missing, a line each: for the command `status`, and for what the others print."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,11 @@ from kdig_utils import paths
 from kdig_utils.analysis import laboratory
 from kdig_utils.experiments import brief, campaigns, laptop
 from kdig_utils.experiments.ledger import Ledger, spec_of
+from kdig_utils.experiments.reports import first_line
 from kdig_utils.method import artifacts
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
+
+DAMAGED = "damaged"
 
 
 def campaign_lines(ledger: pd.DataFrame) -> list[str]:
@@ -88,12 +92,17 @@ def _other_settings(spec: RunSpec | TeacherSpec) -> str:
     return ", ".join(filter(None, told))
 
 
+def described(file: Any, describe: Callable[[Any], str], remedy: str = "restore it from git") -> str:
+    """What `describe` says of a file; where it cannot, a line that the file is damaged, and the remedy."""
+    try:
+        return describe(file)
+    except Exception as error:  # what reads a damaged file raises many types
+        return f"{file}: {DAMAGED} ({' '.join(first_line(error).split())}): {remedy}"
+
+
 def checkpoint_line(path: Path) -> str:
     """Where the run of a checkpoint stands."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a damaged file
-        return f"{path.name}: damaged ({type(error).__name__}): delete {path} to start the run afresh"
+    content = torch.load(path, map_location="cpu", weights_only=True)
     spec = content["spec"]
     done, name = content["epoch"], spec.get("method", "teacher")
     return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
@@ -101,18 +110,12 @@ def checkpoint_line(path: Path) -> str:
 
 def signals_line(folder: Path) -> str:
     """How much of a store of teacher signals is there."""
-    done = np.load(folder / "done.npy")
-    return f"{folder.name} ({folder.parts[-3]}): {int(done.sum()):,} of {len(done):,} images"
+    rows = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}  # refuses a file cut short
+    return f"{folder.name} ({folder.parts[-3]}): {rows['done'].sum():,} of {len(rows['done']):,} images"
 
 
-def artifact_lines() -> list[tuple[str, bool]]:
-    """A line for each published network: what it is, or why it cannot be loaded; and whether it can."""
-    lines = []
-    for name, entry in artifacts.manifest().items():
-        words, whole = f"whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}", True
-        try:
-            artifacts.load(name)
-        except (OSError, ValueError) as error:
-            words, whole = str(error), False
-        lines.append((f"{name}: {words}", whole))
-    return lines
+def artifact_line(name: str) -> str:
+    """What a published network is."""
+    artifacts.load(name)
+    entry = artifacts.manifest()[name]
+    return f"{name}: whole, {entry['precision']}, {entry['test_accuracy']:.2f} %, run {entry['run_id']}"

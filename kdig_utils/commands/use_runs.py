@@ -8,12 +8,13 @@ from typing import Annotated
 import pandas as pd
 
 from kdig_utils import paths
-from kdig_utils.book.status import artifact_lines, campaign_lines, checkpoint_line, ledger_lines, signals_line
+from kdig_utils.book import status as told
 from kdig_utils.commands.make_runs import UNTIL_THE_END, Span, campaign_specs, student_study
 from kdig_utils.experiments import campaigns, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import PROFILES, open_study
 from kdig_utils.machine import keep_freed_memory
+from kdig_utils.method import artifacts
 
 Check = Annotated[bool, "change nothing; fail if something would change"]
 
@@ -89,7 +90,7 @@ def reproduce(
     """Run the notebooks in a profile, headlessly."""
     from kdig_utils.book import reproduce as chapters
 
-    outcomes = chapters.reproduce(profile, only.split(",") if only else [], resume)
+    outcomes = chapters.reproduce(profile, None if only is None else only.split(","), resume)
     print("\n" + chapters.summary(outcomes))
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -103,21 +104,26 @@ def store() -> None:
 
 
 def status() -> int:
-    """Say what is there and what is missing."""
+    """Say what is there and what is missing, or damaged."""
     from kdig_utils.analysis import plan
 
-    ledger, folder, published = Ledger(paths.ledger_path()).read(), paths.workspace(), artifact_lines()
+    ledger, folder, needed = Ledger(paths.ledger_path()).read(), paths.workspace(), "claims.yml or manifest.json"
+    runs, stores = sorted(folder.glob("*/checkpoints/*.pt")), sorted(folder.glob("*/signals/*/done.npy"))
+    again, joined = "delete it to start afresh", "\n  ".join
     sections = {
-        "ledger": ledger_lines(ledger),
-        "queue": plan.progress_lines(ledger),
-        "campaigns": [*campaign_lines(ledger), answers_line(ledger)],
-        "runs in progress": [checkpoint_line(path) for path in sorted(folder.glob("*/checkpoints/*.pt"))],
-        "teacher signals": [signals_line(path.parent) for path in sorted(folder.glob("*/signals/*/done.npy"))],
-        "artifacts": [line for line, _whole in published],
+        "ledger": joined(told.ledger_lines(ledger)),
+        "queue": told.described(needed, lambda _file: joined(plan.progress_lines(ledger))),
+        "campaigns": told.described(needed, lambda _file: joined([*told.campaign_lines(ledger), answers_line(ledger)])),
+        "runs in progress": joined(told.described(path, told.checkpoint_line, again) for path in runs),
+        "teacher signals": joined(told.described(path.parent, told.signals_line, again) for path in stores),
+        "artifacts": told.described(
+            "manifest.json",
+            lambda _file: joined(told.described(name, told.artifact_line) for name in artifacts.manifest()),
+        ),
     }
     for title, lines in sections.items():
-        print(f"{title}\n  " + "\n  ".join(lines or ["none"]))
-    return int(not all(whole for _line, whole in published))
+        print(f"{title}\n  {lines or 'none'}")
+    return int(any(f": {told.DAMAGED} (" in lines for lines in sections.values()))
 
 
 def answers_line(ledger: pd.DataFrame) -> str:
@@ -153,13 +159,13 @@ def readme(*, check: Check = False) -> None:
 
     path = paths.repository_root() / "README.md"
     text = repository.readme_with(repository.results_table(Ledger(paths.ledger_path()).read()))
-    if path.read_text() == text:
+    if path.read_text(encoding="utf-8") == text:
         print("README.md says what the ledger says")
     elif check:
         raise ValueError("the table in README.md is not the ledger's: run `python -m kdig_utils readme`")
     else:
         with paths.replacing(path) as part:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
         print("README.md got the ledger's table")
 
 
@@ -173,5 +179,5 @@ def links(*, check: Check = False) -> None:
         if check:
             raise ValueError(f"{changed[-1]} names {slug}: run `python -m kdig_utils links`")
         with paths.replacing(path) as part:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
     print(f"{repository.address()}: changed {', '.join(changed) or 'nothing'}")

@@ -1,10 +1,10 @@
 """The ledger: each finished run once, with the spec that it was made from."""
 
-import contextlib
 import json
 import os
 import platform
 import subprocess
+import warnings
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -152,16 +152,23 @@ def provenance(device: torch.device) -> dict[str, str]:
 def code_commit() -> str:
     """The commit of the code: `KDIG_COMMIT` where it is set, else git's, with `+` if the package has other changes.
 
-    A machine that is lent has the files of one commit and may have the git folder of an earlier one.
+    A machine that is lent has the files of one commit and may have the git folder of an earlier one. A copy has none,
+    whatever repository it lies in. Where git refuses the clone a warning says why: an error would lose a finished run.
     """
     if named := os.environ.get("KDIG_COMMIT"):
         return named
     root = repository_root()
+    if not (root / ".git").exists():
+        return ""
+    alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}  # git looks for no repository further up
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, env=alone, capture_output=True, text=True, check=True).stdout
 
-    with contextlib.suppress(FileNotFoundError):  # no git
-        if commit := git("rev-parse", "--short=12", "HEAD"):
-            return commit + ("+" if git("status", "--porcelain", "kdig_utils") else "")
-    return ""
+    try:
+        commit, changed = git("rev-parse", "--short=12", "HEAD").strip(), git("status", "--porcelain", "kdig_utils")
+        return commit + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join((getattr(error, "stderr", "") or str(error)).split())
+        warnings.warn(f"the ledger will not name the code's commit: set KDIG_COMMIT to it ({reason})", stacklevel=2)
+        return ""

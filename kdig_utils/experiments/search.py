@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from filelock import FileLock
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from kdig_utils import paths
@@ -113,7 +114,8 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
     Raises:
         ValueError: the storage cannot be opened; a password in its URL is not shown.
     """
-    url = storage or f"sqlite:///{study.folder / 'hyperparameters.db'}"
+    file = (study.folder / "hyperparameters.db").absolute().as_uri()  # escapes what means something in a URL
+    url = storage or URL.create("sqlite", database=file, query={"uri": "true"}).render_as_string()
     paths.check_writable(study.folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Two workers that begin at the same time would both make the tables, and both enqueue the paper's setting.
@@ -134,10 +136,10 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
                 load_if_exists=True,
             )
         except (SQLAlchemyError, ImportError, ValueError, RuntimeError, OSError) as error:
-            shown = re.sub(r"//[^/@]*@", "//***@", url)
+            shown = url if url.startswith("sqlite") else re.sub(r"//.*@", "//***@", url)
             raise ValueError(
                 f"cannot open the storage {shown} ({str(error).splitlines()[0]}): "
-                "give an Optuna storage URL such as sqlite:///search.db"
+                "give an Optuna storage URL such as sqlite:///search.db; in a password, ? is %3F, @ is %40 and # is %23"
             ) from error
         remember(proposals, trials(study.ledger.read(), base), base)
         proposals.enqueue_trial(levels_of(base), skip_if_exists=True)

@@ -100,7 +100,7 @@ def class_index(name: str) -> int:
 
 def data_root() -> Path:
     """The folder that holds `cifar-10-batches-py`: `KDIG_DATA` if set, else `data` in the workspace."""
-    return Path(os.environ.get("KDIG_DATA") or paths.workspace() / "data")
+    return paths.named_folder("KDIG_DATA") or paths.workspace() / "data"
 
 
 def fetch(root: Path | None = None, sources: Sequence[str] = SOURCES) -> Path:

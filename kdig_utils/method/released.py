@@ -5,7 +5,6 @@ is known by its SHA-256: the catalogue `released.csv` names path, commit, and wh
 """
 
 import hashlib
-import os
 import re
 from functools import cache
 from importlib.resources import files
@@ -56,8 +55,8 @@ def fetch(digits: str = "") -> dict[str, Path]:
     wanted = catalogue()[catalogue()["sha256"].str.startswith(digits)]
     if wanted.empty:
         raise KeyError(f"no released network has a SHA-256 that begins with {digits!r}: see kdig_utils/released.csv")
-    if folder := os.environ.get(VARIABLE):
-        there = found(Path(folder))
+    if folder := paths.named_folder(VARIABLE):
+        there = found(folder)
         if missing := [row.path for row in wanted.itertuples() if row.sha256 not in there]:
             raise FileNotFoundError(
                 f"{VARIABLE}={folder} lacks {len(missing)} of {len(wanted)} networks, first {missing[0]}: put "

@@ -305,6 +305,17 @@ def test_the_networks_load_before_a_picture_is_there(address: str, chromium: Ope
         page.wait_for_selector("tfoot")
 
 
+def test_what_was_wrong_with_one_picture_is_gone_with_the_next(address: str, chromium: Opener, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("no picture")
+    with chromium() as page:
+        page.goto(address)
+        page.set_input_files("input[type=file]", tmp_path / "own.txt")
+        said = page.locator("[data-part=status]")
+        sync_api.expect(said).to_contain_text("own.txt could not be read as a picture")
+        page.locator("input[value='2']").check()
+        sync_api.expect(said).to_be_empty()
+
+
 def test_after_an_error_of_the_runtime_the_page_says_so_and_goes_on(address: str, chromium: Opener) -> None:
     with chromium() as page:
         page.goto(address)

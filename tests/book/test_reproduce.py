@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from kdig_utils import __main__ as command_line
-from kdig_utils.book import reproduce
+from kdig_utils.book import repository, reproduce
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = repository.notebooks()
 PARAMETERS = 'profile = "published"'
 
 
@@ -23,6 +24,12 @@ def write_notebook(path: Path, *sources: str, parameters: str | None = PARAMETER
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=[*cells, *map(new_code_cell, sources)], metadata=kernel), path)
     return path
+
+
+def list_chapters(book: Path, *names: str) -> None:
+    """Write the table of contents of a small book."""
+    lines = "".join(f"      - file: notebooks/{name}\n" for name in names)
+    (book / "_toc.yml").write_text(f"format: jb-book\nroot: book/intro\nparts:\n  - chapters:\n{lines}")
 
 
 @pytest.fixture
@@ -37,6 +44,7 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_notebook(chapters / "00_start.ipynb", first_piece + "\ntime.sleep(0.3)\nprint()")
     write_notebook(chapters / "03_fails.ipynb", 'raise RuntimeError("first line\\nsecond line")')
     write_notebook(chapters / "10_end.ipynb", "import kdig_utils\nprint(kdig_utils.__file__)")
+    list_chapters(tmp_path, "00_start", "03_fails", "10_end")
     return tmp_path
 
 
@@ -92,6 +100,27 @@ def test_the_kernel_is_this_interpreter_whatever_is_installed(book: Path, tmp_pa
 
 def test_only_takes_the_named_chapters_in_reading_order(book: Path) -> None:
     assert [path.name for path in reproduce.chosen_notebooks(["10", "0"])] == ["00_start.ipynb", "10_end.ipynb"]
+    assert [path.name for path in reproduce.chosen_notebooks(["03", " "])] == ["03_fails.ipynb"]
+
+
+def test_the_chapters_are_those_of_the_table_of_contents_and_no_copy_beside_them(book: Path) -> None:
+    write_notebook(book / "notebooks" / "03_fails_mine.ipynb", "print('mine')")
+    write_notebook(book / "notebooks" / "04_of_a_reader.ipynb")
+    names = [path.name for path in reproduce.chosen_notebooks()]
+    assert names == ["00_start.ipynb", "03_fails.ipynb", "10_end.ipynb"]
+    list_chapters(book, "10_end", "00_start")
+    assert [path.name for path in reproduce.chosen_notebooks()] == ["10_end.ipynb", "00_start.ipynb"]
+
+
+def test_a_chapter_or_a_table_of_contents_that_is_missing_is_named(
+    book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (book / "notebooks" / "10_end.ipynb").unlink()
+    assert command_line.main(["reproduce"]) == 2
+    assert re.search(r"10_end\.ipynb .*restore it from git", capsys.readouterr().err)
+    (book / "_toc.yml").unlink()
+    assert command_line.main(["reproduce"]) == 2
+    assert re.search(r"_toc\.yml .*restore it from git", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +128,8 @@ def test_only_takes_the_named_chapters_in_reading_order(book: Path) -> None:
     [
         (["--only", "00,04"], "'04'", "00,03,10"),
         (["--only", "teacher"], "'teacher'", "00,03,10"),
+        (["--only", ""], "''", "00,03,10"),
+        (["--only", ","], "''", "00,03,10"),
         (["--profile", "fast"], "'fast'", "published, smoke, full"),
     ],
 )
@@ -180,7 +211,7 @@ def test_stored_notebooks_hold_outputs_and_no_trace_of_how_they_were_made(book: 
     assert command_line.main(["store"]) == 2  # chapter 03 fails: nothing may be replaced
     start = book / "notebooks" / "00_start.ipynb"
     assert "published" not in printed(start)
-    (book / "notebooks" / "03_fails.ipynb").unlink()
+    list_chapters(book, "00_start", "10_end")
     assert command_line.main(["store"]) == 0
     stored = nbformat.read(start, as_version=4)
     assert printed(start).startswith("published")

@@ -1,15 +1,23 @@
 """A line of the status, and of the tables that the book makes of it, tells apart what was trained apart."""
 
 import json
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+import yaml
 from ledgers import student_rows, table
 
+from kdig_utils import __main__ as command_line
 from kdig_utils import paths
+from kdig_utils.analysis import plan
 from kdig_utils.book import status
 from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.method import artifacts, models
 from kdig_utils.method.spec import RunSpec, TeacherSpec
 
 
@@ -66,6 +74,74 @@ def test_each_run_of_the_committed_ledger_stands_on_one_line():
     ledger = Ledger(paths.ledger_path()).read()
     found = status.ledger_lines(ledger)
     assert all(sum(run_id in line for line in found) == 1 for run_id in ledger["run_id"])
+
+
+# Damaged files
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone with a network, a store of signals and a checkpoint, all whole."""
+    monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
+    monkeypatch.setenv("KDIG_WORKSPACE", str(tmp_path / "workspace"))
+    (tmp_path / "artifacts").mkdir()
+    facts = {"method": "student", "k": 17, "test_accuracy": 50.0, "run_id": "0123456789ab"}
+    artifacts.publish("student_k17", models.student(17), half=False, **facts)
+    store = tmp_path / "workspace" / "full" / "signals" / "abc_50_9"
+    store.mkdir(parents=True)
+    for name, array in {"logits": np.ones((40, 10)), "done": np.arange(40) < 30}.items():
+        np.save(store / f"{name}.npy", array)
+    checkpoint = tmp_path / "workspace" / "full" / "checkpoints" / "0123456789ab.pt"
+    checkpoint.parent.mkdir()
+    torch.save({"spec": asdict(RunSpec("kd", epochs=9)), "epoch": 4}, checkpoint)
+    return tmp_path
+
+
+def test_status_of_whole_files_says_how_far_they_are(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["status"]) == 0
+    shown = capsys.readouterr().out
+    assert "abc_50_9 (full): 30 of 40 images" in shown
+    assert "0123456789ab (full): kd seed 0, 4 of 9 epochs done" in shown
+    assert "student_k17: whole" in shown
+
+
+@pytest.mark.parametrize(
+    ("pattern", "remedy"),
+    [
+        ("**/done.npy", "delete"),
+        ("**/logits.npy", "delete"),
+        ("**/*.pt", "delete"),
+        ("**/*.safetensors", "git"),
+        ("**/manifest.json", "git"),
+    ],
+)
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.99])
+def test_status_says_which_file_is_damaged_and_goes_on(
+    reader: Path, pattern: str, remedy: str, kept: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = reader.glob(pattern)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    assert command_line.main(["status"]) == 1
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if "damaged" in line]
+    assert any(path.stem in line or path.parent.name in line for line in lines)
+    assert all(remedy in line for line in lines)
+    assert len(lines) == 1 or path.name == "manifest.json", "what lists the artifacts is asked more than once"
+    sections = ("ledger", "queue", "campaigns", "runs in progress", "teacher signals", "artifacts")
+    assert [line for line in shown.splitlines() if not line.startswith(" ")] == list(sections)
+
+
+@pytest.mark.parametrize("text", ["", "claims: [", "rules: 7\n"])
+def test_status_goes_on_without_the_claims(
+    reader: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what needs them it says that claims.yml is damaged."""
+    monkeypatch.setattr(plan, "progress_lines", lambda _ledger: yaml.safe_load(text)["claims"])
+    assert command_line.main(["status"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"claims\.yml .*damaged .*git", shown)
+    assert "student_k17: whole" in shown
 
 
 def test_the_box_of_a_chapter_counts_the_runs_that_are_missing_and_goes_when_none_is(tmp_path, monkeypatch):

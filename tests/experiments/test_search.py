@@ -221,6 +221,23 @@ def test_bad_storage_gives_one_clear_line(make_study: Callable[[], Study], url: 
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a ?b", "a@b:c", "a#b&c=d", "a%20b", "{SCHEMA_VERSION} {"])
+def test_the_storage_lies_in_any_folder_that_the_system_allows(
+    make_study: Callable[[], Study], tmp_path: Path, name: str
+) -> None:
+    study = dataclasses.replace(make_study(), folder=tmp_path / name)
+    search.open_search(study, search.base_of(study, "kd"))
+    with sqlite3.connect(tmp_path / name / "hyperparameters.db") as storage:
+        assert storage.execute("select count(*) from studies").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("password", ["se/cret", "se@cret", "se?cret", "se#cret"])
+def test_a_password_that_is_not_escaped_is_not_shown(make_study: Callable[[], Study], password: str) -> None:
+    with pytest.raises(ValueError, match="%40") as caught:
+        search.search(make_study(), "kd", storage=f"postgresql://me:{password}@localhost:9/db")
+    assert "se" + password[2] not in str(caught.value).split("://")[1].split("(")[0]
+
+
 CHAPTER = cells_of("07", "Noise", "simulate_choices")
 
 
