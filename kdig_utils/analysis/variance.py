@@ -16,10 +16,12 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.diagnostic import lilliefors
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm, runs_by_method
+from kdig_utils.analysis.comparisons import fitted, holm, runs_by_method
+from kdig_utils.method.checks import check_known
 from kdig_utils.method.spec import METHODS
 
 FACTORS = ("kd", "ig", "at")
+LEAST_RUNS = 4  # of statsmodels' Lilliefors
 TERMS = tuple(":".join(term) for order in (1, 2, 3) for term in combinations(FACTORS, order))
 
 
@@ -58,19 +60,18 @@ def factor_effects(rows: pd.DataFrame, blocks: Sequence[str] = ()) -> pd.DataFra
         Index term (`kd`, ..., `kd:ig:at`); columns effect, low, high (95 %), p, p_holm.
 
     Raises:
-        ValueError: a method is missing, each has only one run, or all runs end alike.
+        ValueError: a method is missing, each has only one run, or as in `runs_by_method` and `fitted`.
     """
     runs = runs_by_method(rows)
     if missing := [method for method in METHODS if method not in runs]:
         raise ValueError(f"no run of {', '.join(missing)}: the factorial analysis needs all eight methods")
     if max(map(len, runs.values())) < 2:
         raise ValueError("each method has 1 run: a factorial analysis needs two or more, train more seeds")
-    _check_spread(rows["test_accuracy"].astype(float))
     students = rows[rows["method"].isin(METHODS)].astype({"test_accuracy": float})
     # Effect coding, +1 for methods that contain a part and −1 for the others.
     coded = {part: [1.0 if part in name.split("_") else -1.0 for name in students["method"]] for part in FACTORS}
     formula = " + ".join(["test_accuracy ~ kd * ig * at", *(f"C({block})" for block in blocks)])
-    fit, terms = ols(formula, students.assign(**coded)).fit(), list(TERMS)
+    fit, terms = fitted(formula, students.assign(**coded)), list(TERMS)
     # So a coefficient is half a main effect, a quarter or an eighth of an interaction.
     scale = pd.Series({term: 2.0 ** (1 + term.count(":")) for term in TERMS})
     low, high = (fit.conf_int(SIGNIFICANCE)[side][terms] * scale for side in (0, 1))
@@ -86,10 +87,12 @@ def normality(rows: pd.DataFrame) -> pd.DataFrame:
         former, from 0.001 to 0.99.
 
     Raises:
-        ValueError: a method has fewer than four runs (statsmodels' Lilliefors), or all its runs end alike.
+        ValueError: a method has fewer than `LEAST_RUNS` runs, all its runs end alike, or as in `runs_by_method`.
     """
     tested = {}
     for method, values in runs_by_method(rows).items():
+        if len(values) < LEAST_RUNS:
+            raise ValueError(f"{method} has {len(values)} runs: normality needs {LEAST_RUNS} or more, train more seeds")
         _check_spread(values, f"all runs of {method}")
         p_values = {"lilliefors_p": lilliefors(values)[1], "shapiro_p": stats.shapiro(values).pvalue}
         tested[method] = {"runs": len(values), "mean": values.mean(), "deviation": values.std(), **p_values}
@@ -108,7 +111,8 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
         fixed: columns whose effect is taken out first; every group must have each of their values as often.
 
     Raises:
-        ValueError: fewer than two groups, one run in each, groups of different sizes, or runs that all end alike.
+        ValueError: fewer than two groups, one run in each, groups of different sizes, a run without its accuracy, or
+            runs that all end alike.
     """
     counts = pd.crosstab(rows[group], [rows[name] for name in fixed] or [np.zeros(len(rows))]).to_numpy()
     groups, runs = len(counts), int(counts.sum(axis=1).max(initial=0))
@@ -117,6 +121,7 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
             f"{groups} groups by {group}, of up to {runs} runs: the split needs two groups or more, alike, with two "
             "runs or more each: finish the campaign, or leave out the incomplete groups"
         )
+    check_known(rows["test_accuracy"], "test accuracy")
     _check_spread(rows["test_accuracy"].astype(float))
     formula = " + ".join(["test_accuracy ~ 1", *(f"C({name})" for name in fixed), f"C({group})"])
     table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit()).loc[[f"C({group})", "Residual"]]

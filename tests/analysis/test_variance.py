@@ -44,9 +44,12 @@ def one_method(values: np.ndarray, method: str = "student", **changes: object) -
 # Factors
 
 
-def test_planted_effects_are_recovered_exactly_where_there_is_no_noise():
-    table = variance.factor_effects(factorial_ledger(noise=0.0, seeds=2))
+def test_planted_effects_are_recovered_exactly_where_luck_cancels():
+    rows = factorial_ledger(noise=0.0, seeds=2)
+    table = variance.factor_effects(rows.assign(test_accuracy=rows["test_accuracy"] + 0.1 * (-1) ** rows["seed"]))
     assert dict(table["effect"]) == pytest.approx(PLANTED, abs=1e-9)
+    with pytest.raises(ValueError, match="no spread"):  # p would be 0, of nothing
+        variance.factor_effects(rows)
 
 
 def test_effects_are_contrasts_of_means():
@@ -109,7 +112,7 @@ def test_normality_is_that_of_the_libraries_and_finds_what_is_skewed():
 
 
 def test_normality_refuses_too_few_runs_and_runs_that_end_alike():
-    with pytest.raises(ValueError, match="at least 4 observations"):
+    with pytest.raises(ValueError, match="3 runs.* needs 4"):
         variance.normality(one_method(np.array([90.0, 91.0, 92.0])))
     with pytest.raises(ValueError, match=r"all runs of student end alike, at 91\.00"):
         variance.normality(one_method(np.full(5, 91.0)))
