@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdig_utils.analysis.finite import check_known
 from kdig_utils.analysis.sample_size import best_of_normal
 from kdig_utils.experiments.hyperparameters import LEVELS, VALIDATION_IMAGES
 from kdig_utils.method import losses
-from kdig_utils.method.checks import check_known
 
 REPEATS = 2000
 TEST_IMAGES = 10_000

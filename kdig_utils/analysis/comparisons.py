@@ -17,9 +17,9 @@ from statsmodels.formula.api import ols
 from statsmodels.regression.linear_model import RegressionResultsWrapper
 
 from kdig_utils.analysis.claims import SIGNIFICANCE, paper
+from kdig_utils.analysis.finite import check_known
 from kdig_utils.analysis.permutation import RESAMPLES, difference, reshuffled, sign_flips
 from kdig_utils.experiments.ledger import spec_of
-from kdig_utils.method.checks import check_known
 from kdig_utils.method.spec import METHODS
 
 # What tells runs of the paper apart, which have no spec.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from kdig_utils.method.checks import check_known
+from kdig_utils.analysis.finite import check_known
 
 RESAMPLES = 9999
 ENUMERATED = 200_000  # permutations up to which all are tried: ten runs against ten have 184,756, ten pairs 1,024

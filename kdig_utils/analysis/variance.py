@@ -17,7 +17,7 @@ from statsmodels.stats.diagnostic import lilliefors
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
 from kdig_utils.analysis.comparisons import fitted, holm, runs_by_method
-from kdig_utils.method.checks import check_known
+from kdig_utils.analysis.finite import check_known
 from kdig_utils.method.spec import METHODS
 
 FACTORS = ("kd", "ig", "at")

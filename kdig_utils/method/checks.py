@@ -3,9 +3,6 @@
 import math
 from collections.abc import Callable, Collection
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 # Whether a number is in its range, and what is said where it is not.
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "alpha": (lambda x: 0 <= x <= 1, "alpha {} is outside [0, 1]: it is the share of the distillation loss"),
@@ -41,20 +38,6 @@ def check_number(name: str, value: float) -> None:
     is_in_range, otherwise = RANGES[name]
     if not is_in_range(value):
         raise ValueError(otherwise.format(value))
-
-
-def check_known(numbers: ArrayLike, what: str) -> None:
-    """Raise ValueError if one of `numbers`, (N,), is missing (NaN) or infinite; the message names it and its place.
-
-    Of a table's column the place is the row's label, as the seed.
-    """
-    values = np.asarray(numbers, dtype=float)
-    if len(bad := np.flatnonzero(~np.isfinite(values))):
-        place = numbers.index[bad[0]] if hasattr(numbers, "loc") else bad[0]
-        raise ValueError(
-            f"{what}: {values[bad[0]]} at {place}, {len(bad)} of {len(values)} are missing or infinite: leave these "
-            "out, or measure them again"
-        )
 
 
 def check_choice(what: str, value: object, choices: Collection[object]) -> None:
