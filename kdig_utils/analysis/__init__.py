@@ -2,8 +2,8 @@
 
 The paper's claims: `claims`; what settles them: `eligibility` (which runs count), `verdicts` (the rules), `counted`;
 what came of them: `scorecard`, `scorecard_text`, `plan`; how often the rules err:
-`operating_characteristics`. Statistics of runs: `comparisons`, `sample_size`, `variance`, `frontier`,
-`permutation`, `pairing_results`, `choosing`; of the laptop protocol: `laboratory`. Of networks: `faithfulness`, `calibration`,
-`corruptions`; `examination` asks a network all of these, `explanations` is the table of the answers. What the authors
-published beside the paper: `witnesses` (their networks, measured) and `printed` (their notebooks' figures).
+`operating_characteristics`. Statistics of runs: `comparisons` (with `permutation`), `sample_size`, `variance`,
+`frontier`, `pairing_results`, `choosing`; of the laptop protocol: `laboratory`. Of networks: `faithfulness`,
+`calibration`, `corruptions`; `examination` asks a network all of these, `explanations` is the table of the answers.
+What the authors published beside the paper: `witnesses` (their networks, measured) and `printed` (their notebooks).
 """
