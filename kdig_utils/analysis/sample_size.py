@@ -46,7 +46,7 @@ def power(
     if not 0 < deviation < math.inf:
         raise ValueError(f"deviation {deviation} is not above 0 and finite: give the runs' spread, in points")
     if not 2 <= runs < math.inf:
-        raise ValueError(f"{runs} runs of each method have no spread: plan two or more")
+        raise ValueError(f"{runs} runs of each method make no test: plan two or more")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha {alpha} is outside (0, 1): 0.05 is usual")
     if correlation is not None and not -1 < correlation < 1:
