@@ -19,7 +19,9 @@ CURVES = ("sweep_curves", "six_curves", "kd_ig_at_curve")
 
 def table(name: str) -> pd.DataFrame:
     """One of `CURVES` (train_loss and train_accuracy, in per cent, after each epoch) or `sweep_results`."""
-    return pd.read_csv(paths.repository_root() / "results" / "printed" / f"{name}.csv")
+    path = paths.repository_root() / "results" / "printed" / f"{name}.csv"
+    with paths.reading(path):
+        return pd.read_csv(path)
 
 
 def six_runs() -> pd.DataFrame:

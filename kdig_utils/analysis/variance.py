@@ -16,7 +16,7 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.diagnostic import lilliefors
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import fitted, holm, runs_by_method
+from kdig_utils.analysis.comparisons import holm, runs_by_method
 from kdig_utils.analysis.finite import check_known
 from kdig_utils.method.spec import METHODS
 
@@ -60,18 +60,19 @@ def factor_effects(rows: pd.DataFrame, blocks: Sequence[str] = ()) -> pd.DataFra
         Index term (`kd`, ..., `kd:ig:at`); columns effect, low, high (95 %), p, p_holm.
 
     Raises:
-        ValueError: a method is missing, each has only one run, or as in `runs_by_method` and `fitted`.
+        ValueError: a method is missing, each has only one run, or all runs end alike.
     """
     runs = runs_by_method(rows)
     if missing := [method for method in METHODS if method not in runs]:
         raise ValueError(f"no run of {', '.join(missing)}: the factorial analysis needs all eight methods")
     if max(map(len, runs.values())) < 2:
         raise ValueError("each method has 1 run: a factorial analysis needs two or more, train more seeds")
+    _check_spread(rows["test_accuracy"].astype(float))
     students = rows[rows["method"].isin(METHODS)].astype({"test_accuracy": float})
     # Effect coding, +1 for methods that contain a part and −1 for the others.
     coded = {part: [1.0 if part in name.split("_") else -1.0 for name in students["method"]] for part in FACTORS}
     formula = " + ".join(["test_accuracy ~ kd * ig * at", *(f"C({block})" for block in blocks)])
-    fit, terms = fitted(formula, students.assign(**coded)), list(TERMS)
+    fit, terms = ols(formula, students.assign(**coded)).fit(), list(TERMS)
     # So a coefficient is half a main effect, a quarter or an eighth of an interaction.
     scale = pd.Series({term: 2.0 ** (1 + term.count(":")) for term in TERMS})
     low, high = (fit.conf_int(SIGNIFICANCE)[side][terms] * scale for side in (0, 1))

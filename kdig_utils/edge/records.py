@@ -3,17 +3,13 @@
 A file with a value that cannot be is left out, by a sentence that names file, row, field, value and remedy.
 """
 
-import csv
 import datetime
-import io
-import reprlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from kdig_utils import paths
 
@@ -147,7 +143,7 @@ def rows(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: it is no JSON list of `Row`, or has a setting twice.
     """
-    with _named(path):
+    with paths.reading(path, REMEDY):
         found = _ROWS.validate_json(path.read_bytes())
     return _once(path, pd.DataFrame([row.model_dump(mode="json") for row in found]), SETTING)
 
@@ -158,8 +154,8 @@ def first_calls(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: it is no CSV table of `FirstCall`, has a call twice, or a process that did not call both networks.
     """
-    with _named(path):
-        found = _CALLS.validate_python(list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))))
+    with paths.reading(path, REMEDY):
+        found = _CALLS.validate_python(pd.read_csv(path, dtype=str).to_dict("records"))
     table = _once(path, pd.DataFrame([call.model_dump() for call in found]), CALL)
     alone = table.groupby(["process", "order"])["network"].nunique() < 2
     if alone.any():
@@ -178,20 +174,6 @@ def _together(
         except (ValueError, OSError) as error:
             report(f"left out: {error}")
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*columns, "file"])
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let what pydantic or the reader of a file says name the file, and the row, field and value."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = "".join(f", row {step + 1}" if isinstance(step, int) else f", {step}" for step in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path.name}{place}: {said}; it is {reprlib.repr(first['input'])}: {REMEDY}") from None
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path.name} is no table of times ({error}): {REMEDY}") from error
 
 
 def _once(path: Path, table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

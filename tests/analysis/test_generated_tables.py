@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ledgers import bare
 from scipy import stats
 
-from kdig_utils.analysis import calibration, choosing, comparisons, faithfulness, permutation, sample_size, variance
+from kdig_utils.analysis import calibration, comparisons, faithfulness, permutation, sample_size, variance
 from kdig_utils.analysis.comparisons import (
     equivalence,
     family,
@@ -96,14 +96,15 @@ def test_a_missing_accuracy_makes_nothing_significant() -> None:
     asked: list[Callable[[], object]] = [
         lambda: family(rows, [("kd", "student")]),
         lambda: interaction(rows),
-        lambda: variance.factor_effects(rows),
         lambda: variance.normality(rows),
-        lambda: variance.added_variance(rows, rows),
         lambda: runs_by_method(rows),
     ]
     for ask in asked:
         with pytest.raises(ValueError, match=rf"{method}: nan at {seed}.*leave these out"):
             ask()
+    level = bare({name: [90.0, 90.0] for name in ("student", "kd", "ig", "kd_ig")})
+    with pytest.raises(ValueError, match="no spread"):  # p would be 0, of nothing
+        interaction(level.assign(test_accuracy=level["test_accuracy"] + (level["method"] == "kd")))
     with pytest.raises(ValueError, match="nan at 7"):
         variance.variance_components(rows.reset_index(drop=True), "seed", fixed=["method"])
     for numbers in ([91, math.nan], [91, math.inf]):
@@ -138,21 +139,17 @@ PLANS = {
     "gain NaN": (lambda: sample_size.seeds_needed(math.nan, 0.3), "gain nan"),
     "endless gain": (lambda: sample_size.seeds_needed(math.inf, 0.3), "gain inf"),
     "endless spread": (lambda: sample_size.seeds_needed(0.1, math.inf), "deviation inf.*finite"),
-    "spread NaN": (lambda: sample_size.smallest_gain(10, math.nan), "deviation nan"),
     "too many runs": (lambda: sample_size.seeds_needed(1e-9, 0.3), "more than 1,000,000,000 runs"),
     "certainty": (lambda: sample_size.seeds_needed(0.1, 0.3, chance=1.0), "chance 1"),
     "chance = level": (lambda: sample_size.seeds_needed(0.1, 0.3, chance=0.05), r"chance 0\.05"),
+    "spread NaN": (lambda: sample_size.power(0.1, math.nan, 10), "deviation nan"),
     "chance NaN": (lambda: sample_size.seeds_needed(0.1, 0.3, chance=math.nan), "chance nan"),
+    "power of no run": (lambda: sample_size.power(0.1, 0.3, 0), "0 runs"),
     "level of 0": (lambda: sample_size.power(0.1, 0.3, 10, alpha=0), "alpha 0"),
     "power of one run": (lambda: sample_size.power(0.1, 0.3, 1), "1 runs"),
-    "gain of one run": (lambda: sample_size.smallest_gain(1, 0.3), "1 runs"),
-    "gain of no run": (lambda: sample_size.smallest_gain(0, 0.3), "0 runs"),
     "best of none": (lambda: sample_size.best_of_normal(0), "n = 0"),
     "best of NaN": (lambda: sample_size.best_of_normal(math.nan), "n = nan"),
     "best of 2.5": (lambda: sample_size.best_of_normal(2.5), r"n = 2\.5"),
-    "noise": (lambda: choosing.noise_of_runs(math.inf, 90, 0.5), "deviation inf"),
-    "no choice": (lambda: choosing.simulate_choices([], choosing.Noise(1, 1, 1)), "0 settings"),
-    "unknown choice": (lambda: choosing.simulate_choices([90, math.nan], choosing.Noise(1, 1, 1)), "nan at 1"),
     "margin": (lambda: equivalence(pd.Series([1, 2]), pd.Series([1, 3]), math.inf), "margin inf"),
     "no studies": (lambda: operating_characteristics(studies=0), "studies 0"),
     "correlation": (lambda: operating_characteristics(correlation=-0.5), r"correlation -0\.5"),

@@ -44,12 +44,9 @@ def one_method(values: np.ndarray, method: str = "student", **changes: object) -
 # Factors
 
 
-def test_planted_effects_are_recovered_exactly_where_luck_cancels():
-    rows = factorial_ledger(noise=0.0, seeds=2)
-    table = variance.factor_effects(rows.assign(test_accuracy=rows["test_accuracy"] + 0.1 * (-1) ** rows["seed"]))
+def test_planted_effects_are_recovered_exactly_where_there_is_no_noise():
+    table = variance.factor_effects(factorial_ledger(noise=0.0, seeds=2))
     assert dict(table["effect"]) == pytest.approx(PLANTED, abs=1e-9)
-    with pytest.raises(ValueError, match="no spread"):  # p would be 0, of nothing
-        variance.factor_effects(rows)
 
 
 def test_effects_are_contrasts_of_means():
@@ -206,7 +203,7 @@ def test_a_split_needs_several_runs_in_each_of_several_groups_of_one_size():
 def test_runs_that_all_end_alike_cannot_be_split():
     with pytest.raises(ValueError, match=r"all runs end alike, at 10\.00 %"):
         variance.variance_components(nested_ledger(0, 0, 4, 3).assign(test_accuracy=10.0), "resample")
-    with pytest.raises(ValueError, match=r"no spread.*check that their seeds differ"):
+    with pytest.raises(ValueError, match=r"all runs end alike, at 10\.00 %"):
         variance.factor_effects(factorial_ledger(0).assign(test_accuracy=10.0))
 
 
