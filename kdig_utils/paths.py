@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from pydantic import ValidationError
 
 ELSEWHERE = "set KDIG_WORKSPACE (for ledger and artifacts KDIG_ROOT) to a folder that can be written"
 REMEDIES = {
@@ -106,6 +109,25 @@ def explaining(path: Path) -> Iterator[None]:
             raise
         told = f"cannot write {path.name} in {path.parent}; {REMEDIES[error.errno]} and run it again"
         raise OSError(error.errno, told) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str = "restore it from git") -> Iterator[None]:
+    """Let what a parser or pydantic says of a damaged file be one sentence: file, place, what is wrong, remedy.
+
+    Raises:
+        ValueError: the file is damaged, or not encoded in UTF-8.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f", row {step + 1}" if isinstance(step, int) else f", {step}" for step in first["loc"])
+        said = f"{first['msg'].removeprefix('Value error, ')}; it is {reprlib.repr(first['input'])}"
+        raise ValueError(f"{path.name}{place}: {said}: {remedy}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise ValueError(f"{path.name} is damaged ({said}): {remedy}") from error
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:

@@ -35,12 +35,20 @@ def expected_calibration_error(confidence: NDArray, right: NDArray) -> float:
     Args:
         confidence: probability of the predicted class, (N,).
         right: whether it is the true one, (N,).
+
+    Raises:
+        ValueError: a confidence outside [0, 1], no image, or not as many answers as confidences.
     """
+    if not (len(confidence) == len(right) > 0 and ((confidence >= 0) & (confidence <= 1)).all()):
+        raise ValueError(
+            f"{len(confidence)} confidences from {np.min(confidence, initial=np.inf)} to "
+            f"{np.max(confidence, initial=-np.inf)} of {len(right)} answers: give one in [0, 1] for each image"
+        )
     return float(np.abs(np.bincount(bins_of(confidence), right - confidence)).sum() / len(right))
 
 
 def calibration(confidence: NDArray, right: NDArray) -> Calibration:
-    """The error of one network; arguments as for `expected_calibration_error`."""
+    """The error of one network; arguments and errors as for `expected_calibration_error`."""
     rng, count, error = np.random.default_rng(0), len(right), expected_calibration_error(confidence, right)
     again = [expected_calibration_error(confidence[d], right[d]) for d in rng.integers(count, size=(DRAWS, count))]
     null = [expected_calibration_error(confidence, rng.random(count) < confidence) for _draw in range(DRAWS)]

@@ -8,15 +8,19 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
+from pydantic.dataclasses import dataclass
 
+from kdig_utils import paths
 from kdig_utils.experiments import evidence
 
 SIGNIFICANCE = 0.05
@@ -36,9 +40,24 @@ MEASURES = (
     *("printed_imagenet", "latency_ratio", "map_similarity"),
 )
 STATISTICS = ("mean", "best")
+CLAIMS = Path(str(files("kdig_utils"))) / "claims.yml"
 
 
-@dataclass(frozen=True)
+class _Parts(BaseModel):
+    """The parts of claims.yml, which its head explains."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    registrations: list[dict[str, str]]
+    wording: dict[str, str]
+    rules: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    protocols: dict[str, dict[str, Any]]
+    groups: dict[str, dict[str, Any]]
+    claims: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Claim:
     """One claim and what settles it: the fields of claims.yml, whose head explains them.
 
@@ -50,14 +69,14 @@ class Claim:
         chapter: the notebook that shows it.
 
     Raises:
-        ValueError: unknown measure, statistic or kind of evidence, or a negative tolerance.
+        ValueError: unknown measure, statistic or kind of evidence, a negative tolerance, or a field of another type.
     """
 
     name: str
     group: str
     text: str
     source: str
-    value: tuple[str | float, ...]
+    value: tuple[str | int | float, ...]
     measure: str
     unit: str
     evidence: str
@@ -69,7 +88,7 @@ class Claim:
     statistic: str = "mean"
     paper_runs: int = 1
     family: str = ""
-    tolerance: float = 0.0
+    tolerance: int | float = 0.0  # as it is written, for the digest
     k: int = 5
 
     def __post_init__(self) -> None:
@@ -108,7 +127,9 @@ def signed_sum(parts: Sequence[ArrayLike]) -> NDArray:
 @cache
 def paper() -> dict:
     """Facts and figures of the reproduced work, as in paper.json; treat it as read-only."""
-    return json.loads(files("kdig_utils").joinpath("paper.json").read_text(encoding="utf-8"))
+    path = Path(str(files("kdig_utils"))) / "paper.json"
+    with paths.reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def lookup(path: str) -> Any:
@@ -131,7 +152,7 @@ def lookup(path: str) -> Any:
 @cache
 def claims() -> tuple[Claim, ...]:
     """All claims, in the order of claims.yml."""
-    return tuple(_claim(entry, _claims_file()) for entry in _claims_file()["claims"])
+    return read(CLAIMS)
 
 
 def teacher_goal() -> float:
@@ -185,7 +206,31 @@ def digest(date: str) -> str:
 
 @cache
 def _claims_file() -> dict:
-    return yaml.safe_load(files("kdig_utils").joinpath("claims.yml").read_text(encoding="utf-8"))
+    with paths.reading(CLAIMS):
+        return contents(CLAIMS)
+
+
+def contents(path: Path) -> dict:
+    """What a file of claims holds, each part of its kind; ValueError where it is damaged, which `read` explains."""
+    try:
+        return _Parts.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).model_dump()
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def read(path: Path) -> tuple[Claim, ...]:
+    """The claims of a file.
+
+    Raises:
+        ValueError: it is damaged; the message names the file, and the claim and the field if it is in one.
+    """
+    with paths.reading(path):
+        content = contents(path)
+    found = []
+    for entry in content["claims"]:
+        with paths.reading(path.with_name(f"{path.name}, claim {entry.get('name')}")):
+            found.append(_claim(entry, content))
+    return tuple(found)
 
 
 def _claim(entry: dict, content: dict) -> Claim:
@@ -195,5 +240,6 @@ def _claim(entry: dict, content: dict) -> Claim:
     protocol = content["protocols"].get(name) or {"settings": content["settings"][name], "registered": ""}
     dated = [merged["registered"], content["rules"]["registered"], protocol["registered"]]  # all as 2026-11-27T16:00Z
     value = merged["value"] if isinstance(merged["value"], list) else [merged["value"]]
-    lists = {"value": tuple(value), "methods": tuple(merged["methods"])}
+    named = merged["methods"]
+    lists = {"value": tuple(value), "methods": tuple(named) if isinstance(named, list) else named}
     return Claim(**{**merged, **lists, "settings": protocol["settings"], "registered": max(dated)})

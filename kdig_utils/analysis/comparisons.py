@@ -6,8 +6,7 @@ this module chooses among them, and corrects for how many were made.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from itertools import combinations, product
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,16 +14,17 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 from statsmodels.formula.api import ols
+from statsmodels.regression.linear_model import RegressionResultsWrapper
 
 from kdig_utils.analysis.claims import SIGNIFICANCE, paper
+from kdig_utils.analysis.finite import check_known
+from kdig_utils.analysis.permutation import RESAMPLES, difference, reshuffled, sign_flips
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS
 
 # What tells runs of the paper apart, which have no spec.
 SETTINGS = ("k", "epochs", "pairing", "train_fraction")
-RESAMPLES = 9999
-ENUMERATED = 200_000  # permutations up to which all are tried: ten runs against ten have 184,756, ten pairs 1,024
-TIED = 1e-9  # relative: sums that differ by less are the same, but for rounding
+TIED = 1e-9  # points: runs that differ by less end alike, but for rounding
 _welch = partial(stats.ttest_ind, equal_var=False)
 Compare = Callable[[pd.Series, pd.Series], NamedTuple]
 
@@ -106,7 +106,7 @@ def runs_by_method(rows: pd.DataFrame) -> dict[str, pd.Series]:
     """Test accuracies of each method that was run, in per cent, by seed; methods in the book's order.
 
     Raises:
-        ValueError: the rows mix settings or teachers, or hold a seed twice.
+        ValueError: the rows mix settings or teachers, hold a seed twice, or one has no test accuracy.
     """
     students = rows[rows["method"].isin(METHODS)]
     if several := mixed(students):
@@ -117,12 +117,12 @@ def runs_by_method(rows: pd.DataFrame) -> dict[str, pd.Series]:
         raise ValueError(f"{row['method']} has seed {row['seed']} twice: choose the rows of one campaign")
     found = [method for method in METHODS if (students["method"] == method).any()]
     accuracy = students.set_index("seed").sort_index()
-    return {m: accuracy.loc[accuracy["method"] == m, "test_accuracy"].astype(float).rename(m) for m in found}
+    return {m: _known(accuracy.loc[accuracy["method"] == m, "test_accuracy"].rename(m)) for m in found}
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
-    """Mean of runs, and its 95 % t-interval: NaN for a single one, all three for none."""
-    runs, low, high = pd.Series(values, dtype=float), math.nan, math.nan
+    """Mean of runs, and its 95 % t-interval: NaN for a single one, all three for none; no run may be NaN."""
+    runs, low, high = _known(pd.Series(values, dtype=float)), math.nan, math.nan
     if len(runs) > 1:
         low, high = stats.ttest_1samp(runs, 0.0).confidence_interval(1 - SIGNIFICANCE)
     return float(runs.mean()), float(low), float(high)
@@ -134,7 +134,7 @@ def unpaired(first: pd.Series, second: pd.Series) -> Comparison:
     g is in units of the pooled standard deviation of the runs.
 
     Raises:
-        ValueError: fewer than two runs of a method, or no spread in either.
+        ValueError: fewer than two runs of a method, no spread in either, or one is NaN.
     """
     a, b = _samples(first, second)
     test, pooled = _welch(a, b), stats.ttest_ind(a, b)
@@ -150,7 +150,8 @@ def paired(first: pd.Series, second: pd.Series) -> Comparison:
     In this book's ledger they do. g is in units of the standard deviation of the differences between paired runs.
 
     Raises:
-        ValueError: the seeds differ, there are fewer than two, or every pair has the same difference.
+        ValueError: the seeds differ or come twice, there are fewer than two, every pair has the same difference, or an
+            accuracy is NaN.
     """
     a, b = _pairs(first, second)
     test = stats.ttest_rel(a, b)
@@ -167,36 +168,15 @@ def equivalence(first: pd.Series, second: pd.Series, margin: float, by_pairs: bo
     looking (Lakens 2017, doi 10.1177/1948550617697177).
 
     Raises:
-        ValueError: the margin is not above 0, or as in `unpaired` and `paired`.
+        ValueError: the margin is not above 0 and finite, or as in `unpaired` and `paired`.
     """
-    if not margin > 0:
-        raise ValueError(f"margin {margin} is not above 0: give the largest difference, in points, of no interest")
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin {margin} is not above 0 and finite: give the largest difference of no interest")
     (a, b), test = (_pairs(first, second), stats.ttest_rel) if by_pairs else (_samples(first, second), _welch)
     low, high = test(a, b).confidence_interval(1 - 2 * SIGNIFICANCE)
     above, below = test(a + margin, b, alternative="greater"), test(a - margin, b, alternative="less")
     numbers = (a.mean() - b.mean(), low, high, max(above.pvalue, below.pvalue))
     return Equivalence(min(len(a), len(b)), *map(float, numbers))
-
-
-def sign_flips(differences: NDArray) -> float:
-    """p of the permutation test for pairs, which flips the sign of each pair's difference; NaN for one pair.
-
-    Exact where all ways can be tried (arXiv 2511.19794 on few seeds), else from 9,999 drawn ones.
-    """
-    pairs = len(differences)
-    if pairs < 2:
-        return math.nan
-    if 2**pairs > ENUMERATED:
-        return _drawn_p((differences,), np.mean, "samples")
-    return _two_sided(_signs(pairs) @ differences, differences.sum())
-
-
-def reshuffled(first: NDArray, second: NDArray) -> float:
-    """p of the permutation test for runs that share nothing: exact where all splits can be tried, else drawn."""
-    if math.comb(len(first) + len(second), len(first)) > ENUMERATED:
-        return _drawn_p((first, second), _difference, "independent")
-    means = np.concatenate([first, second])[_splits(len(first), len(second))].mean(1)
-    return _two_sided(means, first.mean())
 
 
 def family(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], compare: Compare = unpaired) -> pd.DataFrame:
@@ -228,20 +208,31 @@ def interaction(rows: pd.DataFrame, parts: tuple[str, str] = ("kd", "ig")) -> Co
     Of runs that share nothing: the interaction in a linear model of four methods. NaN for what only pairs have.
 
     Raises:
-        ValueError: one of the four methods has fewer than two runs.
+        ValueError: one of the four methods has fewer than two runs, or as in `runs_by_method` and `fitted`.
     """
     methods = ("student", *parts, "_".join(parts))
     four = rows[rows["method"].isin(methods)].astype({"test_accuracy": float})
-    runs = int(four["method"].value_counts().reindex(list(methods), fill_value=0).min())
+    found = runs_by_method(four)
+    runs = min(len(found.get(method, ())) for method in methods)
     if runs < 2:
         raise ValueError(f"an interaction of {' and '.join(parts)} needs two runs or more of four methods: train these")
     for part in parts:
         four[part] = [int(part in method.split("_")) for method in four["method"]]
-    fit, term = ols(f"test_accuracy ~ {' * '.join(parts)}", four).fit(), ":".join(parts)
+    fit, term = fitted(f"test_accuracy ~ {' * '.join(parts)}", four), ":".join(parts)
     low, high = fit.conf_int(SIGNIFICANCE).loc[term]
     unknown = dict.fromkeys(Comparison._fields, math.nan)
     known = {"difference": fit.params[term], "low": low, "high": high, "p": fit.pvalues[term]}
     return Comparison(**{**unknown, **known, "runs": runs})
+
+
+def fitted(formula: str, rows: pd.DataFrame) -> RegressionResultsWrapper:
+    """Ordinary least squares; ValueError if runs of one kind all end alike: what does not vary shows nothing."""
+    fit = ols(formula, rows, missing="raise").fit()
+    if not (fit.df_resid >= 1 and np.abs(fit.resid).max() > TIED):
+        raise ValueError(
+            f"{len(rows)} runs leave no spread around {formula}: train more seeds, and check that their seeds differ"
+        )
+    return fit
 
 
 def holm(p_values: ArrayLike, tests: int | None = None) -> NDArray:
@@ -254,49 +245,23 @@ def holm(p_values: ArrayLike, tests: int | None = None) -> NDArray:
         tests: how many belong to the family, made or not; None takes those that are given, NaN included.
 
     Raises:
-        ValueError: more p-values are given than the family has tests.
+        ValueError: more p-values are given than the family has tests, or one is outside [0, 1].
     """
     # As statsmodels' multipletests, which a test holds it to: that one takes 30 ms a call, and one family at a time.
     given = np.asarray(p_values, dtype=float)
     if (tests := len(given) if tests is None else tests) < len(given):
         raise ValueError(f"{len(given)} p-values for a family of {tests} tests: count all tests of the family")
+    if ((given < 0) | (given > 1)).any():
+        raise ValueError(f"p-values from {np.nanmin(given)} to {np.nanmax(given)} are no chances: give 0 to 1, or NaN")
     order = np.argsort(given, axis=0)  # NaN last
     steps = np.arange(tests, tests - len(given), -1).reshape(-1, *[1] * (given.ndim - 1))
     ascending = np.maximum.accumulate(np.take_along_axis(given, order, 0) * steps, axis=0)
     return np.minimum(np.take_along_axis(ascending, np.argsort(order, axis=0), 0), 1)
 
 
-def _drawn_p(samples: tuple[NDArray, ...], statistic: Callable, kind: str) -> float:
-    options = {"n_resamples": RESAMPLES, "vectorized": True, "rng": np.random.default_rng(0)}
-    return float(stats.permutation_test(samples, statistic, permutation_type=kind, **options).pvalue)
-
-
-@cache
-def _signs(pairs: int) -> NDArray:
-    """All ways to flip signs, a row each."""
-    return np.array(list(product((1, -1), repeat=pairs)), dtype=np.int8)
-
-
-@cache
-def _splits(first: int, second: int) -> NDArray:
-    """All choices of `first` positions out of both, a row each: a list that SciPy makes anew each time."""
-    return np.array(list(combinations(range(first + second), first)), dtype=np.uint8)
-
-
-def _two_sided(null: NDArray, observed: float) -> float:
-    """Twice the smaller tail, as SciPy has it."""
-    slack = TIED * np.abs(null).max()
-    return float(min(1.0, 2 * min((null >= observed - slack).mean(), (null <= observed + slack).mean())))
-
-
-def _difference(a: NDArray, b: NDArray, axis: int = -1) -> NDArray:
-    """Of the means of two samples, along an axis."""
-    return a.mean(axis=axis) - b.mean(axis=axis)
-
-
 def _bootstrap(a: NDArray, b: NDArray, paired: bool) -> tuple[float, float]:
     options = {"paired": paired, "n_resamples": RESAMPLES, "vectorized": True, "rng": np.random.default_rng(0)}
-    low, high = stats.bootstrap((a, b), _difference, **options).confidence_interval
+    low, high = stats.bootstrap((a, b), difference, **options).confidence_interval
     return low, high
 
 
@@ -314,8 +279,8 @@ def _samples(first: pd.Series, second: pd.Series) -> tuple[NDArray, NDArray]:
     for runs in (first, second):
         if len(runs) < 2:
             raise ValueError(f"{_name(runs)} has {len(runs)} run: a spread needs two or more, train more seeds")
-    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if np.ptp(a) == 0 and np.ptp(b) == 0:
+    a, b = _known(first).to_numpy(), _known(second).to_numpy()
+    if max(np.ptp(a), np.ptp(b)) < TIED:
         raise ValueError(
             f"all runs of {_name(first)} and of {_name(second)} end alike, at {a[0]:.2f} and {b[0]:.2f} %: there is no "
             "spread to compare with; check that their seeds differ"
@@ -324,18 +289,25 @@ def _samples(first: pd.Series, second: pd.Series) -> tuple[NDArray, NDArray]:
 
 
 def _pairs(first: pd.Series, second: pd.Series) -> tuple[NDArray, NDArray]:
-    if sorted(first.index) != sorted(second.index):
+    if sorted(first.index) != sorted(second.index) or first.index.has_duplicates:
         raise ValueError(
             f"{_name(first)} has seeds {sorted(first.index)} and {_name(second)} has {sorted(second.index)}: pair only "
-            "runs with the same seeds, or use unpaired"
+            "runs with the same seeds, each once, or use unpaired"
         )
     a, b = _samples(first.sort_index(), second.sort_index())
-    if math.isclose(np.ptp(a - b), 0, abs_tol=1e-9):
+    if np.ptp(a - b) < TIED:
         raise ValueError(
             f"{_name(first)} and {_name(second)} differ by {a[0] - b[0]:+.2f} with every seed: the differences have no "
             "spread; check that these are different runs"
         )
     return a, b
+
+
+def _known(runs: pd.Series) -> pd.Series:
+    """The same runs as numbers: a missing one would make some tests NaN and others significant."""
+    numbers = runs.astype(float)
+    check_known(numbers, f"test accuracy of {_name(runs)}")
+    return numbers
 
 
 def _name(runs: pd.Series) -> str:

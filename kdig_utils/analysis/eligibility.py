@@ -87,6 +87,7 @@ def shortfall(run: pd.Series, claim: Claim) -> str:
         for name, words in (("train_fraction", "a share of"), ("data_md5", "images with the MD5"))
         if name in settings and getattr(run, name) != settings[name]
     ]
+    lacks += [] if np.isfinite(run.test_accuracy) else ["no test accuracy"]
     lacks += _teacher_lacks(run, claim) if run.method == "teacher" else _student_lacks(run, claim)
     if not lacks and not run.date > pd.Timestamp(claim.registered):
         lacks.append(f"it ended {run.finished or 'at no known time'}, the claim was registered {claim.registered}")

@@ -96,6 +96,8 @@ def mean_over_images(values: Tensor, scale: Tensor | None = None, seed: int = 0)
     """
     if values.dtype == torch.bool:
         right, count = int(values.sum()), len(values)
+        if not count:
+            return Mean(np.nan, np.nan, np.nan, 0)
         low, high = proportion_confint(right, count, method="wilson")
         return Mean(right / count, float(low), float(high), count)
     pairs = torch.stack([values, torch.ones_like(values) if scale is None else scale]).detach().cpu().double().numpy()

@@ -18,7 +18,7 @@ from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts
 from kdig_utils.method.models import exact_float32
-from kdig_utils.paths import explaining, replacing
+from kdig_utils.paths import explaining, reading, replacing
 
 COLUMNS = ("run_id", "method", "k", "seed", "measure", "value", "low", "high", "images")
 
@@ -31,7 +31,8 @@ def read(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(COLUMNS))
-    table = pd.read_csv(path, dtype={"run_id": str}).fillna({"run_id": ""})  # a hash is text, also 12e45678
+    with reading(path, "delete it, and run `python -m kdig_utils explain` again"):
+        table = pd.read_csv(path, dtype={"run_id": str}).fillna({"run_id": ""})  # a hash is text, also 12e45678
     if tuple(table.columns) != COLUMNS:
         raise ValueError(f"{path} has columns {', '.join(table.columns)}: it is no table of explanations; delete it")
     return table

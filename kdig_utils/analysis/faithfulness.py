@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.integrated_gradients import attribution_map, baseline, integrated_gradients
+from kdig_utils.method.integrated_gradients import attribution_map, baseline, check_finite, integrated_gradients
 from kdig_utils.method.models import most_at_once
 from kdig_utils.method.pairings import another, edges
 
@@ -32,7 +32,7 @@ def attributions(model: Forward, images: Tensor, target: Tensor, n_steps: int) -
     The same baseline in pixels serves teacher and students: maps from two baselines answer two questions.
     """
     grey, at_once = baseline("mean_colour", images), most_at_once(model, tuple(images.shape[1:]), images.device)
-    return integrated_gradients(model, images, grey, target, n_steps, internal_batch_size=at_once).detach()
+    return integrated_gradients(model, images, grey, target, n_steps, internal_batch_size=at_once)
 
 
 def ig_maps(model: Forward, images: ImageSet, n_steps: int) -> Tensor:
@@ -49,8 +49,10 @@ def similarity(maps: Tensor, others: Tensor) -> dict[str, Tensor]:
         (N,). Spearman is NaN where a map is constant.
 
     Raises:
-        ValueError: the maps have different shapes.
+        ValueError: the maps have different shapes, or hold NaN.
     """
+    for values in (maps, others):
+        check_finite(values, "maps")
     if maps.shape != others.shape:
         raise ValueError(f"maps of shapes {tuple(maps.shape)} and {tuple(others.shape)}: compare maps of equal shape")
     a, b = maps.flatten(1).double().cpu(), others.flatten(1).double().cpu()
@@ -101,9 +103,12 @@ def perturbation_curve(
         (N, n_steps + 1), from no pixel changed to all.
 
     Raises:
-        ValueError: n_steps is outside 1 to the number of pixels.
+        ValueError: n_steps is outside 1 to the number of pixels, or maps are not those of the images, or hold NaN.
     """
-    pixels = maps[0].numel()
+    check_finite(maps, "maps")
+    if maps.shape != start[:, 0].shape:
+        raise ValueError(f"maps of shape {tuple(maps.shape)} for images of {tuple(start.shape)}: give one an image")
+    pixels = start[0, 0].numel()
     if not 1 <= n_steps <= pixels:
         raise ValueError(f"n_steps = {n_steps} is outside 1 to {pixels}: at least one pixel changes in a step")
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
@@ -233,7 +238,11 @@ def tile_shares(maps: Tensor) -> Tensor:
     """The share of a map, without its negative values, on each tile, (N, H, W) to (N, 4), rows adding up to 1.
 
     The measure of the grid pointing game (Böhle et al. 2021, arXiv 2104.00032). NaN where nothing is positive.
+
+    Raises:
+        ValueError: maps hold NaN or infinity.
     """
+    check_finite(maps, "maps")
     mass = F.adaptive_avg_pool2d(maps.clamp_min(0), 2).flatten(1)
     return mass / mass.sum(1, keepdim=True)
 

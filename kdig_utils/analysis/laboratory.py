@@ -12,7 +12,8 @@ from scipy import stats
 
 from kdig_utils.analysis import claims
 from kdig_utils.analysis.claims import SIGNIFICANCE
-from kdig_utils.analysis.comparisons import holm, mean_interval, sign_flips
+from kdig_utils.analysis.comparisons import holm, mean_interval
+from kdig_utils.analysis.permutation import sign_flips
 from kdig_utils.analysis.sample_size import power, seeds_needed
 from kdig_utils.analysis.variance import variance_components
 from kdig_utils.experiments import laptop
@@ -42,9 +43,16 @@ def read(test_images: int = 10_000) -> pd.DataFrame:
 
 
 def accuracies(rows: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy in per cent, a row a seed and a column a condition; NaN where a run is missing."""
+    """Test accuracy in per cent, a row a seed and a column a condition; NaN where a run is missing.
+
+    Raises:
+        ValueError: a condition has a seed twice.
+    """
     its = rows[rows["condition"] != ""]
-    table = its.pivot_table(index="seed", columns="condition", values="test_accuracy")
+    if (twice := its.duplicated(["condition", "seed"])).any():
+        row = its[twice].iloc[0]
+        raise ValueError(f"{row['condition']!r} has seed {row['seed']} twice: choose the rows of one data set")
+    table = its.pivot(index="seed", columns="condition", values="test_accuracy")
     return table.reindex(columns=list(laptop.CONDITIONS)).astype(float)
 
 

@@ -20,7 +20,9 @@ CURVES = ("sweep_curves", "six_curves", "kd_ig_at_curve")
 def table(name: str) -> pd.DataFrame:
     """One of `CURVES` (train_loss and train_accuracy, in per cent, after each epoch) or `sweep_results`."""
     file = "sweep_curves.csv.xz" if name == "sweep_curves" else f"{name}.csv"
-    return pd.read_csv(paths.repository_root() / "results" / "printed" / file)
+    path = paths.repository_root() / "results" / "printed" / file
+    with paths.reading(path):
+        return pd.read_csv(path)
 
 
 def six_runs() -> pd.DataFrame:

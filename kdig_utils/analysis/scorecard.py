@@ -10,9 +10,10 @@ from scipy import stats
 
 from kdig_utils.analysis import claims, printed, verdicts
 from kdig_utils.analysis.claims import Claim
-from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, sign_flips, unpaired
+from kdig_utils.analysis.comparisons import Compare, family, holm, interaction, runs_by_method, unpaired
 from kdig_utils.analysis.counted import COMPUTED
 from kdig_utils.analysis.eligibility import Candidates, by_seed
+from kdig_utils.analysis.permutation import sign_flips
 from kdig_utils.analysis.sample_size import best_of_normal
 from kdig_utils.analysis.verdicts import NOT_RUN, NOT_TESTABLE, REPRODUCED, RESERVATIONS, UNDECIDED
 from kdig_utils.experiments import evidence, teachers

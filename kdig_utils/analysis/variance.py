@@ -16,6 +16,9 @@ from statsmodels.stats.diagnostic import lilliefors
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
 from kdig_utils.analysis.comparisons import runs_by_method
+from kdig_utils.analysis.finite import check_known
+
+LEAST_RUNS = 4  # of statsmodels' Lilliefors
 
 
 class Components(NamedTuple):
@@ -46,10 +49,12 @@ def normality(rows: pd.DataFrame) -> pd.DataFrame:
         former, from 0.001 to 0.99.
 
     Raises:
-        ValueError: a method has fewer than four runs (statsmodels' Lilliefors), or all its runs end alike.
+        ValueError: a method has fewer than `LEAST_RUNS` runs, all its runs end alike, or as in `runs_by_method`.
     """
     tested = {}
     for method, values in runs_by_method(rows).items():
+        if len(values) < LEAST_RUNS:
+            raise ValueError(f"{method} has {len(values)} runs: normality needs {LEAST_RUNS} or more, train more seeds")
         check_spread(values, f"all runs of {method}")
         p_values = {"lilliefors_p": lilliefors(values)[1], "shapiro_p": stats.shapiro(values).pvalue}
         tested[method] = {"runs": len(values), "mean": values.mean(), "deviation": values.std(), **p_values}
@@ -68,7 +73,8 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
         fixed: columns whose effect is taken out first; every group must have each of their values as often.
 
     Raises:
-        ValueError: fewer than two groups, one run in each, groups of different sizes, or runs that all end alike.
+        ValueError: fewer than two groups, one run in each, groups of different sizes, a run without its accuracy, or
+            runs that all end alike.
     """
     counts = pd.crosstab(rows[group], [rows[name] for name in fixed] or [np.zeros(len(rows))]).to_numpy()
     groups, runs = len(counts), int(counts.sum(axis=1).max(initial=0))
@@ -77,6 +83,7 @@ def variance_components(rows: pd.DataFrame, group: str, fixed: Sequence[str] = (
             f"{groups} groups by {group}, of up to {runs} runs: the split needs two groups or more, alike, with two "
             "runs or more each: finish the campaign, or leave out the incomplete groups"
         )
+    check_known(rows["test_accuracy"], "test accuracy")
     check_spread(rows["test_accuracy"].astype(float))
     formula = " + ".join(["test_accuracy ~ 1", *(f"C({name})" for name in fixed), f"C({group})"])
     table = anova_lm(ols(formula, rows.astype({"test_accuracy": float})).fit()).loc[[f"C({group})", "Residual"]]

@@ -310,7 +310,8 @@ def read() -> pd.DataFrame:
     `sha256` has its first twelve digits; for the teacher and the controls it is their name, as `method` is.
     """
     known = released.catalogue().assign(sha256=lambda its: its["sha256"].str[:12])
-    table = pd.read_csv(_file("released.csv")).merge(known, on="sha256", how="left", validate="many_to_one")
+    with paths.reading(_file("released.csv")):
+        table = pd.read_csv(_file("released.csv")).merge(known, on="sha256", how="left", validate="many_to_one")
     return table.assign(method=table["method"].fillna(table["sha256"]))
 
 

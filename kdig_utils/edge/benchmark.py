@@ -19,7 +19,7 @@ import pandas as pd
 from torch import nn
 
 from kdig_utils import machine
-from kdig_utils.edge import roofline, runtimes, timing
+from kdig_utils.edge import records, roofline, runtimes, timing
 from kdig_utils.edge.runtimes import Candidate, at_once, exported, heard
 from kdig_utils.method import artifacts, cifar10, models, released
 from kdig_utils.method.cifar10 import ImageSet
@@ -89,7 +89,7 @@ def latency_rows(
         patience: seconds for everything, shared out as in `SHARES`; what comes later is left out, in words.
 
     Returns:
-        Rows with the keys `timing.COLUMNS`, None where there is no figure.
+        Rows with the keys `records.COLUMNS`, None where there is no figure.
     """
     ends = {part: time.monotonic() + share * patience for part, share in SHARES.items()}
     counts = threads or tuple(sorted({1, len(machine.usable_cpu_numbers())}))
@@ -150,7 +150,7 @@ def whole(candidate: Candidate, batch: int, threads: int, found: Mapping[str, ob
     own = {column: getattr(candidate, column) for column in ("model", "k", "runtime", "precision")}
     size = candidate.file.stat().st_size if candidate.file.is_file() else None
     setting = {"batch": batch, "threads": threads, "bytes": size}
-    row = {**dict.fromkeys(timing.COLUMNS), **own, **setting, **candidate.loaded, **found}
+    row = {**dict.fromkeys(records.COLUMNS), **own, **setting, **candidate.loaded, **found}
     words = candidate.status(batch, threads)
     if row["p50_ms"] is None:
         return {**row, "status": words}
@@ -198,5 +198,7 @@ def table(rows: list[dict]) -> str:
 def write(rows: list[dict], path: Path) -> None:
     """Write the rows as JSON, for results/latency, with four digits."""
     short = json.loads(json.dumps(rows), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    for row in short:  # what a runtime says may hold anything
+        row |= {name: records.printable(text) for name, text in row.items() if isinstance(text, str)}
     with replacing(path) as part:
         part.write_text(json.dumps(short, indent=1) + "\n")

@@ -5,7 +5,6 @@ Times depend on the machine and on what else it does; multiply-accumulates do no
 
 import contextlib
 import itertools
-import json
 import multiprocessing
 import platform
 import time
@@ -33,19 +32,6 @@ BLOCK_CALLS = 12  # in a row, before the next network has its turn
 UNSETTLED_CALLS = 3  # of a block: they bring the weights back into the caches
 RECORDED_CALLS = 10  # of each network in a process
 MOST_PROCESSES = 20  # for each order of the networks
-BOOK = "epyc_2cpus"  # the book's own record in results/latency
-COLUMNS = [  # of a row of the benchmark, and so of each file in results/latency
-    # The published artifact, blocks removed, first digits of `models.weights_sha256`.
-    *("model", "artifact", "k", "weights", "runtime", "precision", "batch", "threads"),
-    # Settled calls; the median call after other networks ran; against the eager teacher in the same setting.
-    *("p50_ms", "p95_ms", "p99_ms", "cold_ms", "calls", "speedup", "speedup_low", "speedup_high"),
-    *("predicted_macs_ms", "predicted_ms", "peak_gmacs", "bandwidth_gb"),  # `roofline.predicted`
-    # In percent; of logits and predictions with the same network in eager PyTorch.
-    *("accuracy", "accuracy_images", "max_difference", "agreement"),
-    # Of a fresh process, for one image and one thread (`serving.Server.open`); the status is `ok`, or what is missing.
-    *("import_ms", "load_ms", "first_ms", "each_ms", "peak_mb", "bytes", "status"),
-    *("machine", "flags", "cpus", "load_average", "clock", "system", "versions", "day", "note"),
-]
 
 Times = Callable[[int], Sequence[float]]  # milliseconds of so many calls in a row
 
@@ -234,28 +220,3 @@ def _first_calls(order: Sequence[str], batch: int, calls: int, device: str) -> p
         for name, network in networks.items()
         for call, ms in enumerate(call_times(network, images, calls))
     )
-
-
-def submitted_first_calls() -> pd.DataFrame:
-    """The calls of all files in results/latency/first_calls, with the column `file`, the book's own first."""
-    files = (pd.read_csv(path).assign(file=path.stem) for path in _records("first_calls/*.csv"))
-    return pd.concat([pd.DataFrame(), *files])
-
-
-def submitted() -> pd.DataFrame:
-    """The rows of all files in results/latency, with the column `file`, the book's own first.
-
-    Where there is no file, there is no row, but the columns are there.
-    """
-    rows = [{**row, "file": path.stem} for path in _records("*.json") for row in json.loads(path.read_text())]
-    return pd.DataFrame(rows, columns=None if rows else [*COLUMNS, "file"])
-
-
-def _records(pattern: str) -> list[Path]:
-    files = (paths.repository_root() / "results" / "latency").glob(pattern)
-    return sorted(files, key=lambda path: (path.stem != BOOK, path.stem))
-
-
-def books_own(record: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the book's own machine, by the name of its file."""
-    return record[record["file"] == BOOK]

@@ -5,7 +5,6 @@ changes no run. Its runs have a ledger of their own, `results/laptop.csv`.
 """
 
 import itertools
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, TypeAdapter
 from torch import nn
 from torchvision.datasets import CIFAR10
 
@@ -256,7 +256,9 @@ def signals_folder() -> Path:
 
 def frozen_manifest() -> dict[str, Any]:
     """Teacher, data and settings of the frozen signals."""
-    return json.loads((signals_folder() / "manifest.json").read_text())
+    path = signals_folder() / "manifest.json"
+    with paths.reading(path):
+        return TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
 
 
 def frozen_signals(images: ImageSet) -> TeacherSignals:
@@ -267,7 +269,7 @@ def frozen_signals(images: ImageSet) -> TeacherSignals:
         ValueError: they are of other images.
     """
     named, folder = frozen_manifest(), signals_folder()
-    if named["data_md5"] != images.md5:
+    if named.get("data_md5") != images.md5:
         raise ValueError(f"the signals in {folder.name} are of other images than {images.name}: restore them from git")
     arrays = np.load(folder / "signals.npz")
     rest = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in ("logits", "attention", "error")}
@@ -288,16 +290,27 @@ def train_small_teacher(smoothing: float, epochs: int = 60) -> nn.Module:
     return train_student(spec("kd", epochs=epochs, alpha=smoothing, temperature=1.0), images, knows_nothing)[0]
 
 
+class _Stored(BaseModel):
+    """What small_teachers.json must say of one; the rest of it is for readers."""
+
+    file: str = Field(pattern=r"^[\w.-]+$")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 def small_teacher(smoothing: float) -> nn.Module:
     """The stored small teacher: `smoothing` is 0 or 0.1.
 
     Raises:
         KeyError: there is no teacher with this smoothing.
-        ValueError: the file is not the one that was stored.
+        ValueError: the file is not the one that was stored, or small_teachers.json is damaged.
     """
-    named = json.loads((signals_folder() / "small_teachers.json").read_text())[f"{smoothing:g}"]
-    network = models.student(K, stem_stride=BASE.stem_stride)
-    return artifacts.read_weights(network, signals_folder() / named["file"], named["sha256"])
+    path = signals_folder() / "small_teachers.json"
+    with paths.reading(path):
+        known = TypeAdapter(dict[str, _Stored]).validate_json(path.read_bytes())
+    if (name := f"{smoothing:g}") not in known:
+        raise KeyError(f"no small teacher has the smoothing {name}: choose one of {', '.join(known)}")
+    named, network = known[name], models.student(K, stem_stride=BASE.stem_stride)
+    return artifacts.read_weights(network, signals_folder() / named.file, named.sha256)
 
 
 def ledger_path() -> Path:

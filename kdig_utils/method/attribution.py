@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdig_utils.method.checks import check_number
-from kdig_utils.method.integrated_gradients import check_finite, integrated_gradients
+from kdig_utils.method.integrated_gradients import (
+    as_given,
+    check_finite,
+    check_mode,
+    check_targets,
+    integrated_gradients,
+    outputs_of,
+)
 from kdig_utils.method.secants import SecantNetwork, secant_attributions
 from kdig_utils.method.tracing import NotASecantNetwork
 
@@ -75,14 +82,13 @@ def attribute(
 
     Raises:
         ValueError: batch norm in training mode, active dropout, an output that is not deterministic or depends on the
-            rest of the batch, inputs, baselines or outputs that are not finite, or a setting out of range.
+            rest of the batch, inputs, baselines or outputs that are not finite or of another type or shape, or a
+            setting out of range.
     """
     for name, value in {"error": error, "max_steps": max_steps, "internal_batch_size": internal_batch_size}.items():
         check_number(name, value)
-    check_finite(inputs, "inputs")
-    baselines = torch.as_tensor(baselines, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
-    check_finite(baselines, "baselines")
-    targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
+    check_mode(model)
+    inputs, baselines, targets = as_given(inputs, baselines, target)
     check_model(model, inputs, baselines, targets)
     rise = _rise(model, inputs, baselines, targets, internal_batch_size)
     refine = partial(_refine, inputs, baselines, targets, rise, error, max_steps)
@@ -95,26 +101,15 @@ def attribute(
 
 def check_model(model: Callable[[Tensor], Tensor], inputs: Tensor, baselines: Tensor, targets: Tensor) -> None:
     """Raise ValueError where gradients of `model` would not be those of one function of one input."""
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-            raise ValueError(
-                f"{type(module).__name__} {name!r} is in training mode, so that outputs depend on the batch or on "
-                "chance: call model.eval() first"
-            )
-    if not len(inputs):
-        raise ValueError("there are no inputs: give at least one")
     pair = torch.cat([inputs[:1], baselines.expand_as(inputs)[:1]])
     pair = pair.repeat(CHECK_REPEATS, *[1] * (pair.dim() - 1))  # a layer that drops one row in ten must be noticed
     with torch.no_grad():
-        once, again, alone = model(pair.clone()), model(pair.clone()), model(pair[:1].clone())
-    if once.dim() != 2:
-        raise ValueError(f"the model's output has shape {tuple(once.shape)}: it must be (N, classes)")
+        once, again, alone = (outputs_of(model, rows) for rows in (pair, pair, pair[:1]))
     if not once.isfinite().all():
         raise ValueError(
             "the model's output holds NaN or infinity at the first input or its baseline: repair the model"
         )
-    if not 0 <= int(targets.min()) <= int(targets.max()) < once.shape[1]:
-        raise ValueError(f"target {targets.tolist()} is outside the {once.shape[1]} outputs of the model")
+    check_targets(targets, once.shape[1])
     tolerance = 1e-3 * float(once.abs().max()) + 1e-6
     if float((once - again).abs().max()) > tolerance:
         raise ValueError("the model gives two outputs for one input: switch off what is random in it")

@@ -26,9 +26,10 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
         temperature: above 0.
 
     Raises:
-        ValueError: temperature ≤ 0.
+        ValueError: temperature ≤ 0, or logits of two shapes.
     """
     check_number("temperature", temperature)
+    check_shapes("logits", student_logits, teacher_logits)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
@@ -41,7 +42,18 @@ def attention_map(features: Tensor) -> Tensor:
 
 def attention_loss(student_features: Tensor, teacher_attention: Tensor) -> Tensor:
     """Mean squared difference between the student's attention map and the teacher's, (N, H·W)."""
-    return F.mse_loss(attention_map(student_features), teacher_attention)
+    own = attention_map(student_features)
+    check_shapes("attention", own, teacher_attention)
+    return F.mse_loss(own, teacher_attention)
+
+
+def check_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
+    """Raise ValueError unless both have the same shape: torch would repeat the smaller one without a word."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{what} of the student have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: compare "
+            "the same images, classes and places"
+        )
 
 
 class Seen(NamedTuple):

@@ -116,20 +116,32 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
     """Crop and flip `images` and blend the scaled map onto those that are drawn for it.
 
     Args:
-        images: (N, 3, 32, 32) in [0, 1].
-        maps: attribution maps, (N, 32, 32), not negative; already those that belong to the pairing.
+        images: (N, 3, 32, 32) in [0, 1], floating point.
+        maps: attribution maps, (N, 32, 32), finite and not negative, in any unit; already those that belong to the
+            pairing.
         batch: the draws of this batch, on the same device.
         pairing: one of `PAIRINGS`. Those in `UNMOVED` leave the map where it is while the image moves, as the
             released scripts do; those in `FLAT` blend in one value instead of any map.
 
     Raises:
-        ValueError: unknown pairing, or images and maps of other shapes.
+        ValueError: unknown pairing, images, maps or draws of other shapes, or values out of their range.
     """
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: give floating point in [0, 1], as bytes / 255")
+    for name, values, highest in (("images", images, 1.0), ("maps", maps, torch.inf)):
+        if not (values.isfinite() & (values >= 0) & (values <= highest)).all():
+            span = f"from {float(values.min()):g} to {float(values.max()):g}"
+            raise ValueError(f"{name} go {span}: give pixels in [0, 1], and maps that are finite and not negative")
+    return overlay_unchecked(images, maps.to(torch.promote_types(maps.dtype, torch.float32)), batch, pairing)
+
+
+def overlay_unchecked(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str) -> Tensor:
+    """`overlay` without a look at the values, for which a step of the training would have to wait for the device."""
     check_choice("pairing", pairing, PAIRINGS)
-    if images.shape[1:] != (3, 32, 32) or maps.shape != (len(images), 32, 32):
+    if images.shape[1:] != (3, 32, 32) or maps.shape != (len(images), 32, 32) or len(batch.order) != len(images):
         raise ValueError(
-            f"images must be (N, 3, 32, 32) and maps (N, 32, 32), got {tuple(images.shape)} and {tuple(maps.shape)}: "
-            "resize them, or select the maps of these images"
+            f"images must be (N, 3, 32, 32), maps (N, 32, 32) and draws (N,), got {tuple(images.shape)}, "
+            f"{tuple(maps.shape)} and {tuple(batch.order.shape)}: resize them, or select those of these images"
         )
     # Scaled before it is cropped: the padding is then the map's lowest value, and the crop cannot change the scale.
     scaled = scale_map(maps.unsqueeze(1), batch.powers)

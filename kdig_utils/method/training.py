@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 
 from kdig_utils.method import losses, models
 from kdig_utils.method.cifar10 import ImageSet, first_of_each_class, stratified_split
-from kdig_utils.method.overlay import EpochDraws, crop_and_flip, draw_epoch, overlay
+from kdig_utils.method.overlay import EpochDraws, crop_and_flip, draw_epoch, overlay_unchecked
 from kdig_utils.method.pairings import paired_signals
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import RunSpec, TeacherSpec
@@ -159,7 +159,7 @@ def student_loss(
         online = spec.uses("kd") and spec.answers == "online"
         answers, attention = asked(teacher, pixels, batch) if online else told.logits, told.attention
     if spec.uses("ig"):
-        inputs = overlay(pixels, told.maps.float(), batch, spec.pairing)
+        inputs = overlay_unchecked(pixels, told.maps.float(), batch, spec.pairing)
     else:
         inputs = crop_and_flip(pixels, batch.shifts, batch.flips)
     evaluate = network if len(inputs) == spec.batch_size else models.logits_and_features

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdig_utils.analysis import comparisons
+from kdig_utils.analysis import comparisons, permutation
 
 
 def test_the_exact_permutation_test_is_what_counting_by_hand_gives():
@@ -14,14 +14,14 @@ def test_the_exact_permutation_test_is_what_counting_by_hand_gives():
     everything, observed = np.array([*a, *b]), a.mean() - b.mean()
     splits = [list(chosen) for chosen in combinations(range(6), 3)]
     differences = np.array([everything[s].mean() - np.delete(everything, s).mean() for s in splits])
-    assert comparisons.reshuffled(a, b) == pytest.approx(np.mean(np.abs(differences) >= observed - 1e-12))
+    assert permutation.reshuffled(a, b) == pytest.approx(np.mean(np.abs(differences) >= observed - 1e-12))
 
 
 @pytest.mark.parametrize(
     ("differences", "p"), [([0.1] * 5, 2 / 2**5), ([1, 2, 3, -4], 14 / 2**4), (list(range(1, 11)), 2 / 2**10)]
 )
 def test_the_exact_test_counts_the_signs_that_are_as_extreme(differences, p):
-    assert comparisons.sign_flips(np.array(differences, float)) == pytest.approx(p)
+    assert permutation.sign_flips(np.array(differences, float)) == pytest.approx(p)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -31,12 +31,12 @@ def test_exact_permutation_tests_are_the_ones_of_scipy(seed):
     difference = {"statistic": lambda x, y: x.mean() - y.mean(), "n_resamples": np.inf}
     unpaired = stats.permutation_test((a, b), permutation_type="independent", **difference)
     paired = stats.permutation_test((a, b), permutation_type="samples", **difference)
-    assert comparisons.reshuffled(a, b) == pytest.approx(unpaired.pvalue)
-    assert comparisons.sign_flips(a - b) == pytest.approx(paired.pvalue)
+    assert permutation.reshuffled(a, b) == pytest.approx(unpaired.pvalue)
+    assert permutation.sign_flips(a - b) == pytest.approx(paired.pvalue)
 
 
 def test_the_papers_best_method_is_beyond_all_but_two_of_184756_splits():
     runs = comparisons.runs_by_method(comparisons.paper_rows())
-    assert comparisons.reshuffled(*(runs[name].to_numpy() for name in ("kd_ig", "student"))) == pytest.approx(
+    assert permutation.reshuffled(*(runs[name].to_numpy() for name in ("kd_ig", "student"))) == pytest.approx(
         2 / 184_756, rel=0.01
     )

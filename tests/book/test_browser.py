@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from kdig_utils.edge import timing
+from kdig_utils.edge import records
 from kdig_utils.method import artifacts, cifar10
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "book" / "_ext"))
@@ -358,7 +358,7 @@ def test_the_latency_of_every_network_is_measured_here(loaded: Page, assets: dic
     np.testing.assert_allclose([row["p50_ms"] for row in rows], medians)
     assert all(row["p50_ms"] <= row["p95_ms"] for row in rows)
     known = {"model", "runtime", "precision", "batch", "threads", "accuracy", "bytes", "machine", "day", "note"}
-    assert all(known <= set(row) <= set(timing.COLUMNS) for row in rows)
+    assert all(known <= set(row) <= set(records.COLUMNS) for row in rows)
     assert all(row["status"] == "ok" and "Mozilla" in row["machine"] for row in rows)
 
 

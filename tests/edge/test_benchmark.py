@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdig_utils.edge import benchmark, roofline, runtimes, timing
+from kdig_utils.edge import benchmark, records, roofline, runtimes
 from kdig_utils.edge.runtimes import EXPORTERS, RUNTIMES, Candidate, File, Runtime, exported
 from kdig_utils.edge.worker import EDGE, LATE, Lost
 from kdig_utils.method import artifacts, cifar10, models
@@ -93,7 +93,7 @@ def test_rows_of_the_schema(rows: list[dict]) -> None:
 
 
 def test_what_cannot_be_had_is_said_in_its_row(rows: list[dict]) -> None:
-    assert all(set(row) == set(timing.COLUMNS) for row in rows)
+    assert all(set(row) == set(records.COLUMNS) for row in rows)
     absent = [row for row in rows if row["runtime"] == "absent"]
     assert all("none_such is not installed: pip install none_such" in row["status"] for row in absent)
     assert all(row["p50_ms"] is None for row in absent)
@@ -219,7 +219,7 @@ def test_what_comes_too_late_is_left_out_in_words(patched: pytest.MonkeyPatch) -
     networks = {"teacher": models.student(17).eval()}
     rows = benchmark.latency_rows(networks, test, (1,), (1, 4), patience=0)
     assert {row["status"] for row in rows} <= {LATE, runtimes.NO_TIME}
-    assert all(row["p50_ms"] is None and set(row) == set(timing.COLUMNS) for row in rows)
+    assert all(row["p50_ms"] is None and set(row) == set(records.COLUMNS) for row in rows)
     assert rows[0]["status"] in benchmark.table(rows)
 
 

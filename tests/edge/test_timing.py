@@ -1,6 +1,5 @@
-"""Timing, tested with networks that take a known time, and the record of the book."""
+"""Timing, tested with networks that take a known time."""
 
-import json
 import time
 from pathlib import Path
 
@@ -176,43 +175,3 @@ def test_without_a_forkserver_first_calls_say_what_to_do(monkeypatch):
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     with pytest.raises(RuntimeError, match="Linux or macOS"):
         timing.first_calls(("student", "teacher"), 1, 2, 2)
-
-
-# What was submitted
-
-
-def test_the_record_of_the_book_keeps_the_schema():
-    record = timing.books_own(timing.submitted())
-    assert len(record)
-    assert set(record.columns) == {*timing.COLUMNS, "file"}
-    assert not record.duplicated(["model", "runtime", "precision", "batch", "threads"]).any()
-    both = record.dropna(subset=["p50_ms", "p95_ms"])
-    assert (both["p50_ms"] <= both["p95_ms"]).all()
-    assert ((record["status"] == "ok") == record[["p50_ms", "accuracy", "bytes"]].notna().all(axis=1)).all()
-    assert record.dropna(subset="p50_ms").groupby(["batch", "threads"])["model"].nunique().eq(2).all()
-
-
-@pytest.fixture
-def results(tmp_path, monkeypatch) -> Path:
-    """An empty results/latency in a repository of its own."""
-    monkeypatch.setenv("KDIG_ROOT", str(tmp_path))
-    folder = tmp_path / "results" / "latency"
-    (folder / "first_calls").mkdir(parents=True)
-    return folder
-
-
-def test_without_a_record_there_are_columns_and_no_rows(results):
-    record = timing.submitted()
-    assert record.empty
-    assert {*timing.COLUMNS, "file"} == set(record.columns)
-    assert timing.books_own(record).empty
-
-
-def test_the_record_of_the_book_comes_first_whatever_the_others_are_called(results):
-    for name in ("aaa", timing.BOOK, "zzz"):
-        (results / f"{name}.json").write_text(json.dumps([{"model": "teacher", "machine": name}]))
-        (results / "first_calls" / f"{name}.csv").write_text(f"network,ms,machine\nteacher,1,{name}\n")
-    record = timing.submitted()
-    assert record["file"].tolist() == [timing.BOOK, "aaa", "zzz"]
-    assert timing.books_own(record)["machine"].tolist() == [timing.BOOK]
-    assert timing.submitted_first_calls()["file"].tolist() == [timing.BOOK, "aaa", "zzz"]
