@@ -107,7 +107,7 @@ def test_a_machine_without_the_larger_packages_runs_campaigns(tmp_path: Path) ->
         (["train", "--method", "kd", "--k", "4"], "k 4", "3, 5, 7"),
         (["train", "--method", "kd", "--epochs", "0"], "epochs = 0", "at least 1"),
         (["train", "--method", "kd", "--pairing", "none"], "'none'", "matched"),
-        (["train", "--method", "kd", "--train-fraction", "1.5"], "1.5", "(0, 1]"),
+        (["train", "--method", "kd", "--train-fraction", "1.5"], "1.5", "up to 1"),
         (["teacher", "--learning-rate", "-1"], "-1", "above 0"),
         (["teacher", "--initial", "absent.safetensors"], "absent.safetensors", "restore"),
         (["adopt", "absent.safetensors", "--recipe", "Adam", "--epochs", "9"], "absent.safetensors", "restore"),

@@ -1,6 +1,7 @@
 """Commands that make runs: data, teachers, signals, students, campaigns, and what carries them home."""
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -28,9 +29,20 @@ class Span(float):
     """A span of time, 0 or more; raises ArgumentTypeError for what is none, `nan` included."""
 
     def __new__(cls, text: str) -> "Span":
-        if not float(text) >= 0:
-            raise argparse.ArgumentTypeError(f"{text} is no span of time: give 0 or more, as 9")
-        return super().__new__(cls, text)
+        with contextlib.suppress(ValueError):
+            if float(text) >= 0:
+                return super().__new__(cls, text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no span of time: give 0 or more, as 9")
+
+
+class Count(int):
+    """A whole number, 1 or more; raises ArgumentTypeError for what is none."""
+
+    def __new__(cls, text: str) -> "Count":
+        with contextlib.suppress(ValueError):
+            if int(text) >= 1:
+                return super().__new__(cls, text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more: give one, as 4")
 
 
 UNTIL_THE_END = Span("inf")
@@ -43,8 +55,8 @@ Recipe = Annotated[
 ]
 KnownOfOthers = Annotated[TeacherSpec, "batch_size learning_rate weight_decay label_smoothing"]
 WayName = Annotated[str, "of training", {"choices": tuple(WAYS)}]
-AtOnce = Annotated[int | None, "runs side by side; default: by device, and what its memory holds"]
-ReportSeconds = Annotated[float, "between two lines"]
+AtOnce = Annotated[Count | None, "runs side by side; default: by device, and what its memory holds"]
+ReportSeconds = Annotated[Span, "between two lines"]
 Steps = Annotated[int, "of the IG path"]
 Campaign = Annotated[str, "its name in the ledger"]
 
@@ -142,10 +154,10 @@ def campaign(
     plan: Annotated[bool, "train nothing: print the queue of `next`"] = False,
     budget_minutes: Annotated[Span, "from now on, signals included"] = UNTIL_THE_END,
     at_once: AtOnce = None,
-    workers: Annotated[int, "of `laptop`: processes that share its runs, each of one thread"] = 1,
+    workers: Annotated[Count, "of `laptop`: processes that share its runs, each of one thread"] = Count("1"),
     way: WayName = "recorded",
     pack: PackFolder = None,
-    report_seconds: ReportSeconds = 30.0,
+    report_seconds: ReportSeconds = Span("30"),
     profile: Profile = "full",
 ) -> int:
     """Train the next runs of a campaign side by side, as long as the budget lasts; then say what is left.
@@ -224,25 +236,25 @@ def search(
     *,
     method: Annotated[str, f"of {' '.join(METHODS[1:])}"],
     budget_minutes: Annotated[Span, "from now on, teacher signals included"],
-    trials: Annotated[int | None, "of all workers together; default: as many as in chapter 07"] = None,
+    trials: Annotated[Count | None, "of all workers together; default: as many as in chapter 07"] = None,
     storage: Annotated[str | None, "URL of an Optuna storage; default: an SQLite file in the workspace"] = None,
     at_once: AtOnce = None,
     pack: PackFolder = None,
-    report_seconds: ReportSeconds = 30.0,
+    report_seconds: ReportSeconds = Span("30"),
     profile: Profile = "full",
 ) -> None:
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
     from kdig_utils.experiments import search as searching
 
-    deadline, trials = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
+    deadline, asked = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
     study = student_study(profile)
     how = side_by_side(Way(), at_once, study.device).at_once, deadline, print_now_and_then(report_seconds)
-    rows = searching.search(study, method, trials, storage, *how)
+    rows = searching.search(study, method, asked, storage, *how)
     if not searching.trials_under_way(study, method, storage) and time.monotonic() < deadline:
         rows = searching.confirm(study, method, *how)
     print(hyperparameters.choices(rows).round(2).to_string() if len(rows) else "no trial is finished yet")
     fresh = rows["fresh"].sum()
-    print(f"search {method}: {len(rows) - fresh} of {trials} trials, {fresh} runs with fresh seeds")
+    print(f"search {method}: {len(rows) - fresh} of {asked} trials, {fresh} runs with fresh seeds")
     carry_home(study, rows["run_id"], pack, f"search_{method}")
 
 

@@ -191,7 +191,7 @@ def _row(columns: tuple[str, ...], cells: tuple[str, ...]) -> Row:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         cell = "" if first["type"] == "missing" else first["input"]
-        raise ValueError(f"{first['loc'][0]} = {shown(cell)} is wrong ({first['msg']})") from error
+        raise ValueError(f"{first['loc'][0]} = {shown(cell)} is wrong ({first['msg']})") from None
     for name, value in _told(spec_of(vars(row))).items():
         if getattr(row, name) != value:
             raise ValueError(f"{name} = {shown(getattr(row, name))} contradicts its spec, which gives {value!r}")

@@ -61,7 +61,7 @@ def make_study(tmp_path: Path, sample_train: ImageSet) -> Callable[[], Study]:
     def made() -> Study:
         specs = (RunSpec("kd", epochs=2, batch_size=16),)
         study = Study("smoke", tmp_path, Ledger(tmp_path / "runs.csv"), tmp_path / "curves", specs=specs)
-        study.__dict__.update(train=sample_train, signals=None, teacher_sha256="teacher")
+        study.__dict__.update(train=sample_train, signals=None, teacher_sha256="ab" * 32)
         return study
 
     return made
