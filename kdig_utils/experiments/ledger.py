@@ -174,10 +174,10 @@ def _whole(content: bytes, name: str, remedy: str) -> str:
 def _columns(header: list[str]) -> tuple[str, ...]:
     """The columns of a ledger's first line; raises ValueError where they are not those of `Row`, in its order."""
     wanted = [name for name in COLUMNS if name in header or name not in LATER_COLUMNS]
-    if odd := [*(set(header) - set(wanted)), *(set(wanted) - set(header))]:
-        raise ValueError(f"column {min(odd)!r} is {'unknown' if min(odd) in header else 'missing'}")
     if header != wanted:
-        raise ValueError(f"its columns are not in the order {', '.join(wanted)}")
+        odd = min(set(header) ^ set(wanted), default=None)
+        wrong = f"{odd!r} is {'unknown' if odd in header else 'missing'}" if odd else "they stand in another order"
+        raise ValueError(f"the columns are not those of a ledger, {wrong}")
     return tuple(header)
 
 
@@ -216,14 +216,10 @@ def spec_of(row: Mapping[str, Any]) -> RunSpec | TeacherSpec:
 @lru_cache(maxsize=1 << 14)
 def _spec_of(kind: type[RunSpec] | type[TeacherSpec], text: str) -> RunSpec | TeacherSpec:
     try:
-        values = json.loads(text)
-        known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"spec = {shown(text)} is no JSON object: give what a row of `Ledger.read` has") from None
-    try:
-        return kind(**known)
-    except ValueError as error:
-        raise ValueError(f"spec of a {kind.__name__}: {error}") from error
+        values = dict(json.loads(text))
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"spec = {shown(text)} gives no {kind.__name__}: {error}") from None
 
 
 def student_spec(row: Mapping[str, Any]) -> RunSpec:

@@ -18,51 +18,37 @@ def whole(low: int, high: int = 1_000_000) -> Callable[[float], bool]:
     return lambda n: low <= n <= high and n == int(n)
 
 
-def share(x: float) -> bool:
-    return 0 <= x <= 1
-
-
-def weight(x: float) -> bool:
-    return 0 <= x < math.inf
-
-
-def above_0(x: float) -> bool:
-    return 0 < x < math.inf
-
-
 MOST = "to 1,000,000"
 # Whether a number is in its range, and what it should have been where it is not.
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "alpha": (share, "number from 0 to 1: it is the share of the distillation loss"),
+    "alpha": (lambda x: 0 <= x <= 1, "number from 0 to 1: it is the share of the distillation loss"),
     "batch_size": (whole(2), f"whole number from 2 {MOST}: give at least 2, as batch norm needs them"),
     "cutout": (whole(0, 32), "side of a square in an image of 32 pixels: give 0 to 32"),
     "epochs": (whole(1), f"whole number from 1 {MOST}: give at least 1, the paper's students have 100"),
     "error": (lambda x: 0 < x < 1, "relative error: choose one above 0 and below 1, as 0.01"),
-    "gamma": (weight, "weight of 0 or more: the paper uses 0.8"),
-    "internal_batch_size": (whole(1), f"whole number from 1 {MOST}: use at least 1"),
+    "gamma": (lambda x: 0 <= x < math.inf, "weight of 0 or more: the paper uses 0.8"),
+    "internal_batch_size": (whole(1, 2**63), "whole number of 1 or more: use at least 1"),
     "label_smoothing": (lambda x: 0 <= x < 1, "number of 0 or more and below 1: 0 is none"),
-    "learning_rate": (above_0, "finite number above 0: the paper uses 0.001"),
+    "learning_rate": (lambda x: 0 < x < math.inf, "finite number above 0: the paper uses 0.001"),
     "max_steps": (whole(4), f"whole number from 4 {MOST}: use at least 4"),
     "n_steps": (whole(1), f"whole number from 1 {MOST}: the paper uses 50"),
-    "overlay_probability": (share, "number from 0 to 1: give the fraction of images to overlay"),
+    "overlay_probability": (lambda x: 0 <= x <= 1, "number from 0 to 1: give the fraction of images to overlay"),
     "sample_seed": (whole(0, 2**32 - 1), "whole number from 0 to 4,294,967,295: give None to draw with `seed`"),
     "seed": (whole(0, 2**32 - 1), "whole number from 0 to 4,294,967,295: give one, as 0"),
-    "temperature": (above_0, "finite number above 0: the paper uses 2.5"),
+    "temperature": (lambda x: 0 < x < math.inf, "finite number above 0: the paper uses 2.5"),
     "train_fraction": (lambda x: 0 < x <= 1, "number above 0 and up to 1: give the share of images to train on"),
     "train_images": (whole(0), f"whole number from 0 {MOST}: give 0 to train on all images"),
     "validation_images": (whole(0), f"whole number from 0 {MOST}: give 0 to train on all images"),
-    "weight_decay": (weight, "number of 0 or more: 0 is none"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "number of 0 or more: 0 is none"),
 }
 
 
 def plain(value: object) -> int | float:
     """A real number, NumPy's as well, as Python's own and without a sign of zero; True, text and the like are none."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or not isinstance(value, float | Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise ValueError("no number")
     try:
-        return float(value) + 0.0 if isinstance(value, float) or not isinstance(value, Integral) else int(value)
+        return int(value) if isinstance(value, int | Integral) else float(value) + 0.0
     except OverflowError as error:
         raise ValueError("no number that a float holds") from error
 
@@ -122,13 +108,11 @@ def _refusal(kind: Any, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if not first["loc"]:  # of `__post_init__`
         return str(first["ctx"]["error"])
-    name, names = first["loc"][0], [field.name for field in dataclasses.fields(kind)]
-    if first["type"] == "missing":
-        return f"{kind.__name__} lacks {name}: give it"
-    if name not in names or first["type"].startswith("multiple"):
-        return f"{kind.__name__} takes no {shown(name)} here: give each of {', '.join(names)} at most once, by its name"
-    if name in RANGES:
-        return f"{name} = {shown(first['input'])} is no {RANGES[str(name)][1]}"
+    names, place, value = [field.name for field in dataclasses.fields(kind)], first["loc"][0], shown(first["input"])
+    name = names[place] if isinstance(place, int) and place < len(names) else str(place)
+    if first["type"] == "missing" or "argument" in first["type"]:
+        return f"{kind.__name__}, {name}: {first['msg'].lower()}; give its fields, {', '.join(names)}"
     if name in kind.choices:
-        return f"unknown {name} {shown(first['input'])}: choose one of {', '.join(map(str, kind.choices[name]))}"
-    return f"{name} = {shown(first['input'])} is no text of at most 10,000 characters: give it in quotes"
+        return f"unknown {name} {value}: choose one of {', '.join(map(str, kind.choices[name]))}"
+    wanted = RANGES[name][1] if name in RANGES else "text of at most 10,000 characters: give it in quotes"
+    return f"{name} = {value} is no {wanted}"

@@ -175,13 +175,16 @@ def test_equal_values_are_one_run_whatever_their_types(given: dict, same: dict) 
 @pytest.mark.parametrize(
     ("construct", "named"),
     [
-        (lambda: RunSpec(), "RunSpec lacks method"),
-        (lambda: RunSpec("kd", epoch=3), "'epoch'.*epochs"),
-        (lambda: RunSpec("kd", method="ig"), "'method'"),
-        (lambda: RunSpec("kd", 5, 0, 3, k=5), "'k'"),
-        (lambda: RunSpec(*["kd"] * 40), "RunSpec takes no"),
-        (lambda: TeacherSpec(k=5), "TeacherSpec takes no 'k'"),
-        (lambda: dataclasses.replace(RunSpec("kd"), epoch=3), "'epoch'.*epochs"),
+        (lambda: RunSpec(), "RunSpec, method: .*required"),
+        (lambda: RunSpec("kd", epoch=3), "RunSpec, epoch: unexpected.*epochs"),
+        (lambda: RunSpec("kd", method="ig"), "RunSpec, method: .*multiple"),
+        (lambda: RunSpec("kd", 5, 0, 3, k=5), "RunSpec, k: .*multiple"),
+        (lambda: RunSpec(*dataclasses.astuple(RunSpec("kd")), 1), "RunSpec, 24: unexpected"),
+        (lambda: RunSpec(5), "method = 5 is no text"),
+        (lambda: RunSpec("kd", "5"), "k '5': choose one of 3, 5"),
+        (lambda: RunSpec("kd", 5, 0.5), "seed = 0.5 is no whole number"),
+        (lambda: TeacherSpec(k=5), "TeacherSpec, k: unexpected"),
+        (lambda: dataclasses.replace(RunSpec("kd"), epoch=3), "RunSpec, epoch: unexpected.*epochs"),
     ],
 )
 def test_arguments_that_are_no_fields_are_refused_in_words(construct, named: str) -> None:
