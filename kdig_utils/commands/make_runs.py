@@ -1,7 +1,5 @@
 """Commands that make runs: data, teachers, signals, students, campaigns, and what carries them home."""
 
-import argparse
-import contextlib
 import math
 import sys
 import time
@@ -14,6 +12,7 @@ from typing import Annotated
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
 from kdig_utils.commands.laptop_runs import laptop_campaign, side_by_side
+from kdig_utils.commands.options import Count, Span
 from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
@@ -23,27 +22,6 @@ from kdig_utils.experiments.study import TEACHER_RECIPE, Study, open_study
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts, cifar10, models, pairings
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
-
-
-class Span(float):
-    """A span of time, 0 or more; raises ArgumentTypeError for what is none, `nan` included."""
-
-    def __new__(cls, text: str) -> "Span":
-        with contextlib.suppress(ValueError):
-            if float(text) >= 0:
-                return super().__new__(cls, text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no span of time: give 0 or more, as 9")
-
-
-class Count(int):
-    """A whole number, 1 or more; raises ArgumentTypeError for what is none."""
-
-    def __new__(cls, text: str) -> "Count":
-        with contextlib.suppress(ValueError):
-            if int(text) >= 1:
-                return super().__new__(cls, text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more: give one, as 4")
-
 
 UNTIL_THE_END = Span("inf")
 Minutes = Annotated[Span, "from now on"]

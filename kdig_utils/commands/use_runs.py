@@ -9,7 +9,8 @@ import pandas as pd
 
 from kdig_utils import paths
 from kdig_utils.book.status import artifact_lines, campaign_lines, checkpoint_line, ledger_lines, signals_line
-from kdig_utils.commands.make_runs import UNTIL_THE_END, Count, Span, campaign_specs, student_study
+from kdig_utils.commands.make_runs import UNTIL_THE_END, campaign_specs, student_study
+from kdig_utils.commands.options import Count, Span
 from kdig_utils.experiments import campaigns, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import PROFILES, open_study
