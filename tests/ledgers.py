@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from kdig_utils.experiments.ledger import COLUMNS
-from kdig_utils.method.spec import RunSpec
+from kdig_utils.method.spec import RunSpec, TeacherSpec
 
-TEACHER = "a good teacher"
+TEACHER = "a0" * 32  # a good one
 # What a run on the whole, official data set, which ended after every claim was registered, has.
 FULL = {
     "train_images": 50000,
@@ -23,16 +23,17 @@ FULL = {
 }
 
 
-def row_of(spec: RunSpec, accuracy: float, **facts: object) -> dict[str, object]:
-    """The row of one run; `facts` are columns that its spec does not say, as `train_images`."""
+def row_of(spec: RunSpec | TeacherSpec, accuracy: float, **facts: object) -> dict[str, object]:
+    """The row of one run; `facts` are columns that its spec does not say, as `train_images` where it takes all."""
     said = {name: getattr(spec, name) for name in COLUMNS if hasattr(spec, name)}
+    said["train_images"] = spec.train_images or None
     return {**said, "campaign": "any", "test_accuracy": accuracy, "spec": json.dumps(asdict(spec)), **facts}
 
 
 def teacher_row(accuracy: float = 94.0, epochs: int = 200, **facts: object) -> dict[str, object]:
     """The row of a teacher that is good enough for the claims, unless it is changed."""
-    own = {"method": "teacher", "k": 0, "seed": 0, "pairing": "", "weights_sha256": TEACHER, "spec": "{}"}
-    return {**own, **FULL, "epochs": epochs, "test_accuracy": accuracy, **facts}
+    spec = TeacherSpec(epochs=epochs, data_md5=str(FULL["data_md5"]))
+    return {**row_of(spec, accuracy, weights_sha256=TEACHER, **FULL), **facts}
 
 
 def student_rows(
@@ -44,6 +45,7 @@ def student_rows(
     """
     facts = {**FULL, **{name: changes.pop(name) for name in FULL if name in changes}}
     taught = {"teacher_sha256": "" if method == "student" else TEACHER, "pairing": pairing}
+    taught["data_md5"] = facts["data_md5"]
     specs = [RunSpec(method, **{"seed": seed, **taught, **changes}) for seed, _ in enumerate(accuracies)]
     return [row_of(spec, accuracy, **facts) for spec, accuracy in zip(specs, accuracies, strict=True)]
 

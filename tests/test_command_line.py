@@ -108,8 +108,11 @@ def test_a_machine_without_the_larger_packages_runs_campaigns(tmp_path: Path) ->
         (["train", "--method", "kd", "--k", "4"], "k 4", "3, 5, 7"),
         (["train", "--method", "kd", "--epochs", "0"], "epochs = 0", "at least 1"),
         (["train", "--method", "kd", "--pairing", "none"], "'none'", "matched"),
-        (["train", "--method", "kd", "--train-fraction", "1.5"], "1.5", "(0, 1]"),
+        (["train", "--method", "kd", "--train-fraction", "1.5"], "1.5", "up to 1"),
         (["teacher", "--learning-rate", "-1"], "-1", "above 0"),
+        (["teacher", "--label-smoothing", "nan"], "label_smoothing = nan", "below 1"),
+        (["teacher", "--epochs", str(10**30)], "epochs = 1000", "1,000,000"),
+        (["train", "--method", "kd", "--seed", "-1"], "seed = -1", "from 0"),
         (["teacher", "--initial", "absent.safetensors"], "absent.safetensors", "restore"),
         (["adopt", "absent.safetensors", "--recipe", "Adam", "--epochs", "9"], "absent.safetensors", "restore"),
         (["publish", "0123456789ab"], "'0123456789ab'", "status"),
@@ -121,6 +124,36 @@ def test_bad_input_is_one_line_with_value_and_remedy(
     line = error_of(capsys, *words)
     assert value in line
     assert remedy in line
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "values"),
+    [
+        ("campaign next", "--budget-minutes", ["nan", "-1", "soon", ""]),
+        ("campaign next --budget-minutes 1", "--at-once", ["0", "-1", "nan", "2.5", "x"]),
+        ("campaign laptop --budget-minutes 1", "--workers", ["0", "-1"]),
+        ("campaign next --budget-minutes 1", "--report-seconds", ["nan", "-1"]),
+        ("search --method kd", "--budget-minutes", ["nan", "-0.1"]),
+        ("search --method kd --budget-minutes 1", "--trials", ["0", "-1"]),
+        ("probe recorded", "--seconds", ["nan", "-1"]),
+        ("first-calls times.csv", "--seconds", ["nan", "-1"]),
+        ("flight --pack out", "--budget-minutes", ["nan", "-9"]),
+        ("explain", "--images", ["0", "-20", "nan"]),
+        ("latency", "--patience", ["nan", "-1"]),
+        ("adopt x --recipe words --epochs 1", "--seconds", ["nan", "-1"]),
+    ],
+)
+def test_a_number_that_is_no_count_or_span_ends_with_status_2_before_anything_is_done(
+    words: str, option: str, values: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([*words.split(), f"{option}={value}"])
+        assert ended.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert option in line
+        assert f"{value!r} is no" in line
+        assert ": give" in line
 
 
 def test_a_defect_is_not_taken_for_bad_input(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The commands of `python -m kdig_utils`: `make_runs` and `laptop_runs` make runs, `use_runs` measures and publishes.
 
+`options` has the kinds of numbers that they take.
+
 What only some commands need is imported in them: it is slow to import, or not there on a bare GPU machine.
 """
 

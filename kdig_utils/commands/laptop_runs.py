@@ -18,8 +18,6 @@ def laptop_campaign(
     workers: int, at_once: int | None, way: str, budget_minutes: float, report_seconds: float, profile: str
 ) -> int:
     """Train what is left of the protocol, in this process or in several that share the runs; return the exit status."""
-    if workers < 1:
-        raise ValueError(f"--workers {workers} trains nothing: give at least 1")
     if workers > 1:
         words = ["--budget-minutes", budget_minutes, "--report-seconds", report_seconds, "--profile", profile]
         command = [sys.executable, "-m", "kdig_utils", "campaign", laptop.NAME, *map(str, words)]
@@ -47,7 +45,4 @@ def rerun(run_id: Annotated[str, "of a row of results/laptop.csv"]) -> None:
 
 def side_by_side(way: Way, at_once: int | None, device: torch.device) -> Way:
     """The way with as many runs at once as the command says, or as suits the device."""
-    at_once = SIDE_BY_SIDE[device.type] if at_once is None else at_once
-    if at_once < 1:
-        raise ValueError(f"--at-once {at_once} trains nothing: give at least 1")
-    return way._replace(at_once=at_once)
+    return way._replace(at_once=at_once or SIDE_BY_SIDE[device.type])

@@ -1,6 +1,5 @@
 """Commands that make runs: data, teachers, signals, students, campaigns, and what carries them home."""
 
-import argparse
 import math
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Annotated
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
 from kdig_utils.commands.laptop_runs import laptop_campaign, side_by_side
+from kdig_utils.commands.options import Count, Span
 from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
@@ -22,16 +22,6 @@ from kdig_utils.experiments.study import TEACHER_RECIPE, Study, open_study
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts, cifar10, models, pairings
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
-
-
-class Span(float):
-    """A span of time, 0 or more; raises ArgumentTypeError for what is none, `nan` included."""
-
-    def __new__(cls, text: str) -> "Span":
-        if not float(text) >= 0:
-            raise argparse.ArgumentTypeError(f"{text} is no span of time: give 0 or more, as 9")
-        return super().__new__(cls, text)
-
 
 UNTIL_THE_END = Span("inf")
 Minutes = Annotated[Span, "from now on"]
@@ -43,8 +33,8 @@ Recipe = Annotated[
 ]
 KnownOfOthers = Annotated[TeacherSpec, "batch_size learning_rate weight_decay label_smoothing"]
 WayName = Annotated[str, "of training", {"choices": tuple(WAYS)}]
-AtOnce = Annotated[int | None, "runs side by side; default: by device, and what its memory holds"]
-ReportSeconds = Annotated[float, "between two lines"]
+AtOnce = Annotated[Count | None, "runs side by side; default: by device, and what its memory holds"]
+ReportSeconds = Annotated[Span, "between two lines"]
 Steps = Annotated[int, "of the IG path"]
 Campaign = Annotated[str, "its name in the ledger"]
 
@@ -142,10 +132,10 @@ def campaign(
     plan: Annotated[bool, "train nothing: print the queue of `next`"] = False,
     budget_minutes: Annotated[Span, "from now on, signals included"] = UNTIL_THE_END,
     at_once: AtOnce = None,
-    workers: Annotated[int, "of `laptop`: processes that share its runs, each of one thread"] = 1,
+    workers: Annotated[Count, "of `laptop`: processes that share its runs, each of one thread"] = Count("1"),
     way: WayName = "recorded",
     pack: PackFolder = None,
-    report_seconds: ReportSeconds = 30.0,
+    report_seconds: ReportSeconds = Span("30"),
     profile: Profile = "full",
 ) -> int:
     """Train the next runs of a campaign side by side, as long as the budget lasts; then say what is left.
@@ -224,25 +214,25 @@ def search(
     *,
     method: Annotated[str, f"of {' '.join(METHODS[1:])}"],
     budget_minutes: Annotated[Span, "from now on, teacher signals included"],
-    trials: Annotated[int | None, "of all workers together; default: as many as in chapter 07"] = None,
+    trials: Annotated[Count | None, "of all workers together; default: as many as in chapter 07"] = None,
     storage: Annotated[str | None, "URL of an Optuna storage; default: an SQLite file in the workspace"] = None,
     at_once: AtOnce = None,
     pack: PackFolder = None,
-    report_seconds: ReportSeconds = 30.0,
+    report_seconds: ReportSeconds = Span("30"),
     profile: Profile = "full",
 ) -> None:
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
     from kdig_utils.experiments import search as searching
 
-    deadline, trials = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
+    deadline, asked = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
     study = student_study(profile)
     how = side_by_side(Way(), at_once, study.device).at_once, deadline, print_now_and_then(report_seconds)
-    rows = searching.search(study, method, trials, storage, *how)
+    rows = searching.search(study, method, asked, storage, *how)
     if not searching.trials_under_way(study, method, storage) and time.monotonic() < deadline:
         rows = searching.confirm(study, method, *how)
     print(hyperparameters.choices(rows).round(2).to_string() if len(rows) else "no trial is finished yet")
     fresh = rows["fresh"].sum()
-    print(f"search {method}: {len(rows) - fresh} of {trials} trials, {fresh} runs with fresh seeds")
+    print(f"search {method}: {len(rows) - fresh} of {asked} trials, {fresh} runs with fresh seeds")
     carry_home(study, rows["run_id"], pack, f"search_{method}")
 
 

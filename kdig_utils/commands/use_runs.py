@@ -9,7 +9,8 @@ import pandas as pd
 
 from kdig_utils import paths
 from kdig_utils.book import status as told
-from kdig_utils.commands.make_runs import UNTIL_THE_END, Span, campaign_specs, student_study
+from kdig_utils.commands.make_runs import UNTIL_THE_END, campaign_specs, student_study
+from kdig_utils.commands.options import Count, Span
 from kdig_utils.experiments import campaigns, publishing, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import PROFILES, open_study
@@ -34,7 +35,7 @@ def latency(
     *,
     student: Annotated[str, "of artifacts/, or 12 digits of a released SHA-256"] = "kd_ig_k5",
     json: Annotated[Path | None, "write the rows to this file"] = None,
-    patience: Annotated[float, "seconds for everything"] = 100.0,
+    patience: Annotated[Span, "seconds for everything"] = Span("100"),
 ) -> None:
     """Time teacher and student in every runtime at hand; needs no data set."""
     from kdig_utils.edge import benchmark
@@ -44,7 +45,7 @@ def latency(
 
 def explain(
     *,
-    images: Annotated[int, "explained, a multiple of 20"] = 100,
+    images: Annotated[Count, "explained, a multiple of 20"] = Count("100"),
     budget_minutes: Annotated[Span, "no network starts later"] = UNTIL_THE_END,
     table: Annotated[Path | None, "CSV file; default: explanations.csv beside the ledger"] = None,
     profile: Annotated[str, "full, smoke, or published, which uses the repository's images"] = "full",

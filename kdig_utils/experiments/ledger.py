@@ -1,40 +1,81 @@
 """The ledger: each finished run once, with the spec that it was made from."""
 
+import csv
+import io
 import json
 import os
 import platform
+import re
 import subprocess
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields
+from datetime import datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from kdig_utils.method import models
+from kdig_utils.method.checks import shown
 from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
 from kdig_utils.paths import explaining, replacing, repository_root
 
-COLUMNS = (
-    "run_id", "campaign", "method", "k", "seed", "pairing", "epochs", "train_fraction", "test_accuracy",
-    "validation_accuracy", "train_loss", "parameters", "macs", "seconds", "device", "train_images", "test_images",
-    "data_md5", "teacher_sha256", "weights_sha256", "commit", "python", "torch", "torchvision", "finished", "spec",
-    "compiled", "sample_accuracy",
-)  # fmt: skip
+Md5 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Percent = Annotated[float | None, Field(ge=0, le=100)]
+Amount = Annotated[float | None, Field(ge=0)]
+Count = Annotated[int | None, Field(gt=0)]
+
+
+class Row(BaseModel):
+    """A finished run as the ledger tells it, accuracies in per cent; a blank cell has the default."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    run_id: Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
+    campaign: str = ""
+    method: str
+    k: int
+    seed: int
+    pairing: str = ""
+    epochs: int
+    train_fraction: float
+    test_accuracy: Annotated[float, Field(ge=0, le=100)]
+    validation_accuracy: Percent = None
+    train_loss: Amount = None
+    parameters: Count = None
+    macs: Count = None
+    seconds: Amount = None
+    device: str = ""
+    train_images: Count = None
+    test_images: Count = None
+    data_md5: Md5 = ""
+    teacher_sha256: Sha256 = ""
+    weights_sha256: Sha256 = ""
+    commit: str = ""
+    python: str = ""
+    torch: str = ""
+    torchvision: str = ""
+    finished: Annotated[str, AfterValidator(lambda time: datetime.fromisoformat(time) and time)] = ""
+    spec: str
+    compiled: str = ""
+    sample_accuracy: Percent = None
+
+
+COLUMNS = tuple(Row.model_fields)
 LATER_COLUMNS = ("compiled", "sample_accuracy")  # which a pack or a ledger from before them lacks
-NUMBER_COLUMNS = (
-    "k", "seed", "epochs", "train_fraction", "test_accuracy", "validation_accuracy", "train_loss", "parameters", "macs",
-    "seconds", "train_images", "test_images", "sample_accuracy",
-)  # fmt: skip
-# A hash such as 12e45678 is text, never a number.
-TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in NUMBER_COLUMNS)
+NUMBER_COLUMNS = tuple(name for name, field in Row.model_fields.items() if field.annotation is not str)
 # Whole numbers stay whole where a row has none.
-COUNTS = dict.fromkeys(("k", "seed", "epochs", "parameters", "macs", "train_images", "test_images"), "Int64")
-NO_NUMBER = {name: ["", "nan"] for name in NUMBER_COLUMNS}
+COUNTS = {name: "Int64" for name in NUMBER_COLUMNS if Row.model_fields[name].annotation in (int, int | None)}
+MARKERS = re.compile(rb"^(<{7}|={7}|>{7}|\|{7})", re.MULTILINE)  # of git, where two branches changed a file
+RESTORE = "restore it from git, or update the package if a newer one wrote it"
 
 
 class Ledger:
@@ -50,23 +91,11 @@ class Ledger:
         """All rows; an empty table with the right columns if nothing was run yet.
 
         Raises:
-            ValueError: the file has other columns than a ledger.
+            ValueError: the file is cut or changed, or has a row that contradicts its spec or is out of range.
         """
         if not self.path.is_file():
             return pd.DataFrame(columns=list(COLUMNS))
-        try:
-            table = pd.read_csv(
-                self.path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=NO_NUMBER
-            )
-        except ValueError as error:  # pandas' ParserError and EmptyDataError, and UnicodeDecodeError
-            raise ValueError(f"{self.path} is damaged ({error}): restore it from git") from error
-        later = [name for name in LATER_COLUMNS if name not in table.columns]
-        table = table.assign(**{name: np.nan if name in NUMBER_COLUMNS else "" for name in later})
-        if missing := [name for name in COLUMNS if name not in table.columns]:
-            raise ValueError(
-                f"{self.path} has no column {missing[0]}: it is not a ledger of this version; restore it from git"
-            )
-        return table
+        return table_of(self.path.read_bytes(), str(self.path), RESTORE).copy()
 
     def find(self, spec: Spec) -> pd.Series | None:
         """The row of this run, or None if it was not run yet."""
@@ -77,43 +106,123 @@ class Ledger:
         """Add the row of a finished run; a run that is already there is left as it is.
 
         Raises:
-            ValueError: there is no column for something that was measured.
+            ValueError: there is no column for something that was measured, or a value is out of range.
         """
-        row = {
-            **{name: getattr(spec, name) for name in COLUMNS if hasattr(spec, name)},
-            "spec": json.dumps(asdict(spec), sort_keys=True),
-            **measured,
-        }
-        if unknown := set(row) - set(COLUMNS):
-            raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
-        self.merge(pd.DataFrame([row], columns=list(COLUMNS)))
+        self.merge(pd.DataFrame([{**_told(spec), "spec": json.dumps(asdict(spec), sort_keys=True), **measured}]))
 
     def merge(self, table: pd.DataFrame) -> list[str]:
         """Add the rows of another ledger; runs that are already there are left as they are.
 
         Returns:
             The identities of the runs that were added.
+
+        Raises:
+            ValueError: the ledger, or a row that would be new, is not valid; nothing was written then.
         """
+        if unknown := set(table.columns) - set(COLUMNS):
+            raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
         with explaining(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with explaining(self.path), FileLock(self.path.parent / f".{self.path.name}.lock"):
-            rows = self.read().to_dict("records")
-            known = {row["run_id"] for row in rows}
-            new = [row for row in table.to_dict("records") if row["run_id"] not in known]
-            if new:
+            rows = self.read()
+            new = table.reindex(columns=list(COLUMNS)).query("run_id not in @rows.run_id")
+            if len(new):
+                text = new.to_csv(index=False).encode()
+                new = table_of(text, f"rows for {self.path.name}", "nothing was written: correct the row")
                 with replacing(self.path) as part:
-                    pd.DataFrame([*rows, *new], columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
-        return [row["run_id"] for row in new]
+                    together = [*rows.to_dict("records"), *new.to_dict("records")]
+                    pd.DataFrame(together, columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
+        return list(new["run_id"])
 
 
-def spec_of(row: pd.Series) -> RunSpec | TeacherSpec:
-    """The spec that a ledger row was made from."""
-    values = json.loads(row["spec"])
-    kind = TeacherSpec if row["method"] == "teacher" else RunSpec
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+@lru_cache(maxsize=4)
+def table_of(content: bytes, name: str, remedy: str) -> pd.DataFrame:
+    """The rows of a ledger's content, each checked.
+
+    Raises:
+        ValueError: names the file as `name`, the line, the column, its value and the `remedy`.
+    """
+    reader = csv.reader(io.StringIO(_whole(content, name, remedy), newline=""), strict=True)
+    rows: dict[str, Row] = {}
+    try:
+        columns = _columns(next(reader))
+        for cells in reader:
+            row = _row(columns, tuple(cells))
+            if row.run_id in rows:
+                raise ValueError(f"run_id = {row.run_id!r} is there twice")
+            rows[row.run_id] = row
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{name}, line {reader.line_num}: {error}; {remedy}") from error
+    table = pd.DataFrame(map(vars, rows.values()), columns=list(COLUMNS))
+    return table.astype({column: float for column in NUMBER_COLUMNS if table[column].dtype == object})
 
 
-def student_spec(row: pd.Series) -> RunSpec:
+def _whole(content: bytes, name: str, remedy: str) -> str:
+    """The text of a ledger that ends with its last line and was not left in the middle of a merge of git."""
+    if marker := MARKERS.search(content):
+        line = content.count(b"\n", 0, marker.start()) + 1
+        both = "take out the lines of the markers, which keeps the rows of both sides"
+        raise ValueError(f"{name}, line {line}: git left a conflict marker, {marker[0].decode()}; {both}, or {remedy}")
+    if not content.endswith(b"\n"):  # the last number of a row that was cut may look whole
+        raise ValueError(f"{name} ends within a line: {remedy}; a last row that is whole lacks only its line break")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text ({error}): {remedy}") from error
+
+
+def _columns(header: list[str]) -> tuple[str, ...]:
+    """The columns of a ledger's first line; raises ValueError where they are not those of `Row`, in its order."""
+    wanted = [name for name in COLUMNS if name in header or name not in LATER_COLUMNS]
+    if header != wanted:
+        odd = min(set(header) ^ set(wanted), default=None)
+        wrong = f"{odd!r} is {'unknown' if odd in header else 'missing'}" if odd else "they stand in another order"
+        raise ValueError(f"the columns are not those of a ledger, {wrong}")
+    return tuple(header)
+
+
+@lru_cache(maxsize=1 << 14)
+def _row(columns: tuple[str, ...], cells: tuple[str, ...]) -> Row:
+    """A row whose cells are in their ranges and say what its spec says; raises ValueError else."""
+    if len(cells) != len(columns):
+        raise ValueError(f"the row has {len(cells)} cells of {len(columns)}")
+    try:
+        row = Row.model_validate({name: cell for name, cell in zip(columns, cells, strict=True) if cell})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        cell = "" if first["type"] == "missing" else first["input"]
+        raise ValueError(f"{first['loc'][0]} = {shown(cell)} is wrong ({first['msg']})") from None
+    for name, value in _told(spec_of(vars(row))).items():
+        if getattr(row, name) != value:
+            raise ValueError(f"{name} = {shown(getattr(row, name))} contradicts its spec, which gives {value!r}")
+    return row
+
+
+def _told(spec: Spec) -> dict[str, object]:
+    """What a spec says of its row; `train_images` of 0 says nothing of how many there were."""
+    told = {name: getattr(spec, name) for name in COLUMNS if hasattr(spec, name)}
+    return {name: value for name, value in told.items() if name != "train_images" or value}
+
+
+def spec_of(row: Mapping[str, Any]) -> RunSpec | TeacherSpec:
+    """The spec that a ledger row was made from.
+
+    Raises:
+        ValueError: the row's spec is no JSON object, or a field of it has a wrong value.
+    """
+    return _spec_of(TeacherSpec if row["method"] == "teacher" else RunSpec, row["spec"])
+
+
+@lru_cache(maxsize=1 << 14)
+def _spec_of(kind: type[RunSpec] | type[TeacherSpec], text: str) -> RunSpec | TeacherSpec:
+    try:
+        values = dict(json.loads(text))
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"spec = {shown(text)} gives no {kind.__name__}: {error}") from None
+
+
+def student_spec(row: Mapping[str, Any]) -> RunSpec:
     """The spec of a student's row."""
     spec = spec_of(row)
     assert isinstance(spec, RunSpec)

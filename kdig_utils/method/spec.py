@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
-from kdig_utils.method.checks import RANGES, check_choice, check_number
+from kdig_utils.method.checks import RANGES, Number, Text, Whole, check_choice, check_number, checked
 from kdig_utils.method.losses import PARTS
 from kdig_utils.method.models import REMOVABLE_BLOCKS, STEM_STRIDES
 from kdig_utils.method.pairings import PAIRINGS
@@ -37,17 +38,17 @@ class Spec:
         for name, value in vars(self).items():
             if name in self.choices:
                 check_choice(name, value, self.choices[name])
-            elif name in RANGES:
+            elif name in RANGES and value is not None:
                 check_number(name, value)
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of the spec: the run's identity, the same everywhere.
 
         Only values that differ from their default count: a field added later leaves the earlier runs their identity.
         """
-        defaults = {field.name: field.default for field in fields(self)}
-        chosen = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        values = vars(self)
+        chosen = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
         text = json.dumps({"kind": type(self).__name__, **chosen}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -69,7 +70,7 @@ class Spec:
         return replace(self, **bare).run_id
 
 
-@dataclass(frozen=True)
+@checked
 class RunSpec(Spec):
     """All that determines the training of a student; the defaults are the paper's settings.
 
@@ -102,30 +103,30 @@ class RunSpec(Spec):
         ValueError: a value outside its range; the message names it and what is allowed.
     """
 
-    method: str
-    k: int = 5
-    seed: int = 0
-    epochs: int = 100
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    alpha: float = 0.01
-    temperature: float = 2.5
-    gamma: float = 0.8
-    overlay_probability: float = 0.1
-    pairing: str = "matched"
-    train_fraction: float = 1.0
-    validation_images: int = 0
-    teacher_sha256: str = ""
-    n_steps: int = 50
-    data_md5: str = ""
-    precision: str = "native"
-    answers: str = "stored"
-    sample_seed: int | None = None
-    schedule: str = "constant"
-    stem_stride: int = 1
-    weight_decay: float = 0.0
-    initial: str = "random"
-    train_images: int = 0
+    method: Text
+    k: Whole = 5
+    seed: Whole = 0
+    epochs: Whole = 100
+    batch_size: Whole = 64
+    learning_rate: Number = 1e-3
+    alpha: Number = 0.01
+    temperature: Number = 2.5
+    gamma: Number = 0.8
+    overlay_probability: Number = 0.1
+    pairing: Text = "matched"
+    train_fraction: Number = 1.0
+    validation_images: Whole = 0
+    teacher_sha256: Text = ""
+    n_steps: Whole = 50
+    data_md5: Text = ""
+    precision: Text = "native"
+    answers: Text = "stored"
+    sample_seed: Whole | None = None
+    schedule: Text = "constant"
+    stem_stride: Whole = 1
+    weight_decay: Number = 0.0
+    initial: Text = "random"
+    train_images: Whole = 0
 
     choices: ClassVar[Mapping[str, Collection[object]]] = {
         "k": REMOVABLE_BLOCKS,
@@ -159,7 +160,7 @@ class RunSpec(Spec):
         return asks or self.initial == "teacher"
 
 
-@dataclass(frozen=True)
+@checked
 class TeacherSpec(Spec):
     """All that determines the training of a teacher by SGD with Nesterov momentum.
 
@@ -176,19 +177,19 @@ class TeacherSpec(Spec):
             other fields then say as much as they can.
     """
 
-    seed: int = 0
-    epochs: int = 200
-    batch_size: int = 64
-    learning_rate: float = 0.05
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.05
-    validation_images: int = 0
-    initial_sha256: str = ""
-    data_md5: str = ""
-    schedule: str = "one_cycle"
-    cutout: int = 0
-    precision: str = "native"
-    recipe: str = ""
+    seed: Whole = 0
+    epochs: Whole = 200
+    batch_size: Whole = 64
+    learning_rate: Number = 0.05
+    weight_decay: Number = 5e-4
+    label_smoothing: Number = 0.05
+    validation_images: Whole = 0
+    initial_sha256: Text = ""
+    data_md5: Text = ""
+    schedule: Text = "one_cycle"
+    cutout: Whole = 0
+    precision: Text = "native"
+    recipe: Text = ""
 
     method = "teacher"
     k = 0

@@ -186,19 +186,24 @@ def training_positions(labels: Tensor, spec: RunSpec | TeacherSpec) -> tuple[Ten
     """Positions to train on and positions held out for validation, disjoint and stratified.
 
     Raises:
-        ValueError: there are not as many images as the spec asks for.
+        ValueError: there are not as many images as the spec asks for, or it leaves fewer than two to train on.
     """
     validation, rest = stratified_split(labels, spec.validation_images, VALIDATION_SEED)
+    if not len(rest):
+        raise ValueError(f"validation_images = {spec.validation_images} leaves no image to train on: hold out fewer")
+    taken = torch.arange(len(rest))
     if spec.train_images:
         taken = first_of_each_class(labels[rest], spec.train_images // len(labels.unique()))
         if spec.sample_seed is not None:
             taken, _left = stratified_split(labels[rest], spec.train_images, spec.sample_seed)
         if len(taken) != spec.train_images:
             raise ValueError(f"there are no {spec.train_images} images, as many of each class: {len(rest)} are left")
-        return rest[taken], validation
-    if spec.train_fraction == 1:
-        return rest, validation
-    each_class = int(spec.train_fraction * int(labels[rest].bincount().min()))
-    seed = spec.seed if spec.sample_seed is None else spec.sample_seed
-    drawn, _left = stratified_split(labels[rest], each_class * len(labels.unique()), seed)
-    return rest[drawn], validation
+    elif spec.train_fraction < 1:
+        classes, counts = labels[rest].unique(return_counts=True)
+        each_class = round(spec.train_fraction * int(counts.min()))
+        seed = spec.seed if spec.sample_seed is None else spec.sample_seed
+        taken, _left = stratified_split(labels[rest], each_class * len(classes), seed)
+    if len(taken) < 2:  # batch norm needs two
+        told = f"train_fraction = {spec.train_fraction} leaves {len(taken)} of {len(rest)} images to train on"
+        raise ValueError(f"{told}, no batch: give a larger share")
+    return rest[taken], validation

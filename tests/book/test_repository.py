@@ -13,7 +13,7 @@ from kdig_utils.experiments import campaigns, evidence
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.method.spec import MAIN_METHODS, METHODS, RunSpec, TeacherSpec
 
-OLD, NEW = "an old teacher", "a new teacher"
+OLD, NEW = "0d" * 32, "4e" * 32  # teachers
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ RUNS = {
     "components": 6 * 6,
 }
 
+OLD, NEW = "0d" * 32, "4e" * 32  # teachers
+
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
@@ -100,7 +102,7 @@ def test_unknown_campaign_names_the_known_ones() -> None:
 
 
 def test_rows_of_a_campaign_are_found_whichever_campaign_trained_them(ledger: Ledger) -> None:
-    few = [RunSpec("kd", seed=seed, teacher_sha256="ab", data_md5="cd") for seed in range(6)]
+    few = [RunSpec("kd", seed=seed, teacher_sha256="ab" * 32, data_md5="cd" * 16) for seed in range(6)]
     fill(ledger, [*few, RunSpec("kd", epochs=3), TeacherSpec()], campaign="ablation")
     table = ledger.read()
     assert campaigns.rows(table, "compression")["seed"].tolist() == [0, 1, 2, 3, 4]
@@ -112,11 +114,11 @@ def test_rows_of_a_campaign_are_found_whichever_campaign_trained_them(ledger: Le
 def test_students_of_two_teachers_do_not_mix(ledger: Ledger) -> None:
     """The teacher with more of a campaign's rows is the one that counts; students without a teacher always do."""
     whole = campaigns.specs("ablation")
-    fill(ledger, [dataclasses.replace(s, teacher_sha256="old") if s.uses_teacher else s for s in whole[:16]])
-    fill(ledger, [dataclasses.replace(s, teacher_sha256="new") for s in whole if s.uses_teacher])
+    fill(ledger, [dataclasses.replace(s, teacher_sha256=OLD) if s.uses_teacher else s for s in whole[:16]])
+    fill(ledger, [dataclasses.replace(s, teacher_sha256=NEW) for s in whole if s.uses_teacher])
     table = ledger.read()
     found = campaigns.rows(table, "ablation")
-    assert set(found["teacher_sha256"]) == {"", "new"}
+    assert set(found["teacher_sha256"]) == {"", NEW}
     assert len(found) == 7 * 10 + 2
     assert campaigns.progress(table).set_index("campaign").loc["ablation", ["done", "left"]].tolist() == [72, 8]
     assert (campaigns.progress(table)["left"] >= 0).all()

@@ -35,7 +35,7 @@ TWO_WAYS = {"compiled": [(1, 300.0), (4, 900.0)], "recorded": [(1, 200.0), (4, 7
 @pytest.fixture
 def small(tmp_path: Path) -> Study:
     made = Study("full", tmp_path / "ws", Ledger(tmp_path / "runs.csv"), tmp_path / "curves")
-    made.__dict__.update(train=type("Images", (), {"md5": "d"})(), device=torch.device("cpu"))
+    made.__dict__.update(train=type("Images", (), {"md5": "d" * 32})(), device=torch.device("cpu"))
     return made
 
 
@@ -177,7 +177,7 @@ def test_the_command_trains_the_teacher_that_the_flight_waits_for(
 
 
 def add_teacher(made: Study, seed: int, accuracy: float) -> str:
-    spec = dataclasses.replace(study.TEACHER_RECIPE, seed=seed, data_md5="d")
+    spec = dataclasses.replace(study.TEACHER_RECIPE, seed=seed, data_md5="d" * 32)
     made.ledger.append(spec, test_accuracy=accuracy)
     return spec.run_id
 

@@ -1,8 +1,6 @@
-"""Runs and the ledger: stable identities, early errors, and a table that survives crowds and full disks."""
+"""The ledger: a table of finished runs that survives crowds and full disks."""
 
-import dataclasses
 import errno
-import json
 import multiprocessing
 import os
 import tempfile
@@ -12,120 +10,15 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-import kdig_utils
 from kdig_utils.experiments.ledger import COLUMNS, Ledger, code_commit, of_one_teacher, provenance, spec_of
-from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
+from kdig_utils.method.spec import RunSpec, TeacherSpec
 
 PROCESSES, ROWS_EACH = 4, 6
-OTHER_VALUES = {
-    "method": "kd", "k": 7, "seed": 1, "epochs": 99, "batch_size": 128, "learning_rate": 1e-2, "alpha": 0.02,
-    "temperature": 3.0, "gamma": 0.7, "overlay_probability": 0.2, "pairing": "shuffled", "train_fraction": 0.8,
-    "validation_images": 5000, "teacher_sha256": "ab", "n_steps": 20, "data_md5": "cd",
-    "precision": "float32", "answers": "online", "sample_seed": 4, "schedule": "one_cycle",
-    "stem_stride": 2, "weight_decay": 5e-4, "initial": "teacher", "train_images": 2500,
-}  # fmt: skip
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "results" / "runs.csv")
-
-
-# Identity
-
-
-def test_identity_of_a_run_is_pinned() -> None:
-    """The committed ledger, curves and weights are filed under these: another value here orphans every run."""
-    assert RunSpec("kd_ig").run_id == "c205e981730b"
-    assert RunSpec("student", seed=3, epochs=2).run_id == "1f56ec16899b"
-    assert TeacherSpec().run_id == "b6246adfe320"
-
-
-def test_every_field_changes_the_identity() -> None:
-    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(RunSpec)}
-    base = RunSpec("kd_ig")
-    identities = [dataclasses.replace(base, **{name: value}).run_id for name, value in OTHER_VALUES.items()]
-    assert len({base.run_id, *identities}) == 1 + len(OTHER_VALUES)
-
-
-def test_a_default_that_is_written_out_is_the_same_run() -> None:
-    assert RunSpec("kd", k=5, seed=0, epochs=100, temperature=2.5).run_id == RunSpec("kd").run_id
-
-
-def test_methods_and_defaults_are_the_papers(paper: dict) -> None:
-    assert tuple(METHODS) == tuple(method for method in paper["ablation_runs"] if method in METHODS)
-    assert len(METHODS) == 8
-    spec, settings = RunSpec("kd_ig_at"), paper["training"]
-    for name in ("epochs", "batch_size", "learning_rate", "alpha", "temperature", "gamma", "overlay_probability"):
-        assert getattr(spec, name) == settings[name]
-    assert spec.k == paper["student"]["main_k"]
-
-
-@pytest.fixture
-def paper() -> dict:
-    return json.loads((Path(kdig_utils.__file__).parent / "paper.json").read_text())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_parts_of_a_method(method: str) -> None:
-    spec = RunSpec(method)
-    parts = [part for part in ("kd", "ig", "at") if spec.uses(part)]
-    assert "_".join(parts) == ("" if method == "student" else method)
-    assert spec.uses_teacher == bool(parts)
-
-
-# Ranges
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"method": "KD"}, r"unknown method 'KD': choose one of student, kd"),
-        ({"method": "ig_kd"}, "unknown method 'ig_kd'"),
-        ({"k": 4}, "unknown k 4: choose one of 3, 5"),
-        ({"k": 19}, "unknown k 19"),
-        ({"temperature": 0}, "temperature 0 is not above 0"),
-        ({"temperature": -2.5}, "temperature -2.5 is not above 0"),
-        ({"alpha": -0.1}, r"alpha -0.1 is outside \[0, 1\]"),
-        ({"alpha": float("nan")}, r"alpha nan is outside \[0, 1\]"),
-        ({"overlay_probability": -0.1}, r"overlay probability -0.1 is outside \[0, 1\]"),
-        ({"overlay_probability": 1.1}, r"overlay probability 1.1 is outside \[0, 1\]"),
-        ({"pairing": "index"}, "unknown pairing 'index'"),
-        ({"epochs": 0}, "epochs = 0"),
-        ({"batch_size": 1}, "batch size 1"),
-        ({"learning_rate": 0.0}, "learning rate 0.0"),
-        ({"learning_rate": float("nan")}, "learning rate nan"),
-        ({"train_fraction": 0.0}, "train_fraction 0.0"),
-        ({"train_fraction": 1.2}, "train_fraction 1.2"),
-        ({"gamma": -0.1}, "gamma -0.1"),
-        ({"gamma": float("nan")}, "gamma nan"),
-        ({"n_steps": 0}, "n_steps = 0"),
-        ({"validation_images": -1}, "validation_images = -1"),
-        ({"precision": "int8"}, "unknown precision 'int8': choose one of native, float32"),
-    ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
-)
-def test_value_outside_its_range_is_named(changed: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        RunSpec(**{"method": "kd_ig", **changed})
-
-
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "validation_images"])
-def test_teachers_ranges_too(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name.replace('_', '.')}.* -1"):
-        TeacherSpec(**{name: -1})
-
-
-@pytest.mark.parametrize("change", [{"schedule": "linear"}, {"cutout": -1}, {"cutout": 33}, {"precision": "half"}])
-def test_wrong_teacher_settings_name_value_and_remedy(change: dict) -> None:
-    (value,) = change.values()
-    with pytest.raises(ValueError, match=rf"{value}.*(choose|give)"):
-        TeacherSpec(**change)
-
-
-def test_a_spec_cannot_be_changed_after_it_was_checked() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        RunSpec("kd").temperature = -1
 
 
 # The ledger
@@ -169,13 +62,15 @@ def test_appending_leaves_earlier_rows_as_they_were(ledger: Ledger) -> None:
     assert ledger.path.read_text().splitlines()[1] == line
 
 
-@pytest.mark.parametrize("digits", ["012345678901", "123456789012", "1234e5678901"])
+@pytest.mark.parametrize("digits", ["012345678901", "123456789012", "1234e5678901", "000000000000"])
 def test_hexadecimal_digits_are_never_taken_for_a_number(ledger: Ledger, digits: str) -> None:
     """One commit in 150 is digits alone, or digits around an e, which a table reader takes for a number."""
-    spec = RunSpec("kd", data_md5=digits, teacher_sha256=digits)
-    ledger.append(spec, campaign="main", commit=digits, weights_sha256=digits)
+    md5, sha256 = (digits * 6)[:32], (digits * 6)[:64]
+    spec = RunSpec("kd", data_md5=md5, teacher_sha256=sha256)
+    ledger.append(spec, campaign="main", test_accuracy=90.0, commit=digits, weights_sha256=sha256)
     row = ledger.find(spec)
-    assert [row[name] for name in ("commit", "weights_sha256", "data_md5", "teacher_sha256")] == [digits] * 4
+    found = [row[name] for name in ("commit", "data_md5", "weights_sha256", "teacher_sha256")]
+    assert found == [digits, md5, sha256, sha256]
 
 
 def append_rows(path: Path, process: int) -> None:
@@ -205,13 +100,20 @@ def test_unknown_column_is_refused_before_anything_is_written(ledger: Ledger) ->
 
 @pytest.mark.parametrize(
     "content",
-    [b"a,b\n1,2\n", b"", b"\x00\xff\xfe damaged", b'run_id,campaign\n"x,1\n<<<<<<< HEAD\n1,2,3,4\n'],
-    ids=["other columns", "empty", "binary", "merge conflict"],
+    [
+        b"a,b\n1,2\n",
+        b"",
+        b"\x00\xff\xfe damaged",
+        b'run_id,campaign\n"x,1\n<<<<<<< HEAD\n1,2,3,4\n',
+        (",".join(COLUMNS) + ",of_tomorrow\n").encode(),
+        (",".join(COLUMNS[::-1]) + "\n").encode(),
+    ],
+    ids=["other columns", "empty", "binary", "merge conflict", "of a newer version", "another order"],
 )
 def test_file_that_is_no_ledger_is_named_and_kept(ledger: Ledger, content: bytes) -> None:
     ledger.path.parent.mkdir()
     ledger.path.write_bytes(content)
-    for use in (ledger.read, lambda: ledger.append(RunSpec("kd"), campaign="main")):
+    for use in (ledger.read, lambda: ledger.append(RunSpec("kd"), campaign="main", test_accuracy=90.0)):
         with pytest.raises(ValueError, match="restore it from git") as caught:
             use()
         assert str(ledger.path) in str(caught.value)
@@ -220,7 +122,7 @@ def test_file_that_is_no_ledger_is_named_and_kept(ledger: Ledger, content: bytes
 
 @pytest.mark.parametrize("where", ["replace", "to_csv"])
 def test_full_disk_leaves_the_old_ledger(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    ledger.append(RunSpec("student"), campaign="main")
+    ledger.append(RunSpec("student"), campaign="main", test_accuracy=90.0)
     before = ledger.path.read_bytes()
 
     def full(*_arguments: object, **_options: object) -> None:
@@ -229,11 +131,11 @@ def test_full_disk_leaves_the_old_ledger(ledger: Ledger, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(*((os, "replace") if where == "replace" else (pd.DataFrame, "to_csv")), full)
         with pytest.raises(OSError, match=r"cannot write runs\.csv in .*disk is full: free some space") as caught:
-            ledger.append(RunSpec("kd"), campaign="main")
+            ledger.append(RunSpec("kd"), campaign="main", test_accuracy=90.0)
     assert caught.value.errno == errno.ENOSPC
     assert ledger.path.read_bytes() == before
     assert not list(ledger.path.parent.glob(".*.part"))
-    ledger.append(RunSpec("kd"), campaign="main")
+    ledger.append(RunSpec("kd"), campaign="main", test_accuracy=90.0)
     assert len(ledger.read()) == 2
 
 
@@ -253,7 +155,7 @@ def test_read_only_folder_is_named_with_a_remedy(
         }[where]
         patch.setattr(*target, refuse)
         with pytest.raises(OSError, match=r"cannot write runs\.csv in .*(read-only|may not be written)") as caught:
-            ledger.append(RunSpec("kd"), campaign="main")
+            ledger.append(RunSpec("kd"), campaign="main", test_accuracy=90.0)
     assert caught.value.errno == code
     assert str(ledger.path.parent) in str(caught.value)
 
@@ -288,17 +190,3 @@ def test_rows_of_the_teacher_with_most_of_them_stay_and_those_without_a_teacher(
     assert of_one_teacher(rows[:0]).empty
     students = rows[rows["teacher_sha256"] == ""]
     assert of_one_teacher(students).equals(students)
-
-
-@pytest.mark.parametrize("method", ["", "ig_kd", "kd_kd", "kd_", "kdd", "teacher"])
-def test_a_method_is_made_of_parts_in_their_order(method: str) -> None:
-    with pytest.raises(ValueError, match="method"):
-        RunSpec(method)
-
-
-def test_what_a_method_does_not_read_is_no_part_of_its_setting() -> None:
-    """Runs that differ in nothing that their method reads are repetitions, whatever else their specs say."""
-    assert RunSpec("ig", alpha=0.5).setting() == RunSpec("ig").setting()
-    assert RunSpec("kd", alpha=0.5).setting() != RunSpec("kd").setting()
-    assert RunSpec("student", pairing="shuffled").setting() == RunSpec("student", seed=3).setting()
-    assert RunSpec("at", pairing="shuffled").setting() != RunSpec("at").setting()

@@ -90,15 +90,17 @@ def test_every_claim_about_students_is_settled_somewhere_in_the_queue() -> None:
     assert len(waiting) > 60
 
 
+NAMED = ("run_id", "method", "k", "seed", "pairing", "epochs", "train_fraction")
+ENDED = {"device": "CPU, 2 threads", "train_images": 50_000, "seconds": 10, "test_accuracy": 90.0}
+
+
 def rows_for(specs: list[RunSpec], **columns: object) -> pd.DataFrame:
     """Ledger rows as if these specs had been trained."""
     lines = []
     for spec in specs:
-        named = {name: getattr(spec, name) for name in ("run_id", "method", "k", "seed", "pairing", "epochs")}
+        named = {name: getattr(spec, name) for name in NAMED}
         text = pd.Series(dataclasses.asdict(spec)).to_json()
-        lines.append(
-            {**named, "spec": text, "device": "CPU, 2 threads", "train_images": 50_000, "seconds": 10, **columns}
-        )
+        lines.append({**named, "spec": text, **ENDED, **columns})
     return pd.DataFrame(lines, columns=list(COLUMNS)).fillna({"teacher_sha256": "", "finished": "2026-11-28T00:00Z"})
 
 

@@ -1,6 +1,7 @@
 """What a student is trained with: losses composed as the paper says, its images, and the signals that it gets."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdig_utils.method import losses, models, overlay, pairings, training
-from kdig_utils.method.cifar10 import ImageSet
+from kdig_utils.method.cifar10 import ImageSet, stratified_split
 from kdig_utils.method.signals import TeacherSignals
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 
@@ -146,6 +147,42 @@ def test_train_fraction_is_drawn_stratified_and_fresh_for_each_seed(sample_train
         assert not set(positions.tolist()) & set(validation.tolist())
         assert len(positions.unique()) == len(positions)
     assert not first[0].equal(other[0])
+
+
+def test_a_fraction_of_the_images_is_rounded_to_the_nearest_number() -> None:
+    labels = torch.arange(10).repeat_interleave(5000)
+    for hundredths in range(1, 101):
+        positions, _none = training.training_positions(labels, RunSpec("kd", train_fraction=hundredths / 100))
+        assert labels[positions].bincount().tolist() == [50 * hundredths] * 10
+
+
+def test_the_draw_of_earlier_runs_is_what_it_was() -> None:
+    """80 % of 50,000 images are 4,000 of each class, drawn with the seed."""
+    labels = torch.arange(50_000) * 7919 % 50_000 % 10
+    positions, _none = training.training_positions(labels, RunSpec("kd", train_fraction=0.8, seed=3))
+    assert positions.equal(stratified_split(labels, 40_000, 3)[0])
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        (RunSpec("kd", train_fraction=0.001), "train_fraction = 0.001"),
+        (RunSpec("kd", train_fraction=1e-320, validation_images=100), "train_fraction = 1e-320"),
+        (RunSpec("kd", validation_images=1000), "validation_images = 1000"),
+        (RunSpec("kd", validation_images=1000, train_fraction=0.5), "validation_images = 1000"),
+        (RunSpec("kd", validation_images=1000, train_images=100), "validation_images = 1000"),
+        (RunSpec("kd", train_images=5), "no 5 images"),
+        (TeacherSpec(validation_images=1000), "validation_images = 1000"),
+    ],
+)
+def test_a_spec_that_leaves_no_image_is_refused_in_words(
+    sample_train: ImageSet, spec: RunSpec | TeacherSpec, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        training.training_positions(sample_train.labels, spec)
+    if isinstance(spec, RunSpec) and not spec.validation_images:
+        with pytest.raises(ValueError, match=named):
+            training.train_student(replace(spec, method="student", k=K), sample_train)
 
 
 def test_seed_and_draw_of_images_can_be_told_apart(sample_train: ImageSet) -> None:
