@@ -1,21 +1,11 @@
-"""Files of times that others sent: what a row may hold, and the tables of results/latency.
-
-A file with a value that cannot be is left out, by a sentence that names file, row, field, value and remedy.
-"""
+"""A row of times, as the benchmark writes it and chapter 14 reads what others sent: what each field may hold."""
 
 import datetime
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from kdig_utils import paths
-
-BOOK = "epyc_2cpus"  # the book's own record in results/latency
-REMEDY = "measure again with `python -m kdig_utils latency --json FILE`, or correct the file"
-MOST_ROWS, LONGEST = 10_000, 1000
+LONGEST = 1000
 
 
 def printable(text: str) -> str:
@@ -97,87 +87,4 @@ class Row(BaseModel):
         return self
 
 
-class FirstCall(BaseModel):
-    """A call in a fresh process, as `timing.first_calls` records it."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    process: Annotated[int, Field(ge=0)]
-    order: Literal["teacher first, student", "student first, teacher"]
-    network: Literal["teacher", "student"]
-    call: Annotated[int, Field(ge=0)]
-    ms: Milliseconds
-    threads: Count
-    machine: Name
-
-
 COLUMNS = list(Row.model_fields)
-SETTING = ["model", "runtime", "precision", "batch", "threads"]
-CALL = ["process", "order", "network", "call"]
-_ROWS = TypeAdapter(Annotated[list[Row], Field(min_length=1, max_length=MOST_ROWS)])
-_CALLS = TypeAdapter(Annotated[list[FirstCall], Field(min_length=1, max_length=MOST_ROWS)])
-
-
-def submitted(report: Callable[[str], None] = print) -> pd.DataFrame:
-    """The rows of all files in results/latency, with the column `file`, the book's own first.
-
-    Where there is no file, there is no row, but the columns are there. Files that `rows` refuses are left out, which
-    `report` is told.
-    """
-    return _together("*.json", rows, COLUMNS, report)
-
-
-def submitted_first_calls(report: Callable[[str], None] = print) -> pd.DataFrame:
-    """The calls of all files in results/latency/first_calls, in the same way."""
-    return _together("first_calls/*.csv", first_calls, list(FirstCall.model_fields), report)
-
-
-def books_own(record: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the book's own machine, by the name of its file."""
-    return record[record["file"] == BOOK]
-
-
-def rows(path: Path) -> pd.DataFrame:
-    """The rows of one file of the benchmark.
-
-    Raises:
-        ValueError: it is no JSON list of `Row`, or has a setting twice.
-    """
-    with paths.reading(path, REMEDY):
-        found = _ROWS.validate_json(path.read_bytes())
-    return _once(path, pd.DataFrame([row.model_dump(mode="json") for row in found]), SETTING)
-
-
-def first_calls(path: Path) -> pd.DataFrame:
-    """The calls of one file.
-
-    Raises:
-        ValueError: it is no CSV table of `FirstCall`, has a call twice, or a process that did not call both networks.
-    """
-    with paths.reading(path, REMEDY):
-        found = _CALLS.validate_python(pd.read_csv(path, dtype=str).to_dict("records"))
-    table = _once(path, pd.DataFrame([call.model_dump() for call in found]), CALL)
-    alone = table.groupby(["process", "order"])["network"].nunique() < 2
-    if alone.any():
-        raise ValueError(f"{path.name}: process {alone.idxmax()[0]} called one network of two: {REMEDY}")
-    return table
-
-
-def _together(
-    pattern: str, read: Callable[[Path], pd.DataFrame], columns: list[str], report: Callable[[str], None]
-) -> pd.DataFrame:
-    tables = []
-    files = (paths.repository_root() / "results" / "latency").glob(pattern)
-    for path in sorted(files, key=lambda path: (path.stem != BOOK, path.stem)):
-        try:
-            tables.append(read(path).assign(file=path.stem))
-        except (ValueError, OSError) as error:
-            report(f"left out: {error}")
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*columns, "file"])
-
-
-def _once(path: Path, table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    if (twice := table.duplicated(keys)).any():
-        setting = ", ".join(map(str, table.loc[twice.idxmax(), keys]))
-        raise ValueError(f"{path.name}, row {twice.idxmax() + 1}: {setting} stands there twice: {REMEDY}")
-    return table

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from chapters import cells_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdig_utils.edge import benchmark, records
+
+chapter = cells_of("14", "BOOK", "FirstCall", "CALLS", "once", "read_latencies", "read_calls", "submitted", "books_own")
+LATENCIES, FIRST_CALLS = "*.json", "first_calls/*.csv"
 
 GOOD = {
     **{"model": "student", "runtime": "eager", "precision": "fp32", "batch": 1, "threads": 1, "status": "ok"},
@@ -49,34 +53,34 @@ def write_calls(folder: Path, name: str, lines: list[str]) -> Path:
 
 
 def test_the_record_of_the_book_keeps_the_schema_and_its_numbers() -> None:
-    record = records.books_own(records.submitted(pytest.fail))
+    record = chapter.books_own(chapter.submitted(LATENCIES, pytest.fail))
     assert len(record)
     assert set(record.columns) == {*records.COLUMNS, "file"}
     assert ((record["status"] == "ok") == record[["p50_ms", "accuracy", "bytes"]].notna().all(axis=1)).all()
     assert record.dropna(subset="p50_ms").groupby(["batch", "threads"])["model"].nunique().eq(2).all()
     folder = Path(__file__).parents[2] / "results" / "latency"
-    as_written = pd.DataFrame(json.loads((folder / f"{records.BOOK}.json").read_text()))
+    as_written = pd.DataFrame(json.loads((folder / f"{chapter.BOOK}.json").read_text()))
     pd.testing.assert_frame_equal(record[records.COLUMNS], as_written[records.COLUMNS], check_dtype=False)
-    calls = records.books_own(records.submitted_first_calls(pytest.fail)).drop(columns="file")
-    pd.testing.assert_frame_equal(calls, pd.read_csv(folder / "first_calls" / f"{records.BOOK}.csv"))
+    calls = chapter.books_own(chapter.submitted(FIRST_CALLS, pytest.fail)).drop(columns="file")
+    pd.testing.assert_frame_equal(calls, pd.read_csv(folder / "first_calls" / f"{chapter.BOOK}.csv"))
 
 
 def test_without_a_record_there_are_columns_and_no_rows(results: Path) -> None:
-    record = records.submitted()
+    record = chapter.submitted(LATENCIES)
     assert record.empty
     assert {*records.COLUMNS, "file"} == set(record.columns)
-    assert records.books_own(record).empty
-    assert records.submitted_first_calls().empty
+    assert chapter.books_own(record).empty
+    assert chapter.submitted(FIRST_CALLS).empty
 
 
 def test_the_record_of_the_book_comes_first_whatever_the_others_are_called(results: Path) -> None:
-    for name in ("aaa", records.BOOK, "zzz"):
+    for name in ("aaa", chapter.BOOK, "zzz"):
         write(results, name, {**GOOD, "machine": name})
         write_calls(results, name, CALLS)
-    record = records.submitted()
-    assert record["file"].tolist() == [records.BOOK, "aaa", "zzz"]
-    assert records.books_own(record)["machine"].tolist() == [records.BOOK]
-    assert records.submitted_first_calls()["file"].unique().tolist() == [records.BOOK, "aaa", "zzz"]
+    record = chapter.submitted(LATENCIES)
+    assert record["file"].tolist() == [chapter.BOOK, "aaa", "zzz"]
+    assert chapter.books_own(record)["machine"].tolist() == [chapter.BOOK]
+    assert chapter.submitted(FIRST_CALLS)["file"].unique().tolist() == [chapter.BOOK, "aaa", "zzz"]
 
 
 WRONG = {
@@ -102,11 +106,11 @@ WRONG = {
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_a_strangers_value_that_cannot_be_leaves_out_its_file_alone(results: Path, field: str, value: object) -> None:
-    write(results, records.BOOK, GOOD)
+    write(results, chapter.BOOK, GOOD)
     write(results, "stranger", GOOD, {**GOOD, "batch": 64, field: value})
     told: list[str] = []
-    record = records.submitted(told.append)
-    assert record["file"].tolist() == [records.BOOK]
+    record = chapter.submitted(LATENCIES, told.append)
+    assert record["file"].tolist() == [chapter.BOOK]
     assert len(told) == 1
     for word in ("stranger.json", "row 2", field, "measure again"):
         assert word in told[0]
@@ -124,7 +128,7 @@ def test_a_strangers_value_that_cannot_be_leaves_out_its_file_alone(results: Pat
 def test_a_file_that_is_no_record_is_named(results: Path, content: bytes) -> None:
     (results / "stranger.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"stranger\.json.*measure again"):
-        records.rows(results / "stranger.json")
+        chapter.read_latencies(results / "stranger.json")
 
 
 @pytest.mark.parametrize(
@@ -136,10 +140,10 @@ def test_a_file_that_is_no_record_is_named(results: Path, content: bytes) -> Non
     ids=range(9),
 )  # fmt: skip
 def test_first_calls_that_cannot_be_are_left_out(results: Path, lines: list[str]) -> None:
-    write_calls(results, records.BOOK, CALLS)
+    write_calls(results, chapter.BOOK, CALLS)
     write_calls(results, "stranger", lines)
     told: list[str] = []
-    assert records.submitted_first_calls(told.append)["file"].unique().tolist() == [records.BOOK]
+    assert chapter.submitted(FIRST_CALLS, told.append)["file"].unique().tolist() == [chapter.BOOK]
     assert len(told) == 1
     assert "stranger.csv" in told[0]
 
@@ -149,13 +153,13 @@ def test_a_file_that_is_no_table_of_calls_is_named(results: Path, content: bytes
     path = results / "first_calls" / "zz.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"zz\.csv.*measure again"):
-        records.first_calls(path)
+        chapter.read_calls(path)
 
 
 def test_whatever_a_runtime_says_can_be_read_again(tmp_path: Path) -> None:
     row = dict.fromkeys(records.COLUMNS) | GOOD | {"p50_ms": None, "p95_ms": None, "p99_ms": None}
     benchmark.write([row | {"status": "lost: <class 'X'>\x1b[0m\n" + "x" * 20_000}], tmp_path / "a.json")
-    assert records.rows(tmp_path / "a.json")["status"][0].startswith("lost: ‹class 'X'›")
+    assert chapter.read_latencies(tmp_path / "a.json")["status"][0].startswith("lost: ‹class 'X'›")
 
 
 VALUES = st.one_of(
@@ -171,7 +175,7 @@ def test_generated_rows_are_read_as_they_are_or_refused(tmp_path: Path) -> None:
     def holds(changes: dict) -> None:
         path = write(tmp_path, "generated", row := {**GOOD, **changes})
         try:
-            found = records.rows(path).iloc[0].dropna().to_dict()
+            found = chapter.read_latencies(path).iloc[0].dropna().to_dict()
         except ValueError as refused:
             found, said = None, str(refused)
         outcomes["read" if found else "refused"] += 1
