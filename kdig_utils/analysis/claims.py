@@ -61,29 +61,22 @@ class _Parts(BaseModel):
 class Claim:
     """One claim and what settles it: the fields of claims.yml, whose head explains them.
 
-    Attributes:
-        group: the question that it belongs to, a key of `groups()`.
-        measure: one of `MEASURES`.
-        evidence: one of `evidence.KINDS`, a protocol with its name.
-        methods: the methods whose runs or networks are measured; two for a difference, four for an interaction.
-        chapter: the notebook that shows it.
-
     Raises:
         ValueError: unknown measure, statistic or kind of evidence, a negative tolerance, or a field of another type.
     """
 
     name: str
-    group: str
+    group: str  # the question that it belongs to, a key of `groups()`
     text: str
     source: str
     value: tuple[str | int | float, ...]
-    measure: str
+    measure: str  # one of `MEASURES`
     unit: str
-    evidence: str
-    methods: tuple[str, ...]
+    evidence: str  # one of `evidence.KINDS`, a protocol with its name
+    methods: tuple[str, ...]  # whose runs or networks are measured; two for a difference, four for an interaction
     settings: Mapping[str, Any]
     seeds: int
-    chapter: str
+    chapter: str  # the notebook that shows it
     registered: str
     statistic: str = "mean"
     paper_runs: int = 1

@@ -17,8 +17,7 @@ from statsmodels.formula.api import ols
 from statsmodels.regression.linear_model import RegressionResultsWrapper
 
 from kdig_utils.analysis.claims import SIGNIFICANCE, paper
-from kdig_utils.analysis.finite import check_known
-from kdig_utils.analysis.permutation import RESAMPLES, difference, reshuffled, sign_flips
+from kdig_utils.analysis.permutation import RESAMPLES, check_known, difference, reshuffled, sign_flips
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.method.spec import METHODS
 
@@ -30,48 +29,29 @@ Compare = Callable[[pd.Series, pd.Series], NamedTuple]
 
 
 class Comparison(NamedTuple):
-    """First method minus second, in points of test accuracy.
+    """First method minus second, in points of test accuracy."""
 
-    Attributes:
-        runs: of the method that has fewer.
-        difference: of the means.
-        low, high: its 95 % interval from the t distribution.
-        bootstrap_low, bootstrap_high: the same from 9,999 bootstrap samples (BCa).
-        p: of the t-test.
-        p_permutation: of the permutation test of the difference of means: exact where all can be enumerated, else
-            from 9,999 drawn ones.
-        g, g_low, g_high: standardised effect, corrected for small samples (Hedges), and its 95 % interval; NaN for two
-            pairs.
-    """
-
-    runs: int
-    difference: float
-    low: float
+    runs: int  # of the method that has fewer
+    difference: float  # of the means
+    low: float  # of its 95 % interval from the t distribution
     high: float
-    bootstrap_low: float
+    bootstrap_low: float  # the same from 9,999 bootstrap samples (BCa)
     bootstrap_high: float
-    p: float
-    p_permutation: float
-    g: float
+    p: float  # of the t-test
+    p_permutation: float  # of the difference of means: exact where all can be enumerated, else from 9,999 drawn ones
+    g: float  # standardised effect, corrected for small samples (Hedges), and its 95 % interval; NaN for two pairs
     g_low: float
     g_high: float
 
 
 class Equivalence(NamedTuple):
-    """Two one-sided tests: is the difference, in points, smaller than a margin in both directions?
+    """Two one-sided tests: is the difference, in points, smaller than a margin in both directions?"""
 
-    Attributes:
-        runs: of the method that has fewer.
-        difference: of the means.
-        low, high: its 90 % interval; it lies inside the margin exactly if p < 0.05.
-        p: the larger one of the two one-sided tests.
-    """
-
-    runs: int
-    difference: float
-    low: float
+    runs: int  # of the method that has fewer
+    difference: float  # of the means
+    low: float  # of its 90 % interval, which lies inside the margin exactly if p < 0.05
     high: float
-    p: float
+    p: float  # the larger one of the two one-sided tests
 
 
 def paper_rows() -> pd.DataFrame:

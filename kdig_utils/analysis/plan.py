@@ -5,7 +5,8 @@ import itertools
 import pandas as pd
 
 from kdig_utils.analysis.claims import ACCURACY_MEASURES, Claim, claims
-from kdig_utils.experiments import brief, campaigns, teachers
+from kdig_utils.experiments import brief, teachers
+from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.queue import Group, Scale, groups, images_of, is_measured, speed
 from kdig_utils.method import artifacts
 from kdig_utils.method.spec import RunSpec
@@ -25,7 +26,7 @@ def plan(ledger: pd.DataFrame, scaled: Scale = lambda spec: spec, teacher_sha256
     if teacher_sha256 is None:
         teacher_sha256 = artifacts.manifest().get(teachers.best(), {}).get("weights_sha256", "")
     ours = ledger[ledger["teacher_sha256"].fillna("").isin(["", teacher_sha256])]
-    done, seconds_an_image = campaigns.bare_run_ids(ours), speed(ledger)
+    done, seconds_an_image = {spec_of(row).bare_id for _index, row in ours.iterrows()}, speed(ledger)
     setting = brief.chosen(ledger, scaled)
     queue = groups(setting)
     settled = settles(queue, setting)

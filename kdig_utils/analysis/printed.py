@@ -41,18 +41,13 @@ def earlier_sweep() -> pd.DataFrame:
 
 
 class Gain(NamedTuple):
-    """One measurement of how much a method is above another, in points.
-
-    Attributes:
-        low: of the 95 % interval; NaN, as `high`, where the measurement has none: one run, or the best of several.
-        runs: of each method.
-    """
+    """One measurement of how much a method is above another, in points."""
 
     measured: str
     value: float
-    low: float
+    low: float  # of the 95 % interval; NaN, as `high`, where the measurement has none: one run, or the best of several
     high: float
-    runs: int
+    runs: int  # of each method
 
 
 def gains(method: str, than: str) -> pd.DataFrame:

@@ -16,29 +16,21 @@ from statsmodels.stats.diagnostic import lilliefors
 
 from kdig_utils.analysis.claims import SIGNIFICANCE
 from kdig_utils.analysis.comparisons import runs_by_method
-from kdig_utils.analysis.finite import check_known
+from kdig_utils.analysis.permutation import check_known
 
 LEAST_RUNS = 4  # of statsmodels' Lilliefors
 
 
 class Components(NamedTuple):
-    """Variance between groups and within them, in points squared.
+    """Variance between groups and within them, in points squared."""
 
-    Attributes:
-        between: of the groups' true means; the unbiased estimate, which may fall below 0 and then means 0.
-        within: of runs in one group.
-        share: between / (between + within).
-        low, high: 95 % interval of the share, exact for normal values.
-        groups, runs: how many groups, and runs in each.
-    """
-
-    between: float
-    within: float
-    share: float
-    low: float
+    between: float  # of the groups' true means; the unbiased estimate, which may fall below 0 and then means 0
+    within: float  # of runs in one group
+    share: float  # between / (between + within)
+    low: float  # of the 95 % interval of the share, exact for normal values
     high: float
     groups: int
-    runs: int
+    runs: int  # in each group
 
 
 def normality(rows: pd.DataFrame) -> pd.DataFrame:

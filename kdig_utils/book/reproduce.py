@@ -42,19 +42,12 @@ MALLOC_SETTINGS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a chapter ended.
+    """How a chapter ended."""
 
-    Attributes:
-        notebook: its file name.
-        seconds: wall time; 0 if it was up to date.
-        status: `ok`, `up to date` or `failed`.
-        error: the first line of the error; empty if there was none.
-    """
-
-    notebook: str
-    seconds: float
-    status: str
-    error: str = ""
+    notebook: str  # its file name
+    seconds: float  # wall time; 0 if it was up to date
+    status: str  # `ok`, `up to date` or `failed`
+    error: str = ""  # the first line of the error; empty if there was none
 
 
 def reproduce(profile: str, only: Sequence[str] | None = None, resume: bool = False) -> list[Outcome]:

@@ -46,19 +46,12 @@ class File(NamedTuple):
 
 
 class Runtime(NamedTuple):
-    """All that the benchmark knows of a runtime.
+    """All that the benchmark knows of a runtime."""
 
-    Attributes:
-        open: as in `serving`; another process finds it, and the writers, by name.
-        packages: what is imported, and how long that takes, before a file is opened.
-        files: by precision, in the order in which they are written.
-        opened_once: it is slow to open, and so is timed for one image and one thread alone.
-    """
-
-    open: serving.Opener
-    packages: tuple[str, ...]
-    files: Mapping[str, File]
-    opened_once: bool = False
+    open: serving.Opener  # another process finds it, and the writers, by name
+    packages: tuple[str, ...]  # what is imported, and how long that takes, before a file is opened
+    files: Mapping[str, File]  # by precision, in the order in which they are written
+    opened_once: bool = False  # it is slow to open, and so is timed for one image and one thread alone
 
 
 WEIGHTS = "weights.safetensors"
@@ -101,25 +94,17 @@ def name_of(function: Callable) -> str:
 
 @dataclass
 class Candidate:
-    """One network in one runtime and precision.
-
-    Attributes:
-        file: what the runtime opens.
-        missing: why there is nothing, or nothing more, of it; empty while its process can be asked.
-        left_out: why there is no figure, by batch size and number of threads.
-        loaded: what `serving.Server.open` found.
-        logits: of the test images, (N, 10), when it has classified them.
-    """
+    """One network in one runtime and precision."""
 
     model: str
     k: int
     runtime: str
     precision: str
-    file: Path
-    missing: str = ""
-    left_out: dict[tuple[int, int], str] = field(default_factory=dict)
-    loaded: dict[str, float] = field(default_factory=dict)
-    logits: np.ndarray | None = None
+    file: Path  # what the runtime opens
+    missing: str = ""  # why there is nothing, or nothing more, of it; empty while its process can be asked
+    left_out: dict[tuple[int, int], str] = field(default_factory=dict)  # why no figure, by batch size and threads
+    loaded: dict[str, float] = field(default_factory=dict)  # what `serving.Server.open` found
+    logits: np.ndarray | None = None  # of the test images, (N, 10), when it has classified them
     process: Process | None = None
 
     @property

@@ -76,11 +76,8 @@ def open_onnxruntime(path: Path, _k: int, threads: int, batch: int) -> tuple[np.
     options.add_free_dimension_override_by_name("batch", batch)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     kind = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32
-    images, logits, binding = (
-        np.zeros((batch, 3, 32, 32), kind),
-        np.empty((batch, 10), np.float32),
-        session.io_binding(),
-    )
+    images, logits = np.zeros((batch, 3, 32, 32), kind), np.empty((batch, 10), np.float32)
+    binding = session.io_binding()
     binding.bind_cpu_input("images", images)
     binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
 

@@ -105,27 +105,21 @@ def main_runs(ledger: pd.DataFrame) -> pd.DataFrame:
     Whichever campaign trained them. Of several numbers of epochs the one at which most of `MAIN_METHODS` were run, and
     of those the largest; of several teachers the one with the most students.
     """
-    alike = _those(ledger[ledger["method"] != "teacher"], _has_main_settings)
+
+    def is_main(spec: RunSpec | TeacherSpec) -> bool:
+        return spec.setting("epochs", "n_steps") == RunSpec(spec.method).setting("epochs", "n_steps")
+
+    def completeness(runs: pd.DataFrame) -> tuple[int, int]:
+        return len(set(runs["method"]) & set(MAIN_METHODS)), int(runs["epochs"].max())
+
+    alike = _those(ledger[ledger["method"] != "teacher"], is_main)
     budgets = (of_one_teacher(runs) for _epochs, runs in alike.groupby("epochs"))
-    return max(budgets, key=_completeness, default=alike).reset_index(drop=True)
+    return max(budgets, key=completeness, default=alike).reset_index(drop=True)
 
 
 def _those(table: pd.DataFrame, holds: Callable[[RunSpec | TeacherSpec], bool]) -> pd.DataFrame:
     chosen = [holds(spec_of(row)) for _index, row in table.iterrows()]
     return table[pd.Series(chosen, index=table.index, dtype=bool)]
-
-
-def _has_main_settings(spec: RunSpec | TeacherSpec) -> bool:
-    return spec.setting("epochs", "n_steps") == RunSpec(spec.method).setting("epochs", "n_steps")
-
-
-def _completeness(runs: pd.DataFrame) -> tuple[int, int]:
-    return len(set(runs["method"]) & set(MAIN_METHODS)), int(runs["epochs"].max())
-
-
-def bare_run_ids(ledger: pd.DataFrame) -> set[str]:
-    """The identities that the ledger's students would have without teacher and data: those of a campaign's specs."""
-    return {spec_of(row).bare_id for _index, row in ledger.iterrows()}
 
 
 def progress(ledger: pd.DataFrame) -> pd.DataFrame:

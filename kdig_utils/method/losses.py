@@ -57,19 +57,12 @@ def check_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
 
 
 class Seen(NamedTuple):
-    """What a term of the loss sees of a batch.
+    """What a term of the loss sees of a batch."""
 
-    Attributes:
-        logits: of the student, (N, classes).
-        features: of the student at the block that attention transfer compares, (N, C, H, W).
-        answers: the teacher's logits, (N, classes); empty where no teacher is asked.
-        attention: the teacher's attention maps, (N, H·W); empty where no teacher is asked.
-    """
-
-    logits: Tensor
-    features: Tensor
-    answers: Tensor
-    attention: Tensor
+    logits: Tensor  # of the student, (N, classes)
+    features: Tensor  # of the student at the block that attention transfer compares, (N, C, H, W)
+    answers: Tensor  # the teacher's logits, (N, classes); empty where no teacher is asked
+    attention: Tensor  # the teacher's attention maps, (N, H·W); empty where no teacher is asked
 
 
 class Weights(Protocol):
@@ -83,30 +76,20 @@ class Weights(Protocol):
     def gamma(self) -> float: ...
 
 
-def distillation(seen: Seen, spec: Weights) -> Tensor:
-    return spec.alpha * distillation_loss(seen.logits, seen.answers, spec.temperature)
-
-
-def attention_transfer(seen: Seen, spec: Weights) -> Tensor:
-    return spec.gamma * attention_loss(seen.features, seen.attention)
-
-
 class Part(NamedTuple):
-    """A part of a method.
+    """A part of a method."""
 
-    Attributes:
-        reads: the fields of a run's spec that mean something only to methods with it; `pairing` is among them if it
-            takes anything from the teacher.
-        term: what it adds to the loss; None for one that changes the images instead.
-    """
-
+    # The fields of a run's spec that mean something only to methods with it: `pairing`, if it asks for the teacher.
     reads: tuple[str, ...]
-    term: Callable[[Seen, Weights], Tensor] | None = None
+    term: Callable[[Seen, Weights], Tensor] | None = None  # of the loss; None for a part that changes the images
 
 
 # By the name that a method has it under, in the order in which they are named: `kd_ig`, not `ig_kd`.
 PARTS = {
-    "kd": Part(("alpha", "temperature", "answers", "pairing"), distillation),
+    "kd": Part(
+        ("alpha", "temperature", "answers", "pairing"),
+        lambda seen, spec: spec.alpha * distillation_loss(seen.logits, seen.answers, spec.temperature),
+    ),
     "ig": Part(("overlay_probability", "n_steps", "pairing")),
-    "at": Part(("gamma", "pairing"), attention_transfer),
+    "at": Part(("gamma", "pairing"), lambda seen, spec: spec.gamma * attention_loss(seen.features, seen.attention)),
 }

@@ -18,21 +18,13 @@ PADDING = 4
 
 @dataclass(frozen=True)
 class EpochDraws:
-    """All random numbers of one epoch, row by row in the order in which the images are visited.
+    """All random numbers of one epoch, row by row in the order in which the images are visited."""
 
-    Attributes:
-        order: position of each image in the training set, (N,).
-        shifts: row and column offset of the crop in the padded image, (N, 2), from 0 to 8.
-        flips: whether the image is mirrored, (N,).
-        overlaid: whether the map is blended in, (N,).
-        powers: exponent of the map, (N,), from 1 to 2.
-    """
-
-    order: Tensor
-    shifts: Tensor
-    flips: Tensor
-    overlaid: Tensor
-    powers: Tensor
+    order: Tensor  # position of each image in the training set, (N,)
+    shifts: Tensor  # row and column offset of the crop in the padded image, (N, 2), from 0 to 8
+    flips: Tensor  # whether the image is mirrored, (N,)
+    overlaid: Tensor  # whether the map is blended in, (N,)
+    powers: Tensor  # exponent of the map, (N,), from 1 to 2
 
     def batch(self, start: int, size: int) -> "EpochDraws":
         """The rows from `start` on, at most `size` of them."""

@@ -3,7 +3,6 @@
 Each control keeps something of the overlay and takes something away: its place, its image, its form, its teacher.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -65,10 +64,10 @@ def control_maps(pairing: str, maps: Tensor, images: ImageSet, positions: Tensor
     if pairing == "random":
         return permuted(maps, seed)
     if pairing == "edges":
-        return torch.cat([edges(part) for part in _parts(images.pixels, positions)])
+        return torch.cat([edges(images.pixels[part]) for part in positions.split(CHUNK)])
     if pairing == "mixup-grey":
-        others = another(len(images), seed)[positions]
-        return torch.cat([grey(part).half() for part in _parts(images.pixels, others)])
+        others = another(len(images), seed)[positions].split(CHUNK)
+        return torch.cat([grey(images.pixels[part]).half() for part in others])
     return maps
 
 
@@ -122,7 +121,3 @@ def saliency_maps(teacher: nn.Module, images: ImageSet, batch_size: int = 64) ->
 
 def _divided_by_maximum(maps: Tensor) -> Tensor:
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)).half()
-
-
-def _parts(pixels: Tensor, positions: Tensor) -> Iterator[Tensor]:
-    return (pixels[part] for part in positions.split(CHUNK))
