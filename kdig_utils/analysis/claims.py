@@ -4,11 +4,9 @@
 verdict means is in `verdicts`, what the ledger says of each claim in `scorecard`.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -181,20 +179,6 @@ def interim_significance() -> float:
 def registrations() -> list[dict[str, str]]:
     """When claims and rules were written down or changed, and what: date, what, and the digest of what it covers."""
     return [dict(entry) for entry in _claims_file()["registrations"]]
-
-
-def digest(date: str) -> str:
-    """Twelve digits of the SHA-256 of rules, protocols and claims registered on `date`, with the paper's numbers.
-
-    Whoever changes one of them has to date the change: a test holds the digests of claims.yml against this.
-    """
-    content = _claims_file()
-    dated = {name: content[name] for name in ("rules", "settings") if content["rules"]["registered"] == date}
-    dated |= {name: its for name, its in content["protocols"].items() if its["registered"] == date}
-    merged = [asdict(_claim(entry, content)) for entry in content["claims"]]
-    own = [{**claim, "claimed": Claim(**claim).claimed} for claim in merged if claim["registered"] == date]
-    text = json.dumps([SIGNIFICANCE, paper()["ablation_runs"], dated, own], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @cache

@@ -1,5 +1,6 @@
 """How often the rules of `verdicts` err: studies whose truth is known, simulated and judged as the scorecard judges."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -54,13 +55,10 @@ def operating_characteristics(
         ValueError: no runs or studies, or a correlation outside [0, 1].
     """
     if not (min(seeds, default=0) >= 1 and studies >= 1 and 0 <= correlation <= 1):
-        raise ValueError(
-            f"seeds {tuple(seeds)}, studies {studies}, correlation {correlation}: give one run and one study or more, "
-            "and a correlation in [0, 1]"
-        )
+        told = f"seeds {tuple(seeds)}, studies {studies}, correlation {correlation}"
+        raise ValueError(f"{told}: give one run and one study or more, and a correlation in [0, 1]")
     rng, registered, rows = np.random.default_rng(seed), {claim.name: claim for claim in claims()}, []
-    cases = [(runs, truth, kind) for runs in seeds for truth in TRUTHS for kind in kinds]
-    for runs, truth, kind in cases:
+    for runs, truth, kind in itertools.product(seeds, TRUTHS, kinds):
         claim = registered[kinds[kind]]
         table = _true_means(claim)
         theirs = _draws(table, (studies, claim.paper_runs), 0.0, rng)

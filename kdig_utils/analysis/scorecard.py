@@ -270,16 +270,6 @@ def by_kind(card: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex(index=evidence.in_order(counts.index), columns=list(verdicts.VERDICTS), fill_value=0)
 
 
-def headline(card: pd.DataFrame) -> str:
-    """The scorecard in one sentence a kind: of how many claims the evidence is there, and what it says."""
-    parts = []
-    for kind, row in by_kind(card).iterrows():
-        tested = row[[*verdicts.DECIDED, UNDECIDED]]
-        said = ", ".join(f"{count} {verdict}" for verdict, count in tested.items() if count)
-        parts.append(f"{kind}: {tested.sum()} of {row.sum()} claims tested" + (f" ({said})" if said else ""))
-    return "; ".join(parts)
-
-
 def written(value: float, unit: str) -> str:
     """A number of the scorecard with its unit, as tables show it; empty if there is none."""
     if np.isnan(value):

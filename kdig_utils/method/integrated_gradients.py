@@ -33,9 +33,8 @@ def integrated_gradients(
     however many images and steps there are.
 
     Args:
-        forward_func: differentiable model in evaluation mode, (N, …) to (N, classes). As in Captum it is not switched
-            to that mode for you; here it is refused while batch norm or dropout train, whose answers would depend on
-            the other points of the path.
+        forward_func: differentiable, (N, …) to (N, classes), in evaluation mode: as in Captum it is not switched to it
+            for you; it is refused while batch norm or dropout train, whose answers depend on the path's other points.
         inputs: shape (N, …), floating point; the result has no graph, even if these require a gradient.
         baselines: a number, or a tensor that broadcasts to `inputs`.
         target: the class whose output is explained, one for all or one an input.

@@ -76,6 +76,14 @@ class Weights(Protocol):
     def gamma(self) -> float: ...
 
 
+def distillation(seen: Seen, spec: Weights) -> Tensor:
+    return spec.alpha * distillation_loss(seen.logits, seen.answers, spec.temperature)
+
+
+def attention_transfer(seen: Seen, spec: Weights) -> Tensor:
+    return spec.gamma * attention_loss(seen.features, seen.attention)
+
+
 class Part(NamedTuple):
     """A part of a method."""
 
@@ -86,10 +94,7 @@ class Part(NamedTuple):
 
 # By the name that a method has it under, in the order in which they are named: `kd_ig`, not `ig_kd`.
 PARTS = {
-    "kd": Part(
-        ("alpha", "temperature", "answers", "pairing"),
-        lambda seen, spec: spec.alpha * distillation_loss(seen.logits, seen.answers, spec.temperature),
-    ),
+    "kd": Part(("alpha", "temperature", "answers", "pairing"), distillation),
     "ig": Part(("overlay_probability", "n_steps", "pairing")),
-    "at": Part(("gamma", "pairing"), lambda seen, spec: spec.gamma * attention_loss(seen.features, seen.attention)),
+    "at": Part(("gamma", "pairing"), attention_transfer),
 }
