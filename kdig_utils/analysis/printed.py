@@ -14,11 +14,9 @@ from kdig_utils import paths
 from kdig_utils.analysis.claims import paper
 from kdig_utils.analysis.comparisons import mean_interval, unpaired
 
-CURVES = ("sweep_curves", "six_curves", "kd_ig_at_curve")
-
 
 def table(name: str) -> pd.DataFrame:
-    """One of `CURVES` (train_loss and train_accuracy, in per cent, after each epoch) or `sweep_results`."""
+    """`sweep_curves`, `six_curves`, `kd_ig_at_curve` (train_loss, train_accuracy in %, by epoch) or `sweep_results`."""
     file = "sweep_curves.csv.xz" if name == "sweep_curves" else f"{name}.csv"
     path = paths.repository_root() / "results" / "printed" / file
     with paths.reading(path):
