@@ -36,9 +36,8 @@ def number(right: float, tolerance: float, slips: Mapping[float, str] = MappingP
         for factor, hint in ((100, "are these per cent?"), (0.01, "is it a fraction?"), (-1, "look at the sign")):
             if math.isclose(value, right * factor, abs_tol=abs(tolerance * factor)):
                 return f"Not yet: {value:g} is {factor:g} times the right number; {hint}"
-        return (
-            f"Not yet: {value:g} is {'too large' if value > right else 'too small' if value < right else 'no number'}."
-        )
+        way = "too large" if value > right else "too small" if value < right else "no number"
+        return f"Not yet: {value:g} is {way}."
 
     return judge
 

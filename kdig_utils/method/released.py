@@ -36,13 +36,6 @@ def catalogue() -> pd.DataFrame:
         return pd.read_csv(file)
 
 
-def found(folder: Path) -> dict[str, Path]:
-    """The files of the catalogue below `folder`, by their SHA-256; others are passed over."""
-    known = set(catalogue()["sha256"])
-    hashes = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.rglob("*.pt"))}
-    return {sha256: path for sha256, path in hashes.items() if sha256 in known}
-
-
 def fetch(digits: str = "") -> dict[str, Path]:
     """The files whose SHA-256 begins with `digits`, by their SHA-256.
 
@@ -56,7 +49,7 @@ def fetch(digits: str = "") -> dict[str, Path]:
     if wanted.empty:
         raise KeyError(f"no released network has a SHA-256 that begins with {digits!r}: see kdig_utils/released.csv")
     if folder := paths.named_folder(VARIABLE):
-        there = found(folder)
+        there = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.rglob("*.pt"))}
         if missing := [row.path for row in wanted.itertuples() if row.sha256 not in there]:
             raise FileNotFoundError(
                 f"{VARIABLE}={folder} lacks {len(missing)} of {len(wanted)} networks, first {missing[0]}: put "
@@ -65,15 +58,11 @@ def fetch(digits: str = "") -> dict[str, Path]:
         return {sha256: there[sha256] for sha256 in wanted["sha256"]}
     import pooch  # only where it is needed: it loads tqdm.auto, whose warning would stand in every notebook
 
-    target = paths.workspace() / "released"
-    return {
-        row.sha256: Path(
-            pooch.retrieve(
-                f"{ADDRESS}/{row.commit}/{row.path}", f"sha256:{row.sha256}", f"{row.sha256[:12]}.pt", target
-            )
-        )
-        for row in wanted.itertuples()
-    }
+    target, fetched = paths.workspace() / "released", {}
+    for row in wanted.itertuples():
+        address, name = f"{ADDRESS}/{row.commit}/{row.path}", f"{row.sha256[:12]}.pt"
+        fetched[row.sha256] = Path(pooch.retrieve(address, f"sha256:{row.sha256}", name, target))
+    return fetched
 
 
 def network(digits: str) -> Student:
