@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from kdig_utils import paths
 from kdig_utils.analysis import laboratory
-from kdig_utils.experiments import brief, campaigns, laptop
+from kdig_utils.experiments import brief, campaigns, checkpoints, laptop
 from kdig_utils.experiments.ledger import Ledger, spec_of
 from kdig_utils.method import artifacts
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
@@ -91,9 +90,9 @@ def _other_settings(spec: RunSpec | TeacherSpec) -> str:
 def checkpoint_line(path: Path) -> str:
     """Where the run of a checkpoint stands."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a damaged file
-        return f"{path.name}: damaged ({type(error).__name__}): delete {path} to start the run afresh"
+        content = checkpoints.read(path)
+    except ValueError as error:
+        return f"{path.name}: {error}"
     spec = content["spec"]
     done, name = content["epoch"], spec.get("method", "teacher")
     return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"
@@ -101,7 +100,10 @@ def checkpoint_line(path: Path) -> str:
 
 def signals_line(folder: Path) -> str:
     """How much of a store of teacher signals is there."""
-    done = np.load(folder / "done.npy")
+    try:
+        done = np.load(folder / "done.npy")
+    except (OSError, EOFError, ValueError) as error:
+        return f"{folder.name}: damaged ({error}): delete {folder} to compute the signals again"
     return f"{folder.name} ({folder.parts[-3]}): {int(done.sum()):,} of {len(done):,} images"
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from torch import nn
 
 from kdig_utils.method import models
 from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
-from kdig_utils.paths import explaining, replacing, repository_root
+from kdig_utils.paths import locked, replacing, repository_root
 
 COLUMNS = (
     "run_id", "campaign", "method", "k", "seed", "pairing", "epochs", "train_fraction", "test_accuracy",
@@ -93,16 +92,22 @@ class Ledger:
 
         Returns:
             The identities of the runs that were added.
+
+        Raises:
+            OSError: the rows could not be written, or were not there afterwards.
         """
-        with explaining(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        with explaining(self.path), FileLock(self.path.parent / f".{self.path.name}.lock"):
+        with locked(self.path):
             rows = self.read().to_dict("records")
             known = {row["run_id"] for row in rows}
             new = [row for row in table.to_dict("records") if row["run_id"] not in known]
             if new:
                 with replacing(self.path) as part:
-                    pd.DataFrame([*rows, *new], columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
+                    text = pd.DataFrame([*rows, *new], columns=list(COLUMNS)).astype(COUNTS).to_csv(index=False)
+                    part.write_bytes(content := text.encode())
+                if self.path.read_bytes() != content:
+                    raise OSError(
+                        f"{self.path} does not hold run {new[0]['run_id']}, just written: set KDIG_ROOT to another disk"
+                    )
         return [row["run_id"] for row in new]
 
 

@@ -146,13 +146,23 @@ class Study:
         """The same signals with the teacher's plain gradients in place of IG maps, computed now or earlier."""
         path = self.folder / "signals" / f"{self.teacher_sha256[:12]}_saliency.npy"
         if not path.is_file():
-            print_line(f"plain gradients of {len(self.train):,} images")
-            with exact_float32():
-                maps = pairings.saliency_maps(self.teacher.to(self.device), self.train)
-            with paths.replacing(path) as part, part.open("wb") as file:
-                np.save(file, maps.numpy())
-        maps = torch.from_numpy(np.load(path))
+            with paths.claimed(path, print_line):
+                if not path.is_file():  # else another process has just made it
+                    self._write_saliency(path)
+        try:
+            maps = torch.from_numpy(np.load(path))
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to compute it again") from error
+        if maps.shape != found.maps.shape or not bool(((maps >= 0) & (maps <= 1)).all()):
+            raise ValueError(f"{path} is damaged (shape {tuple(maps.shape)}, or no maps): delete it to compute it again")
         return replace(found, maps=maps, manifest={**found.manifest, "maps": "saliency"})
+
+    def _write_saliency(self, path: Path) -> None:
+        print_line(f"plain gradients of {len(self.train):,} images")
+        with exact_float32():
+            maps = pairings.saliency_maps(self.teacher.to(self.device), self.train)
+        with paths.replacing(path) as part, part.open("wb") as file:
+            np.save(file, maps.numpy())
 
     @cached_property
     def _signals_on_device(self) -> dict[tuple[int, bool], TeacherSignals]:
@@ -200,12 +210,12 @@ class Study:
             TrainingDiverged: losses were not finite; all other runs are in the ledger.
         """
         specs = [self.completed(spec) for spec in specs]
-        known = set(self.ledger.read()["run_id"])
+        known = self._finished()
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
-        ours = reserved(left, self.folder / "reserved", lambda: set(self.ledger.read()["run_id"]), report)
+        ours = reserved(left, self.folder / "reserved", self._finished, report)
         with contextlib.closing(ours):
             self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
         return [spec.run_id for spec in specs]
@@ -218,11 +228,28 @@ class Study:
         deadline: float = math.inf,
         way: Way = Way(),
     ) -> pd.Series | None:
-        """The ledger row of a teacher, trained now, from `initial` if the spec says so; None if time was over."""
-        if self.ledger.find(spec) is None:
-            run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
-            self._train([run], campaign, way, deadline, print_line)
+        """The ledger row of a teacher, trained now, from `initial` if the spec says so; None if time was over.
+
+        While another process trains it, this one waits.
+        """
+        if spec.run_id not in self._finished():
+            with (
+                contextlib.suppress(TimeoutError),
+                paths.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline),
+            ):
+                if self.ledger.find(spec) is None:  # else the other process has just ended it
+                    run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
+                    self._train([run], campaign, way, deadline, print_line)
         return self.ledger.find(spec)
+
+    def _finished(self) -> set[str]:
+        """The runs of the ledger, whose checkpoints nobody needs."""
+        known = set(self.ledger.read()["run_id"])
+        for path in self.folders["checkpoints"].glob("*.pt"):
+            if path.stem in known:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return known
 
     def _student_run(self, spec: RunSpec, network: models.Network, deadline: float) -> Run:
         return student_run(
@@ -245,7 +272,10 @@ class Study:
         """Train the runs; each one's row is in the ledger before another one starts."""
         torch.backends.cudnn.benchmark = way.benchmark
         for run in train_together(runs, way, deadline, report):
-            self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
+            # A process that was stopped for longer than its lease may find its run trained by another.
+            with paths.locked(self._file("weights", run.spec.run_id)):
+                if self.ledger.find(run.spec) is None:
+                    self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
             self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
 
     def _record(self, run: Run, **known: str) -> None:
@@ -280,9 +310,19 @@ class Study:
         return {}
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
-        """The network that a run of this study ended with, in evaluation mode."""
-        untrained = artifacts.model_for(spec.method, spec.k, spec.stem_stride)
-        network = artifacts.read_weights(untrained, self._file("weights", spec.run_id))
+        """The network that a run of this study ended with, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: its weights are not in the study's folder.
+            ValueError: the file is damaged, or its weights are not those of the ledger.
+        """
+        untrained, path = artifacts.model_for(spec.method, spec.k, spec.stem_stride), self._file("weights", spec.run_id)
+        network, row = artifacts.read_weights(untrained, path), self.ledger.find(spec)
+        if row is not None and (found := models.weights_sha256(network)) != row["weights_sha256"]:
+            raise ValueError(
+                f"{path} holds weights {found[:12]}, run {spec.run_id} ended with {str(row['weights_sha256'])[:12]}: "
+                "delete the file, and unpack it again or train the run again"
+            )
         assert isinstance(network, Teacher | Student)
         return network
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from filelock import FileLock
+from filelock import SoftFileLock
 
 import kdig_utils
 from kdig_utils.experiments.ledger import COLUMNS, Ledger, code_commit, of_one_teacher, provenance, spec_of
@@ -248,7 +248,7 @@ def test_read_only_folder_is_named_with_a_remedy(
     with monkeypatch.context() as patch:
         target = {
             "temporary file": (tempfile, "mkstemp"),
-            "lock": (FileLock, "acquire"),
+            "lock": (SoftFileLock, "acquire"),
             "folder": (Path, "mkdir"),
         }[where]
         patch.setattr(*target, refuse)

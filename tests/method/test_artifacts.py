@@ -168,7 +168,7 @@ def test_full_disk_leaves_the_old_weights(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match=r"cannot write kd_k17\.safetensors in .*disk is full"):
+    with pytest.raises(OSError, match=r"cannot write kd_k17\..*safetensors in .*disk is full"):
         publish(models.student(17, seed=9))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
