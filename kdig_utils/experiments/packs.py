@@ -97,7 +97,9 @@ def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> 
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "runs.csv").write_bytes(members.pop("runs.csv"))
         table = Ledger(Path(scratch) / "runs.csv").read()
-    hashes = {run_id: sha for rows in (table, ledger.read()) for run_id, sha in rows[["run_id", "weights_sha256"]].to_numpy()}
+    hashes = {
+        run_id: sha for rows in (table, ledger.read()) for run_id, sha in rows[["run_id", "weights_sha256"]].to_numpy()
+    }
     to_write = {folders[name.split("/")[0]] / name.split("/")[1]: data for name, data in members.items()}
     for path, data in to_write.items():
         if path.suffix == ".safetensors" and not _is_of_row(data, path, hashes):
@@ -163,6 +165,7 @@ def _members(content: bytes) -> dict[str, bytes]:
         raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
     found = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     if hashes != found:
-        odd = min(set(dict(hashes).items()) ^ set(found.items()))
-        raise ValueError(f"the pack is not whole ({odd[0]} is damaged): bring its pieces over again")
+        listed = hashes if isinstance(hashes, dict) else {}
+        damaged = next((name for name in found if listed.get(name) != found[name]), "sha256.json")
+        raise ValueError(f"the pack is not whole ({damaged} is damaged): bring its pieces over again")
     return members
