@@ -129,7 +129,9 @@ def test_a_claim_without_a_sign_of_life_is_free_after_the_lease(
         other = holding("paths.LEASE_SECONDS = 1.5\n" + CLAIM)
         other.send_signal(signal.SIGSTOP)
     else:
-        marker.write_text(f"filelock/2\npid={os.getpid()}\nhost=elsewhere\nmode=lease\ntoken=ab\nduration=1.5\nstart=1\n")
+        marker.write_text(
+            f"filelock/2\npid={os.getpid()}\nhost=elsewhere\nmode=lease\ntoken=ab\nduration=1.5\nstart=1\n"
+        )
         os.utime(marker)
     assert paths.lease(file) is None  # it may live
     time.sleep(1.6)

@@ -51,10 +51,11 @@ def read(checkpoint: Path | bytes, device: torch.device | str = "cpu") -> dict[s
         head, _line_break, hashed = data.partition(b"\n") if data.startswith(HASHED) else (b"", b"", b"")
         if head and hashlib.sha256(hashed).hexdigest().encode() != head.removeprefix(HASHED):
             raise ValueError("its SHA-256 is another")
-        saved = io.BytesIO(hashed or data)
-        if not head and (record := zipfile.ZipFile(saved).testzip()):  # those of earlier versions have checksums alone
+        if not head and (
+            record := zipfile.ZipFile(io.BytesIO(data)).testzip()
+        ):  # those of earlier versions have checksums alone
             raise ValueError(f"{record} has another checksum")
-        content = torch.load(saved, map_location=device, weights_only=True)
+        content = torch.load(io.BytesIO(hashed or data), map_location=device, weights_only=True)
         return {name: content[name] for name in ("run_id", "spec", "model", "optimizer", "generator", *MOVING)}
     except Exception as error:  # torch.load raises many types for a damaged file
         name = checkpoint if isinstance(checkpoint, Path) else "in the pack"
@@ -104,7 +105,7 @@ def untrue(run: Run, content: dict[str, Any]) -> str:
     steps = epoch * math.ceil(run.n_images / run.spec.batch_size) + math.ceil(position / run.spec.batch_size)
     states = list(content["optimizer"]["state"].values())
     made = {int(state.get("step", steps)) for state in states}  # of SGD only whether there is a momentum
-    if steps and made != {steps}:
+    if made != {steps} and (steps or made):
         return f"an optimiser after {min(made, default=0)} steps where there should be {steps}"
     return ""
 

@@ -3,14 +3,26 @@
 A claim is a lease (`paths.lease`): the end of a process, however it ends, frees what it had claimed.
 """
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from filelock import SoftFileLease
 
 from kdig_utils import paths
+from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report
 from kdig_utils.method.spec import RunSpec
+
+
+def ended(ledger: Ledger, checkpoints: Path) -> set[str]:
+    """The runs of the ledger; their checkpoints, which nobody needs, are removed."""
+    known = set(ledger.read()["run_id"])
+    for path in checkpoints.glob("*.pt"):
+        if path.stem in known:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return known
 
 
 def reserved(

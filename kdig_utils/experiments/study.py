@@ -8,10 +8,9 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.packs import SUFFIXES
 from kdig_utils.experiments.reports import Report, print_line
-from kdig_utils.experiments.reservations import reserved
+from kdig_utils.experiments.reservations import ended, reserved
 from kdig_utils.experiments.runs import Run, compiled_network, student_run, teacher_run
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, Way, train_together
 from kdig_utils.method import artifacts, cifar10, models, pairings, precompute, training
@@ -145,24 +144,9 @@ class Study:
     def with_saliency(self, found: TeacherSignals) -> TeacherSignals:
         """The same signals with the teacher's plain gradients in place of IG maps, computed now or earlier."""
         path = self.folder / "signals" / f"{self.teacher_sha256[:12]}_saliency.npy"
-        if not path.is_file():
-            with paths.claimed(path, print_line):
-                if not path.is_file():  # else another process has just made it
-                    self._write_saliency(path)
-        try:
-            maps = torch.from_numpy(np.load(path))
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it to compute it again") from error
-        if maps.shape != found.maps.shape or not bool(((maps >= 0) & (maps <= 1)).all()):
-            raise ValueError(f"{path} is damaged (shape {tuple(maps.shape)}, or no maps): delete it to compute it again")
-        return replace(found, maps=maps, manifest={**found.manifest, "maps": "saliency"})
-
-    def _write_saliency(self, path: Path) -> None:
-        print_line(f"plain gradients of {len(self.train):,} images")
         with exact_float32():
-            maps = pairings.saliency_maps(self.teacher.to(self.device), self.train)
-        with paths.replacing(path) as part, part.open("wb") as file:
-            np.save(file, maps.numpy())
+            maps = pairings.stored_saliency_maps(self.teacher.to(self.device), self.train, path, print_line)
+        return replace(found, maps=maps, manifest={**found.manifest, "maps": "saliency"})
 
     @cached_property
     def _signals_on_device(self) -> dict[tuple[int, bool], TeacherSignals]:
@@ -210,12 +194,13 @@ class Study:
             TrainingDiverged: losses were not finite; all other runs are in the ledger.
         """
         specs = [self.completed(spec) for spec in specs]
-        known = self._finished()
+        finished = partial(ended, self.ledger, self.folders["checkpoints"])
+        known = finished()
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
-        ours = reserved(left, self.folder / "reserved", self._finished, report)
+        ours = reserved(left, self.folder / "reserved", finished, report)
         with contextlib.closing(ours):
             self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
         return [spec.run_id for spec in specs]
@@ -232,24 +217,13 @@ class Study:
 
         While another process trains it, this one waits.
         """
-        if spec.run_id not in self._finished():
-            with (
-                contextlib.suppress(TimeoutError),
-                paths.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline),
-            ):
+        if self.ledger.find(spec) is None:
+            claim = paths.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline)
+            with contextlib.suppress(TimeoutError), claim:
                 if self.ledger.find(spec) is None:  # else the other process has just ended it
                     run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
                     self._train([run], campaign, way, deadline, print_line)
         return self.ledger.find(spec)
-
-    def _finished(self) -> set[str]:
-        """The runs of the ledger, whose checkpoints nobody needs."""
-        known = set(self.ledger.read()["run_id"])
-        for path in self.folders["checkpoints"].glob("*.pt"):
-            if path.stem in known:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        return known
 
     def _student_run(self, spec: RunSpec, network: models.Network, deadline: float) -> Run:
         return student_run(
@@ -310,19 +284,10 @@ class Study:
         return {}
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
-        """The network that a run of this study ended with, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: its weights are not in the study's folder.
-            ValueError: the file is damaged, or its weights are not those of the ledger.
-        """
-        untrained, path = artifacts.model_for(spec.method, spec.k, spec.stem_stride), self._file("weights", spec.run_id)
-        network, row = artifacts.read_weights(untrained, path), self.ledger.find(spec)
-        if row is not None and (found := models.weights_sha256(network)) != row["weights_sha256"]:
-            raise ValueError(
-                f"{path} holds weights {found[:12]}, run {spec.run_id} ended with {str(row['weights_sha256'])[:12]}: "
-                "delete the file, and unpack it again or train the run again"
-            )
+        """The network that a run of this study ended with, in evaluation mode; raises as `artifacts.read_weights`."""
+        untrained, row = artifacts.model_for(spec.method, spec.k, spec.stem_stride), self.ledger.find(spec)
+        path, sha256 = self._file("weights", spec.run_id), None if row is None else row["weights_sha256"]
+        network = artifacts.read_weights(untrained, path, weights_sha256=sha256)
         assert isinstance(network, Teacher | Student)
         return network
 

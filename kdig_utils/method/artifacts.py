@@ -53,12 +53,15 @@ def content_of(model: torch.nn.Module, half: bool) -> bytes:
     return save_safetensors(state)
 
 
-def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) -> torch.nn.Module:
+def read_weights(
+    model: torch.nn.Module, path: Path, sha256: str | None = None, weights_sha256: str | None = None
+) -> torch.nn.Module:
     """Load a safetensors file into `model`, as float32, in evaluation mode.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another SHA-256 than `sha256`, a damaged file, or the weights of another architecture.
+        ValueError: another SHA-256 than `sha256`, or weights of another (`models.weights_sha256`) than
+            `weights_sha256`, a damaged file, or the weights of another architecture.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: train them, or restore the file from git")
@@ -68,7 +71,13 @@ def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) 
         raise ValueError(
             f"{path.name} has SHA-256 {found[:16]}…, the manifest says {sha256[:16]}…: restore the file from git"
         )
-    return models.load_state(model, state_of(content, path)).eval().to(memory_format=torch.channels_last)
+    state = state_of(content, path)
+    if weights_sha256 and (found := models.state_sha256(state)) != weights_sha256:
+        raise ValueError(
+            f"{path} holds weights {found[:12]}, the run of the ledger ended with {weights_sha256[:12]}: delete the "
+            "file, and unpack it again or train the run again"
+        )
+    return models.load_state(model, state).eval().to(memory_format=torch.channels_last)
 
 
 def state_of(content: bytes, path: Path) -> dict[str, torch.Tensor]:

@@ -160,7 +160,7 @@ def resumable_downloader(url: str, output_file: str, _pooch: object) -> None:
 
     Raises:
         OSError: the host could not be reached, or the transfer broke off; what arrived stays for the next try.
-        ValueError: the file arrived with a wrong MD5, or is too long; it is removed, so that the next try starts afresh.
+        ValueError: the file arrived with a wrong MD5, or too long; it is removed, so that the next try starts afresh.
     """
     import pooch
 

@@ -476,10 +476,10 @@ def test_a_checkpoint_from_before_is_read_unless_its_checksums_tell(half_way: tu
     """They have no hash; torch.save's own checksums are of the tensors, not of the padding between them."""
     _spec, content, right = half_way
     old = content.partition(b"\n")[2]
-    assert checkpoints.read(old)["curve"] == right["curve"]
-    weights = next(value for name, value in right["model"].items() if name.endswith("0.0.weight"))
+    assert str(checkpoints.read(old)["curve"]) == str(right["curve"])
+    weights = next(value for name, value in right["model"].items() if name.endswith("running_var"))
     damaged = bytearray(old)
-    damaged[old.index(weights.contiguous().numpy().tobytes()[:64])] ^= 1
+    damaged[old.index(weights.numpy().tobytes())] ^= 1
     with pytest.raises(ValueError, match="is damaged"):
         checkpoints.read(bytes(damaged))
 

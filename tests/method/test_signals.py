@@ -400,7 +400,7 @@ def test_a_store_from_before_is_read_unless_a_row_was_never_written(
         rows = np.load(tmp_path / f"{name}.npy", mmap_mode="r+")
         rows[5] = 0
         rows.flush()
-    with pytest.raises(ValueError, match="damaged .*without any signal"):
+    with pytest.raises(ValueError, match=r"damaged .*without any signal"):
         open_signals(teacher, images, tmp_path, SETTINGS)
 
 
