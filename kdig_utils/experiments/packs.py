@@ -165,7 +165,7 @@ def _members(content: bytes) -> dict[str, bytes]:
         raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
     found = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     if hashes != found:
-        listed = hashes if isinstance(hashes, dict) else {}
-        damaged = next((name for name in found if listed.get(name) != found[name]), "sha256.json")
+        told = hashes if isinstance(hashes, dict) else {}
+        damaged = next((name for name in found if told.get(name) != found[name]), "sha256.json")
         raise ValueError(f"the pack is not whole ({damaged} is damaged): bring its pieces over again")
     return members

@@ -148,7 +148,8 @@ def rename(old: str, new: str) -> None:
     """Give a published network another name, its file stays; what had that name leaves the repository."""
     with locked(artifacts_folder() / "manifest.json"):
         known = manifest()
-        _write_manifest({**known, new: known.pop(old)} if new != old else known)
+        entry = known.pop(old)
+        _write_manifest({**known, new: entry})
 
 
 def _write_manifest(entries: dict[str, dict]) -> None:
