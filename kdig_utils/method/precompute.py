@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import SoftFileLease
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -115,31 +116,45 @@ def compute_signals(
     """
     with contextlib.suppress(FileNotFoundError):
         return open_signals(teacher, images, folder, settings)
-    manifest, teacher = manifest_of(teacher, images, settings), copy.deepcopy(teacher).eval()
-    maker, at_once = map_maker(teacher, settings, len(images))
-    black = torch.zeros(1, 3, 32, 32, device=next(teacher.parameters()).device)
-    side = answers(teacher, black, settings.tap)["attention"].shape[1]
     try:
         with claimed(folder, say, deadline) as claim:
-            arrays = open_store(folder, manifest, side)
-            remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
-            way = chosen_way(maker, images, remaining, deadline, say)
-            pace = 0.0
-            for positions in remaining.split(batch_size or at_once) if len(remaining) else ():
-                started = time.monotonic()
-                if started + pace >= deadline:
-                    done = f"{int(arrays['done'].sum()):,} of {len(images):,} images have signals"
-                    raise TimeoutError(f"time is over, {done} in {folder}: run the same again to go on")
-                rows = signals_of_batch(teacher, maker, images, positions, way)
-                if not claim.is_lock_held_by_us:
-                    raise TimeoutError(f"another process took over {folder}, as this one had stopped: run it again")
-                write_rows(arrays, positions, rows)
-                pace = time.monotonic() - started
-                report(int(arrays["done"].sum()), len(images))
-            finish_store(folder, manifest, arrays)
+            _fill(copy.deepcopy(teacher).eval(), images, folder, settings, batch_size, report, deadline, say, claim)
     except TimeoutError as error:
         raise SignalsNotFinished(str(error)) from error
     return open_signals(teacher, images, folder, settings)
+
+
+def _fill(
+    teacher: Teacher,
+    images: ImageSet,
+    folder: Path,
+    settings: SignalSettings,
+    batch_size: int | None,
+    report: Callable[[int, int], None],
+    deadline: float,
+    say: Callable[[str], None],
+    claim: SoftFileLease,
+) -> None:
+    """Compute what a store lacks; raise TimeoutError when `claim` is another process's, or time is over."""
+    maker, at_once = map_maker(teacher, settings, len(images))
+    black = torch.zeros(1, 3, 32, 32, device=next(teacher.parameters()).device)
+    manifest = manifest_of(teacher, images, settings)
+    arrays = open_store(folder, manifest, answers(teacher, black, settings.tap)["attention"].shape[1])
+    remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
+    way = chosen_way(maker, images, remaining, deadline, say)
+    pace = 0.0
+    for positions in remaining.split(batch_size or at_once) if len(remaining) else ():
+        started = time.monotonic()
+        if started + pace >= deadline:
+            done = f"{int(arrays['done'].sum()):,} of {len(images):,} images have signals"
+            raise TimeoutError(f"time is over, {done} in {folder}: run the same again to go on")
+        rows = signals_of_batch(teacher, maker, images, positions, way)
+        if not claim.is_lock_held_by_us:
+            raise TimeoutError(f"another process took over {folder}, as this one had stopped: run it again")
+        write_rows(arrays, positions, rows)
+        pace = time.monotonic() - started
+        report(int(arrays["done"].sum()), len(images))
+    finish_store(folder, manifest, arrays)
 
 
 def map_maker(teacher: Teacher, settings: SignalSettings, images: int) -> tuple[MapMaker, int]:
