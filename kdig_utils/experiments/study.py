@@ -8,10 +8,9 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.packs import SUFFIXES
 from kdig_utils.experiments.reports import Report, print_line
-from kdig_utils.experiments.reservations import reserved
+from kdig_utils.experiments.reservations import ended, reserved
 from kdig_utils.experiments.runs import Run, compiled_network, student_run, teacher_run
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, Way, train_together
 from kdig_utils.method import artifacts, cifar10, models, pairings, precompute, training
@@ -145,13 +144,8 @@ class Study:
     def with_saliency(self, found: TeacherSignals) -> TeacherSignals:
         """The same signals with the teacher's plain gradients in place of IG maps, computed now or earlier."""
         path = self.folder / "signals" / f"{self.teacher_sha256[:12]}_saliency.npy"
-        if not path.is_file():
-            print_line(f"plain gradients of {len(self.train):,} images")
-            with exact_float32():
-                maps = pairings.saliency_maps(self.teacher.to(self.device), self.train)
-            with paths.replacing(path) as part, part.open("wb") as file:
-                np.save(file, maps.numpy())
-        maps = torch.from_numpy(np.load(path))
+        with exact_float32():
+            maps = pairings.stored_saliency_maps(self.teacher.to(self.device), self.train, path, print_line)
         return replace(found, maps=maps, manifest={**found.manifest, "maps": "saliency"})
 
     @cached_property
@@ -200,12 +194,13 @@ class Study:
             TrainingDiverged: losses were not finite; all other runs are in the ledger.
         """
         specs = [self.completed(spec) for spec in specs]
-        known = set(self.ledger.read()["run_id"])
+        finished = partial(ended, self.ledger, self.folders["checkpoints"])
+        known = finished()
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
-        ours = reserved(left, self.folder / "reserved", lambda: set(self.ledger.read()["run_id"]), report)
+        ours = reserved(left, self.folder / "reserved", finished, report)
         with contextlib.closing(ours):
             self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
         return [spec.run_id for spec in specs]
@@ -218,10 +213,16 @@ class Study:
         deadline: float = math.inf,
         way: Way = Way(),
     ) -> pd.Series | None:
-        """The ledger row of a teacher, trained now, from `initial` if the spec says so; None if time was over."""
+        """The ledger row of a teacher, trained now, from `initial` if the spec says so; None if time was over.
+
+        While another process trains it, this one waits.
+        """
         if self.ledger.find(spec) is None:
-            run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
-            self._train([run], campaign, way, deadline, print_line)
+            claim = paths.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline)
+            with contextlib.suppress(TimeoutError), claim:
+                if self.ledger.find(spec) is None:  # else the other process has just ended it
+                    run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
+                    self._train([run], campaign, way, deadline, print_line)
         return self.ledger.find(spec)
 
     def _student_run(self, spec: RunSpec, network: models.Network, deadline: float) -> Run:
@@ -245,7 +246,10 @@ class Study:
         """Train the runs; each one's row is in the ledger before another one starts."""
         torch.backends.cudnn.benchmark = way.benchmark
         for run in train_together(runs, way, deadline, report):
-            self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
+            # A process that was stopped for longer than its lease may find its run trained by another.
+            with paths.locked(self._file("weights", run.spec.run_id)):
+                if self.ledger.find(run.spec) is None:
+                    self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
             self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
 
     def _record(self, run: Run, **known: str) -> None:
@@ -280,9 +284,10 @@ class Study:
         return {}
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
-        """The network that a run of this study ended with, in evaluation mode."""
-        untrained = artifacts.model_for(spec.method, spec.k, spec.stem_stride)
-        network = artifacts.read_weights(untrained, self._file("weights", spec.run_id))
+        """The network that a run of this study ended with, in evaluation mode; raises as `artifacts.read_weights`."""
+        untrained, row = artifacts.model_for(spec.method, spec.k, spec.stem_stride), self.ledger.find(spec)
+        path, sha256 = self._file("weights", spec.run_id), None if row is None else row["weights_sha256"]
+        network = artifacts.read_weights(untrained, path, weights_sha256=sha256)
         assert isinstance(network, Teacher | Student)
         return network
 
