@@ -37,7 +37,7 @@ PAUSE, PATIENCE = 5, 90  # seconds: what a lost host had reserved is free after 
 @contextlib.contextmanager
 def connected(scheduler: str | None, workers: int) -> Iterator[Client]:
     """A client of the scheduler at an address; without one, of processes of one thread each on this machine."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is wrong is said here, in one sentence
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is wrong is said here, in a sentence
     with contextlib.ExitStack() as stack:
         new = None if scheduler else stack.enter_context(LocalCluster(None, workers, 1, **HERE))
         try:
