@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from distributed import Client
@@ -151,22 +151,16 @@ def test_workers_killed_and_a_scheduler_lost_leave_the_ledger_of_one_process(
 
 
 @pytest.mark.slow
-def test_several_workers_are_a_cluster_of_this_machine_that_ends_with_the_command(
+def test_several_workers_are_processes_of_this_machine_that_end_with_the_command(
     loopback: Loopback, alone: pd.DataFrame
 ) -> None:
     command = loopback.command("--workers", "2")
     until(lambda: len(loopback.checkpoints()) == 2, command)
-    children = subprocess.run(
-        ["ps", "--ppid", str(command.pid), "-o", "pid="], capture_output=True, text=True, check=False
-    ).stdout.split()
-    command.send_signal(signal.SIGKILL)
-    command.wait()
-    until_gone = time.monotonic() + LONG
-    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < until_gone:
-        time.sleep(0.1)
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    resumed = loopback.command("--workers", "2")
-    assert resumed.wait(timeout=LONG) == 0, resumed.stderr.read()
+    workers = psutil.Process(command.pid).children(recursive=True)
+    assert len(workers) >= 2
+    _output, told = command.communicate(timeout=LONG)
+    assert (command.returncode, told) == (0, "")
+    assert not psutil.wait_procs(workers, timeout=LONG)[1]
     same(loopback.rows(), alone)
 
 
