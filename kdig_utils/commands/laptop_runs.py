@@ -1,6 +1,6 @@
 """Commands of the laptop protocol, whose runs need no GPU and no data set."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated
@@ -9,12 +9,11 @@ import torch
 
 from kdig_utils.experiments import laptop
 from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.queue import RunAll
 from kdig_utils.experiments.reports import Report, print_line, print_now_and_then
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, Way
 from kdig_utils.experiments.study import Study
 from kdig_utils.machine import keep_freed_memory
-
-RunAll = Callable[..., list[str]]  # `Study.run_all`, or the same by the workers of a cluster
 
 
 def laptop_campaign(profile: str, way: Way, deadline: float, report: Report, run_all: RunAll) -> int:

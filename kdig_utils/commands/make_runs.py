@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
-from kdig_utils.commands.laptop_runs import RunAll, laptop_campaign, side_by_side, trainer
+from kdig_utils.commands.laptop_runs import laptop_campaign, side_by_side, trainer
 from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, queue, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
@@ -180,7 +180,7 @@ def study_campaign(name: str, profile: str, pack: Path | None, way: Way, *how: A
 
 
 def train_or_say_why(
-    study: Study, name: str, specs: list[RunSpec], way: Way, deadline: float, report: Report, run_all: RunAll
+    study: Study, name: str, specs: list[RunSpec], way: Way, deadline: float, report: Report, run_all: queue.RunAll
 ) -> str:
     """Train these runs of a campaign, or the queue where there are none; return what diverged, if anything did."""
     try:
