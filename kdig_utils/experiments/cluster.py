@@ -29,7 +29,7 @@ from kdig_utils.method.precompute import SignalsNotFinished
 from kdig_utils.method.spec import RunSpec
 from kdig_utils.paths import repository_root
 
-HERE = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": 0}  # a cluster for this machine only
+HERE = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
 RETRIES = 2  # of a task that fails: a shared folder may be away for a moment
 PAUSE, PATIENCE = 5, 90  # seconds: what a lost host had reserved is free after a while; workers save after the deadline
 
