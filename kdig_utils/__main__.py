@@ -134,7 +134,8 @@ def main(words: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package in ("", "kdig_utils"):  # a defect
             raise
-        status, message = 2, f"{package} is not installed: pip install {package}, or '.[book,edge]'"
+        group = "cluster" if package in ("dask", "distributed") else "book,edge"
+        status, message = 2, f"{package} is not installed: pip install {package}, or '.[{group}]'"
     except Exception as error:
         if isinstance(error, BrokenPipeError) and nobody_reads_on():
             return 141

@@ -6,7 +6,7 @@ changes no run. Its runs have a ledger of their own, `results/laptop.csv`.
 
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -169,17 +169,19 @@ class Laboratory(Study):
         return {"sample_accuracy": round(models.accuracy(network, sample), 6)}
 
 
-def train(ledger: Path, way: Way, deadline: float, report: Report) -> list[str]:
+def train(
+    ledger: Path, way: Way, deadline: float, report: Report, run_all: Callable[..., list[str]] | None = None
+) -> list[str]:
     """Train what is left of the protocol until `deadline` (`time.monotonic`); return the identities of its runs.
 
     Rows go to `ledger`. Runs that need images which do not come with the repository come last, and only where CIFAR-10
-    is at hand.
+    is at hand. `run_all` may have them trained elsewhere (`cluster`); None is `Study.run_all`.
     """
     run_ids = []
     for images in (IMAGES, POOL) if has_cifar10() else (IMAGES,):
         study = open_laboratory(ledger, images=images)
         specs = [run for run in queue() if needs_the_pool(run) == (images == POOL)]
-        run_ids += study.run_all(specs, NAME, way, deadline, report)
+        run_ids += (run_all or Study.run_all)(study, specs, NAME, way, deadline, report)
     return run_ids
 
 

@@ -27,6 +27,7 @@ CARD_BYTES = 3.0e12  # a second, of an H100 in use; its data sheet says 3.35
 CARD_VALUE_BYTES = 2  # bfloat16
 TRAIN_IMAGES = 50_000
 Scale = Callable[[RunSpec], RunSpec]
+RunAll = Callable[..., list[str]]  # `Study.run_all`, or the same by other processes
 
 
 class Group(NamedTuple):
@@ -98,23 +99,26 @@ def _by_seed(*names: str) -> list[tuple[int, list[RunSpec]]]:
     return [(number, list(its)) for number, its in groupby(specs, key=seed)]
 
 
-def train(study: Study, way: Way | None, deadline: float, report: Report) -> None:
+def train(study: Study, way: Way, deadline: float, report: Report, run_all: RunAll | None = None) -> None:
     """Train the next unfinished runs until `deadline` (`time.monotonic`).
 
     The setting of the brief protocol is chosen as soon as its candidates are done, before any other run. A run that
-    diverges is noted in the folder `diverged` of the workspace, and passed over from then on.
+    diverges is noted in the folder `diverged` of the workspace, and passed over from then on. `run_all` may have them
+    trained elsewhere (`cluster`); None is `Study.run_all`.
     """
-    _train(study, brief.candidates(), way, deadline, report)
+    _train(study, brief.candidates(), way, deadline, report, run_all)
     setting = brief.chosen(study.ledger.read(), study.scaled)
     report(f"the brief protocol: highest learning rate {setting.learning_rate:g}, batch {setting.batch_size}")
-    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
+    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report, run_all)
 
 
-def _train(study: Study, specs: Iterable[RunSpec], way: Way | None, deadline: float, report: Report) -> None:
+def _train(
+    study: Study, specs: Iterable[RunSpec], way: Way, deadline: float, report: Report, run_all: RunAll | None
+) -> None:
     noted = {path.stem for path in (study.folder / "diverged").glob("*.txt")}
     scaled = [spec for spec in map(study.scaled, specs) if study.completed(spec).run_id not in noted]
     try:
-        study.run_all(scaled, CAMPAIGN, way, deadline, report)
+        (run_all or Study.run_all)(study, scaled, CAMPAIGN, way, deadline, report)
     except TrainingDiverged as error:
         report(f"diverged: {error}")
         for run_id in re.findall(r"run (\w{12}):", str(error)):

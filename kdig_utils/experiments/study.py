@@ -152,7 +152,8 @@ class Study:
     def _signals_on_device(self) -> dict[tuple[int, bool], TeacherSignals]:
         return {}
 
-    def _signals_of(self, spec: RunSpec, deadline: float) -> TeacherSignals | None:
+    def signals_of(self, spec: RunSpec, deadline: float) -> TeacherSignals | None:
+        """What a run reads of the teacher, on the device; None if nothing. Raises as `signals_for`."""
         if not spec.uses_teacher:
             return None
         # Only attention transfer looks at the tap: the other methods share one store.
@@ -229,7 +230,7 @@ class Study:
         return student_run(
             spec,
             **self._on_device,
-            signals=self._signals_of(spec, deadline),
+            signals=self.signals_of(spec, deadline),
             checkpoint=self._checkpoint(spec.run_id),
             device=self.device,
             teacher=self.teacher.to(self.device) if spec.asks_the_network else None,
