@@ -15,6 +15,9 @@ from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.study import PROFILES, open_study
 from kdig_utils.machine import keep_freed_memory
 
+Watch = Annotated[
+    Span | None, "show the runs under way, again every so many seconds", {"nargs": "?", "const": Span("10")}
+]
 Check = Annotated[bool, "change nothing; fail if something would change"]
 
 
@@ -102,10 +105,14 @@ def store() -> None:
     print(f"changed: {', '.join(changed) or 'none'}")
 
 
-def status() -> int:
-    """Say what is there and what is missing."""
+def status(*, watch: Watch = None) -> int:
+    """Say what is there and what is missing; with --watch what is trained now, how fast, and what went wrong."""
     from kdig_utils.analysis import plan
+    from kdig_utils.book import watch as watching
 
+    if watch is not None:
+        watching.watch(watch)
+        return 0
     ledger, folder, published = Ledger(paths.ledger_path()).read(), paths.workspace(), artifact_lines()
     sections = {
         "ledger": ledger_lines(ledger),

@@ -3,7 +3,6 @@
 A cut leaves whole seeds: all methods of a seed come before the next seed. Each run stands where it is first needed.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -12,11 +11,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from kdig_utils import paths
 from kdig_utils.experiments import brief, campaigns, profiling
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, postponed, raise_diverged
 from kdig_utils.experiments.side_by_side import Way
-from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import models
 from kdig_utils.method.precompute import SignalsNotFinished
@@ -101,25 +98,24 @@ def _by_seed(*names: str) -> list[tuple[int, list[RunSpec]]]:
 def train(study: Study, way: Way | None, deadline: float, report: Report) -> None:
     """Train the next unfinished runs until `deadline` (`time.monotonic`).
 
-    The setting of the brief protocol is chosen as soon as its candidates are done, before any other run. A run that
-    diverges is noted in the folder `diverged` of the workspace, and passed over from then on.
+    The setting of the brief protocol is chosen as soon as its candidates are done, before any other run.
+
+    Raises:
+        TrainingDiverged: losses were not finite, now or earlier; all other runs were trained as far as time allowed.
     """
-    _train(study, brief.candidates(), way, deadline, report)
+    diverged: list[str] = []
+    with postponed(diverged):
+        _train(study, brief.candidates(), way, deadline, report)
     setting = brief.chosen(study.ledger.read(), study.scaled)
     report(f"the brief protocol: highest learning rate {setting.learning_rate:g}, batch {setting.batch_size}")
-    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
+    with postponed(diverged):
+        _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
+    raise_diverged(diverged)
 
 
 def _train(study: Study, specs: Iterable[RunSpec], way: Way | None, deadline: float, report: Report) -> None:
-    noted = {path.stem for path in (study.folder / "diverged").glob("*.txt")}
-    scaled = [spec for spec in map(study.scaled, specs) if study.completed(spec).run_id not in noted]
     try:
-        study.run_all(scaled, CAMPAIGN, way, deadline, report)
-    except TrainingDiverged as error:
-        report(f"diverged: {error}")
-        for run_id in re.findall(r"run (\w{12}):", str(error)):
-            with paths.replacing(study.folder / "diverged" / f"{run_id}.txt") as part:
-                part.write_text(f"{error}\n")
+        study.run_all(map(study.scaled, specs), CAMPAIGN, way, deadline, report)
     except SignalsNotFinished as error:
         report(str(error))
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdig_utils import paths
-from kdig_utils.experiments import evidence, teachers
+from kdig_utils.experiments import evidence, reports, teachers
 from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.packs import SUFFIXES
@@ -197,17 +197,22 @@ class Study:
         on from its checkpoint the next time, before the others. A `way` of None is what suits the device.
 
         Raises:
-            TrainingDiverged: losses were not finite; all other runs are in the ledger.
+            TrainingDiverged: losses were not finite, now or earlier; all other runs are in the ledger.
         """
+
+        def ended() -> set[str]:
+            return {*self.ledger.read()["run_id"], *reports.noted_runs(self.folder)}
+
         specs = [self.completed(spec) for spec in specs]
-        known = set(self.ledger.read()["run_id"])
+        known, diverged = ended(), reports.divergences(self.folder, {spec.run_id for spec in specs})
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
-        ours = reserved(left, self.folder / "reserved", lambda: set(self.ledger.read()["run_id"]), report)
-        with contextlib.closing(ours):
+        ours = reserved(left, self.folder / "reserved", ended, report)
+        with reports.postponed(diverged), contextlib.closing(ours):
             self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
+        reports.raise_diverged(diverged)
         return [spec.run_id for spec in specs]
 
     def run(
@@ -244,9 +249,10 @@ class Study:
     def _train(self, runs: Iterable[Run], campaign: str, way: Way, deadline: float, report: Report) -> None:
         """Train the runs; each one's row is in the ledger before another one starts."""
         torch.backends.cudnn.benchmark = way.benchmark
-        for run in train_together(runs, way, deadline, report):
-            self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
-            self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
+        with reports.logged(report, self.folder, campaign) as told:
+            for run in train_together(runs, way, deadline, told):
+                self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
+                self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
 
     def _record(self, run: Run, **known: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it.
