@@ -3,6 +3,7 @@
 A cut leaves whole seeds: all methods of a seed come before the next seed. Each run stands where it is first needed.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from kdig_utils.experiments import brief, campaigns, profiling
-from kdig_utils.experiments.reports import Report, postponed, raise_diverged
+from kdig_utils.experiments.reports import Report, TrainingDiverged
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import models
@@ -103,14 +104,11 @@ def train(study: Study, way: Way | None, deadline: float, report: Report) -> Non
     Raises:
         TrainingDiverged: losses were not finite, now or earlier; all other runs were trained as far as time allowed.
     """
-    diverged: list[str] = []
-    with postponed(diverged):
+    with contextlib.suppress(TrainingDiverged):  # the whole queue holds the candidates too, and names them again
         _train(study, brief.candidates(), way, deadline, report)
     setting = brief.chosen(study.ledger.read(), study.scaled)
     report(f"the brief protocol: highest learning rate {setting.learning_rate:g}, batch {setting.batch_size}")
-    with postponed(diverged):
-        _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
-    raise_diverged(diverged)
+    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
 
 
 def _train(study: Study, specs: Iterable[RunSpec], way: Way | None, deadline: float, report: Report) -> None:
