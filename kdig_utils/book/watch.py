@@ -11,6 +11,7 @@ from typing import Any
 from filelock import SoftFileLease
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from kdig_utils import paths
@@ -49,13 +50,13 @@ def state(now: datetime) -> Group:
     )
 
 
-def table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
-    """Rows with the same keys, which are the columns' names."""
-    made = Table(title=title, title_justify="left", caption=None if rows else "none", caption_justify="left")
-    for name in rows[0] if rows else ():
-        made.add_column(name)
+def table(title: str, rows: Sequence[Mapping[str, str]]) -> Table | str:
+    """Rows with the same keys, which are the columns' names; a line where there are none."""
+    if not rows:
+        return f"{title}: none"
+    made = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        made.add_row(*row.values())
+        made.add_row(*map(escape, row.values()))
     return made
 
 
