@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 LOCK_SECONDS = 60.0  # how long a process waits for another to end its writing
 LEASE_SECONDS = 60.0  # a claim without a sign of life for so long is free; all machines must agree
-EMPTY_SECONDS = 5.0  # a marker that is empty for longer is of a process that was killed while it made it
+NOBODY = "a process that has just ended"
+EMPTY_SECONDS = 2.0  # a marker that is empty for longer is of a process that was killed while it made it
 PART_SECONDS = 24 * 3600.0  # after which a part of a file is of nobody
 ELSEWHERE = "set KDIG_WORKSPACE (for ledger and artifacts KDIG_ROOT) to a folder that can be written"
 REMEDIES = {
@@ -156,14 +157,12 @@ def locked(path: Path) -> Iterator[None]:
     path = path.resolve()
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = SoftFileLock(_marker(path), timeout=LOCK_SECONDS, poll_interval=0.02)
-        try:
-            lock.acquire()
-        except Timeout as error:
+        lock = SoftFileLock(_marker(path), poll_interval=0.02)
+        if not _acquired(lock, path, LOCK_SECONDS):
             raise TimeoutError(
                 f"{path} has been locked for {LOCK_SECONDS:.0f} s by {holder(path)}: if it is stopped, let it go on "
                 f"(kill -CONT) or end it (kill -KILL); if its machine is gone, delete {_marker(path)}"
-            ) from error
+            )
     try:
         yield
     finally:
@@ -181,11 +180,19 @@ def lease(path: Path, seconds: float = 0.0) -> SoftFileLease | None:
     with contextlib.suppress(FileNotFoundError):
         if time.time() - os.stat(claim.lock_file).st_mtime > LEASE_SECONDS:  # as long as it takes to be sure
             seconds = max(seconds, LEASE_SECONDS + 1)
-    try:
-        claim.acquire(timeout=seconds + 0.1, poll_interval=0.05)
-    except Timeout:
-        return None
-    return claim
+    return claim if _acquired(claim, path, seconds + 0.1) else None
+
+
+def _acquired(lock: SoftFileLock | SoftFileLease, path: Path, seconds: float) -> bool:
+    """Whether the lock was free within `seconds`; a marker without a name, of a killed process, is waited for longer."""
+    end = time.monotonic() + (seconds if holder(path) != NOBODY else max(seconds, EMPTY_SECONDS + 3))
+    while True:
+        _marker(path)  # looks at it again: it may have been too young
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=max(0.0, min(0.5, end - time.monotonic())), poll_interval=0.02)
+            return True
+        if time.monotonic() >= end:
+            return False
 
 
 @contextlib.contextmanager
@@ -209,12 +216,13 @@ def claimed(path: Path, say: Callable[[str], None], deadline: float = math.inf) 
 
 def holder(path: Path) -> str:
     """Who holds the lock of `path`, or has claimed it."""
-    with contextlib.suppress(OSError, UnicodeError):
+    with contextlib.suppress(OSError, ValueError):
         # pid, host and start, one a line; of a claim, after the protocol's name, as pid=…, host=…
-        lines = [line for line in Path(_marker(path)).read_text().split() if not line.startswith("filelock/")]
+        text = Path(_marker(path)).read_text()
+        lines = [line for line in text.split() if text.endswith("\n") and not line.startswith("filelock/")]
         pid, host, *_start = (line.removeprefix("pid=").removeprefix("host=") for line in lines)
         return f"process {pid} on {host.partition('?pidns')[0]}"
-    return "a process that has just ended"
+    return NOBODY
 
 
 def _marker(path: Path) -> Path:

@@ -57,5 +57,6 @@ latency --json my_device.json
 latency --patience 300    # time for every export
 reproduce --profile smoke --only 03,06
 reproduce --profile full --resume
+status --watch 30    # until Ctrl-C; into a pipe or a file, once
 publish 2f1ac711c7eb 6e99d614e029    # status lists the runs
 """

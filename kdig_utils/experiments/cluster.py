@@ -21,9 +21,8 @@ import torch
 from distributed import Client, Future, LocalCluster
 
 from kdig_utils import machine
-from kdig_utils.experiments.reports import Report, first_line, print_now_and_then
+from kdig_utils.experiments.reports import Report, TrainingDiverged, first_line, print_now_and_then, raise_diverged
 from kdig_utils.experiments.side_by_side import Way
-from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
 from kdig_utils.method.precompute import SignalsNotFinished
 from kdig_utils.method.spec import RunSpec
@@ -77,8 +76,7 @@ def run_all(
             diverged += ended(client, submitted(client, left, told), deadline, report)
             before, left = len(left), [run for run in unfinished(study, left) if run.run_id not in str(diverged)]
             waited = 0 if len(left) < before else waited + PAUSE
-    if diverged:
-        raise TrainingDiverged("; ".join(diverged))
+    raise_diverged(diverged)
     return [spec.run_id for spec in specs]
 
 

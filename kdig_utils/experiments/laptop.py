@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10
 
 from kdig_utils import paths
 from kdig_utils.experiments.ledger import Ledger, student_spec
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, postponed, raise_diverged
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, cifar10, models
@@ -176,12 +176,17 @@ def train(
 
     Rows go to `ledger`. Runs that need images which do not come with the repository come last, and only where CIFAR-10
     is at hand. `run_all` may have them trained elsewhere (`cluster`); None is `Study.run_all`.
+
+    Raises:
+        TrainingDiverged: losses were not finite, now or earlier; all other runs were trained as far as time allowed.
     """
-    run_ids = []
+    run_ids, diverged = [], list[str]()
     for images in (IMAGES, POOL) if has_cifar10() else (IMAGES,):
         study = open_laboratory(ledger, images=images)
         specs = [run for run in queue() if needs_the_pool(run) == (images == POOL)]
-        run_ids += (run_all or Study.run_all)(study, specs, NAME, way, deadline, report)
+        with postponed(diverged):
+            run_ids += (run_all or Study.run_all)(study, specs, NAME, way, deadline, report)
+    raise_diverged(diverged)
     return run_ids
 
 

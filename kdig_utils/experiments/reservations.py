@@ -11,18 +11,18 @@ from filelock import SoftFileLease
 
 from kdig_utils import paths
 from kdig_utils.experiments.ledger import Ledger
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, noted_runs
 from kdig_utils.method.spec import RunSpec
 
 
-def ended(ledger: Ledger, checkpoints: Path) -> set[str]:
-    """The runs of the ledger; their checkpoints, which nobody needs, are removed."""
+def ended(ledger: Ledger, checkpoints: Path, folder: Path) -> set[str]:
+    """The runs of the ledger, and those that diverged, of the study in `folder`; checkpoints that nobody needs go."""
     known = set(ledger.read()["run_id"])
     for path in checkpoints.glob("*.pt"):
         if path.stem in known:
             with contextlib.suppress(OSError):
                 path.unlink()
-    return known
+    return known | noted_runs(folder)
 
 
 def reserved(

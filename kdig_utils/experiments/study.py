@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kdig_utils import paths
-from kdig_utils.experiments import evidence, teachers
+from kdig_utils.experiments import evidence, reports, teachers
 from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.packs import SUFFIXES
@@ -192,18 +192,19 @@ class Study:
         on from its checkpoint the next time, before the others. A `way` of None is what suits the device.
 
         Raises:
-            TrainingDiverged: losses were not finite; all other runs are in the ledger.
+            TrainingDiverged: losses were not finite, now or earlier; all other runs are in the ledger.
         """
         specs = [self.completed(spec) for spec in specs]
-        finished = partial(ended, self.ledger, self.folders["checkpoints"])
-        known = finished()
+        finished = partial(ended, self.ledger, self.folders["checkpoints"], self.folder)
+        known, diverged = finished(), reports.divergences(self.folder, {spec.run_id for spec in specs})
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
         ours = reserved(left, self.folder / "reserved", finished, report)
-        with contextlib.closing(ours):
+        with reports.postponed(diverged), contextlib.closing(ours):
             self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
+        reports.raise_diverged(diverged)
         return [spec.run_id for spec in specs]
 
     def run(
@@ -246,12 +247,13 @@ class Study:
     def _train(self, runs: Iterable[Run], campaign: str, way: Way, deadline: float, report: Report) -> None:
         """Train the runs; each one's row is in the ledger before another one starts."""
         torch.backends.cudnn.benchmark = way.benchmark
-        for run in train_together(runs, way, deadline, report):
-            # A process that was stopped for longer than its lease may find its run trained by another.
-            with paths.locked(self._file("weights", run.spec.run_id)):
-                if self.ledger.find(run.spec) is None:
-                    self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
-            self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
+        with reports.logged(report, self.folder, campaign) as told:
+            for run in train_together(runs, way, deadline, told):
+                # A process that was stopped for longer than its lease may find its run trained by another.
+                with paths.locked(self._file("weights", run.spec.run_id)):
+                    if self.ledger.find(run.spec) is None:
+                        self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
+                self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
 
     def _record(self, run: Run, **known: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it.
@@ -298,8 +300,7 @@ class Study:
 
     def students(self) -> pd.DataFrame:
         """The ledger rows of the study's students, trained first if need be; in `published` those of `main_runs`."""
-        wanted = self.run_all(self.specs)
-        ledger = self.ledger.read()
+        wanted, ledger = self.run_all(self.specs), self.ledger.read()
         return ledger[ledger["run_id"].isin(wanted)].reset_index(drop=True) if self.specs else main_runs(ledger)
 
     def student(self, method: str, k: int = 5) -> Student:
@@ -322,8 +323,7 @@ class Study:
 
     def kinds(self, *methods: str) -> list[str]:
         """The kinds of evidence that this study's networks are: `teacher`, and students by their method."""
-        ledger = self.ledger.read()
-        shown = ledger[ledger["method"].isin(methods)]
+        shown = self.ledger.read().query("method in @methods")
         if self.profile == "published":
             entries = artifacts.manifest().items()
             there = [e["run_id"] for name, e in entries if e["method"] != "teacher" or name == self.published_teacher]
