@@ -12,7 +12,7 @@ import fire_targets as targets
 from fire_processes import Ended, Say, Work
 from fire_targets import Target
 
-KILLS, QUICK_KILLS = 200, 15
+KILLS, QUICK_KILLS = 200, 10
 
 
 @dataclass
@@ -128,7 +128,7 @@ def differences(fire: Fire, target: Target, folder: Path) -> list[str]:
 
 def at_each_operation(fire: Fire, target: Target, kind: Kind) -> None:
     """Kill before and after each change of a file; in quick mode at some of these moments."""
-    for moment in moments(fire, target, 5, None):
+    for moment in moments(fire, target, 3, None):
         folder = fire.fresh(target)
         one_kill(fire, target, folder, kind, struck(target, folder, moment), f"moment {moment}")
 
@@ -158,7 +158,7 @@ def in_the_midst(fire: Fire, target: Target, kind: Kind) -> None:
     """Let the system cut a write after some bytes, and the process with it."""
     sizes = {path.stat().st_size for path in fire.undisturbed(target)[1].rglob("*") if path.is_file()}
     cuts = sorted({cut for size in sizes for cut in (0, 1, size // 2, size - 1) if cut >= 0})
-    for number in processes.moments(len(cuts), 3 if fire.quick else len(cuts), fire.seed):
+    for number in processes.moments(len(cuts), 2 if fire.quick else len(cuts), fire.seed):
         folder, cut = fire.fresh(target), cuts[number - 1]
 
         def killed(say: Say, folder: Path = folder, cut: int = cut) -> None:

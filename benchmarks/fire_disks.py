@@ -30,7 +30,7 @@ def full_disk(fire: Fire, kind: Kind) -> None:
     """Disks of all sizes from nothing to enough, in memory; then each becomes large, and the work goes on."""
     target = targets.CAMPAIGN
     used = sum(path.stat().st_size for path in fire.undisturbed(target)[1].rglob("*") if path.is_file())
-    count = 3 if fire.quick else FILLED
+    count = 2 if fire.quick else FILLED
     for size in (4096 * (3 + int(2 * used / 4096 * number / count)) for number in range(count)):
         folder = on_disk(fire, target, size)
         met(fire, kind, target, folder, lambda say, at=folder: target.work(say, at), f"a disk of {size:,} bytes")
@@ -38,7 +38,7 @@ def full_disk(fire: Fire, kind: Kind) -> None:
 
 def disk_filled_by_another(fire: Fire, target: Target, kind: Kind) -> None:
     """A disk with room, until something else fills it between two file operations."""
-    for moment in moments(fire, target, 2, FILLED):
+    for moment in moments(fire, target, 1, FILLED):
         folder = on_disk(fire, target, 4_000_000)
         work = struck(target, folder, moment, functools.partial(processes.fill, folder))
         met(fire, kind, target, folder, work, f"filled at moment {moment}")

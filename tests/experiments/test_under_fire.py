@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
-    "killed at random moments": 15,
-    "killed at each file operation, append": 5,
-    "killed in the midst of a write, append": 3,
+    "killed at random moments": 10,
+    "killed at each file operation, append": 3,
+    "killed in the midst of a write, append": 2,
     "8 processes append": 8,
     "8 processes on one campaign, killed and replaced": 4,
     "flock does nothing, 8 processes append": 8,
