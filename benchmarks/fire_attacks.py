@@ -185,7 +185,7 @@ def at_random(fire: Fire, target: Target, kind: Kind) -> None:
         work = worker(fire, target, folder)
         kind.attempts += 1
         while killed:
-            done = processes.run(work, rng.uniform(0.0, seconds))
+            done = processes.run(work, rng.uniform(0.0, seconds / 2))
             killed, where = done.killed, f"kill {kind.kills + 1}"
             kind.kills += killed
             promised |= set(done.all_said("ROW"))
