@@ -3,13 +3,14 @@
 import os
 import random
 from collections import Counter
+from pathlib import Path
 
 import fire_processes as processes
 import fire_targets as targets
-from fire_attacks import Fire, Kind, errors, finish
-from fire_processes import Ended, Say, Work
+from fire_attacks import Fire, Kind, errors, finish, worker
+from fire_processes import PATIENCE, Ended, Say, Work
 
-CROWD = 8
+CROWD, CAMPAIGNS = 8, 8
 
 
 def crowded_ledger(fire: Fire, kind: Kind, flock: bool = True) -> None:
@@ -45,24 +46,29 @@ def crowded_campaign(fire: Fire, kind: Kind, flock: bool = True) -> None:
 
 
 def crowd_that_dies(fire: Fire, kind: Kind) -> None:
-    """Eight processes train one campaign; whenever one is killed, another one takes its place."""
-    target, rng = targets.CAMPAIGN, random.Random(fire.seed)
-    folder, promised = fire.fresh(target), set()
-    work = fire.disturbed(lambda say: target.work(say, folder))
+    """Eight processes train one campaign; whenever one is killed, another one takes its place; until enough were."""
+    rng = random.Random(fire.seed)
+    for number in range(1 if fire.quick else CAMPAIGNS):
+        folder = fire.fresh(targets.CAMPAIGN)
+        promised = dying(fire, kind, folder, rng)
+        finish(fire, targets.CAMPAIGN, folder, kind, f"campaign {number}", promised)
+
+
+def dying(fire: Fire, kind: Kind, folder: Path, rng: random.Random) -> set[str]:
+    """Kill each of a crowd that trains in `folder`, and let its successors end; the rows that all promised."""
+    target, promised = targets.CAMPAIGN, set()
+    work = worker(fire, target, folder)
     crowd = processes.crowd([work] * CROWD)
-    kills = 4 if fire.quick else 50
-    for number in range(kills):
-        done = processes.ended(crowd.pop(0), rng.uniform(0.0, fire.undisturbed(target)[3] / 2))
+    for number in range(2 * CROWD):
+        seconds = rng.uniform(0.0, fire.undisturbed(target)[3] / 4) if number < CROWD else PATIENCE
+        done = processes.ended(crowd.pop(0), seconds)
         promised |= set(done.all_said("ROW"))
         kind.attempts += 1
         kind.kills += done.killed
         kind.faults += [f"process {number}: {w}" for w in [*errors(done), *target.wrong(folder, promised)]]
-        crowd.append(processes.forked(work))
-    for child in crowd:
-        done = processes.ended(child)
-        promised |= set(done.all_said("ROW"))
-        kind.faults += errors(done)
-    finish(fire, target, folder, kind, f"{kills} killed of a crowd", promised)
+        if number < CROWD:
+            crowd.append(processes.forked(work))
+    return promised
 
 
 def crowded_artifacts(fire: Fire, kind: Kind, flock: bool = True) -> None:

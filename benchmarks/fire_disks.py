@@ -15,7 +15,7 @@ from fire_attacks import Fire, Kind, errors, finish, moments, struck, worker
 from fire_processes import Ended, Say, Work
 from fire_targets import Target
 
-FILLED = 24  # moments of each work at which a disk is filled
+FILLED = 16  # moments of each work at which a disk is filled
 
 
 def in_words(done: Ended, folder: Path, number: int) -> list[str]:

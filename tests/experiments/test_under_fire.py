@@ -14,7 +14,7 @@ KINDS = {
     "killed at each file operation, append": 3,
     "killed in the midst of a write, append": 2,
     "8 processes append": 8,
-    "8 processes on one campaign, killed and replaced": 4,
+    "8 processes on one campaign, killed and replaced": 3,
     "flock does nothing, 8 processes append": 8,
     "flock does nothing, 8 processes on one campaign": 8,
 }
