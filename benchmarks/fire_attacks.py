@@ -157,7 +157,8 @@ def struck(target: Target, folder: Path, moment: int, strikes: Callable[[], None
 def in_the_midst(fire: Fire, target: Target, kind: Kind) -> None:
     """Let the system cut a write after some bytes, and the process with it."""
     sizes = {path.stat().st_size for path in fire.undisturbed(target)[1].rglob("*") if path.is_file()}
-    cuts = sorted({cut for size in sizes for cut in (0, 1, size // 2, size - 1) if cut >= 0})
+    least = 256 if fire.quick and target.name != "append" else 0  # a marker that is cut is waited for, seconds long
+    cuts = sorted({cut for size in sizes for cut in (0, 1, size // 2, size - 1) if cut >= least})
     for number in processes.moments(len(cuts), 2 if fire.quick else len(cuts), fire.seed):
         folder, cut = fire.fresh(target), cuts[number - 1]
 

@@ -25,7 +25,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the part counted: in a process of its own, as it forks."""
     folder = tmp_path_factory.mktemp("fire")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDIG_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, ROOT / "benchmarks" / "under_fire.py", "--quick", "--out", folder / "found.json"]
+    words = [
+        sys.executable,
+        ROOT / "benchmarks" / "under_fire.py",
+        "--quick",
+        "--folder",
+        folder,
+        "--out",
+        folder / "found.json",
+    ]
     ran = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=600)
     print(ran.stdout)
     assert (folder / "found.json").is_file(), ran.stderr[-2000:]
