@@ -55,8 +55,8 @@ def operating_characteristics(
         ValueError: no runs or studies, or a correlation outside [0, 1].
     """
     if not (min(seeds, default=0) >= 1 and studies >= 1 and 0 <= correlation <= 1):
-        found = f"seeds {tuple(seeds)}, studies {studies}, correlation {correlation}"
-        raise ValueError(f"{found}: give one run and one study or more, and a correlation in [0, 1]")
+        told = f"seeds {tuple(seeds)}, studies {studies}, correlation {correlation}"
+        raise ValueError(f"{told}: give one run and one study or more, and a correlation in [0, 1]")
     rng, registered, rows = np.random.default_rng(seed), {claim.name: claim for claim in claims()}, []
     for runs, truth, kind in itertools.product(seeds, TRUTHS, kinds):
         claim = registered[kinds[kind]]
