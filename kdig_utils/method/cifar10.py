@@ -59,10 +59,14 @@ class ImageSet:
                 f"images must be uint8 of shape (N, 3, 32, 32), got {self.pixels.dtype} of shape "
                 f"{tuple(self.pixels.shape)}: convert them before making an ImageSet"
             )
-        if not len(self.pixels) == len(self.labels) == len(self.indices):
-            raise ValueError(
-                f"{len(self.pixels)} images, {len(self.labels)} labels, {len(self.indices)} indices: pass one of each"
-            )
+        for name, values in {"labels": self.labels, "indices": self.indices}.items():
+            if values.dtype != torch.int64 or values.shape != self.pixels.shape[:1]:
+                raise ValueError(
+                    f"{len(self.pixels)} images, {name} of {values.dtype} of shape {tuple(values.shape)}: pass one int64 "
+                    "for each"
+                )
+        if len(wrong := self.labels[(self.labels < 0) | (self.labels >= len(CLASSES))]):
+            raise ValueError(f"label {int(wrong[0])} is of no class: give 0 to {len(CLASSES) - 1}")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -257,7 +261,8 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     each, remainder = divmod(count, len(classes))
     if remainder or not 0 <= each <= int(labels.bincount()[classes].min()):
         raise ValueError(
-            f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all"
+            f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all: choose a "
+            "multiple of the number of classes that each has images for"
         )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.zeros(len(labels), dtype=torch.bool)

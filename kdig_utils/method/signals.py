@@ -7,20 +7,20 @@ teacher (SHA-256), the data (MD5) and the settings. Each row is the signal of th
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from kdig_utils.method.checks import check_choice, check_number
+from kdig_utils.method.checks import Number, Text, Whole, check_choice, check_number, checked
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.integrated_gradients import BASELINES, quadrature
-from kdig_utils.method.models import weights_sha256
+from kdig_utils.method.integrated_gradients import BASELINES, QUADRATURES, quadrature
+from kdig_utils.method.models import FEATURE_BLOCKS, weights_sha256
 from kdig_utils.paths import check_writable, replacing
 
 SIGNALS = ("logits", "maps", "attention", "error")
@@ -33,7 +33,7 @@ LATER_SETTINGS = {"error": None, "storage": "float16"}  # a manifest names them 
 Arrays = dict[str, np.memmap]
 
 
-@dataclass(frozen=True)
+@checked
 class SignalSettings:
     """What determines the signals besides teacher and images.
 
@@ -50,19 +50,26 @@ class SignalSettings:
             begun with such settings.
     """
 
-    n_steps: int = 50
-    method: str = "gausslegendre"
-    baseline: str = "mean_colour"
-    tap: int = 9
-    error: float | None = None
-    storage: str = "float16"
+    n_steps: Whole = 50
+    method: Text = "gausslegendre"
+    baseline: Text = "mean_colour"
+    tap: Whole = 9
+    error: Number | None = None
+    storage: Text = "float16"
+
+    choices: ClassVar[Mapping[str, Collection[object]]] = {
+        "method": (*QUADRATURES, SECANT),
+        "baseline": BASELINES,
+        "tap": range(FEATURE_BLOCKS),
+        "storage": tuple(QUANTISATION_ERROR),
+    }
 
     def __post_init__(self) -> None:
+        for name, choices in self.choices.items():
+            check_choice(name, getattr(self, name), choices)
         check_number("n_steps", self.n_steps)
         if self.method != SECANT:
             quadrature(self.method, self.n_steps)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_choice("storage", self.storage, QUANTISATION_ERROR)
         if self.error is not None:
             check_number("error", self.error)
 
