@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from bad_values import NAMES, NONSENSE, NOT_FINITE, REAL, WHOLE, Case, beyond, outside
+from bad_values import NAMES, NONSENSE, NOT_FINITE, Case, beyond
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from kdig_utils import __main__ as command_line
 from kdig_utils.edge import records
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.method import cifar10
@@ -78,7 +76,8 @@ CELLS: dict[str, SearchStrategy[str]] = {  # what the cells of a row may not be,
     "parameters": NO_COUNT, "macs": NO_COUNT, "test_images": NO_COUNT, "train_images": NO_COUNT,
     "run_id": HEXADECIMAL | NONSENSE | st.just(""),
     "method": st.sampled_from(sorted(NAMES["method"] - {"student", "kd"})) | NONSENSE | st.just(""),
-    "k": st.integers().filter(lambda n: n not in (0, 5, 9)).map(str) | st.just(""), "seed": st.integers().filter(lambda n: n not in (0, 1)).map(str) | NONSENSE,
+    "k": st.integers().filter(lambda n: n not in (0, 5, 9)).map(str) | st.just(""),
+    "seed": st.integers().filter(lambda n: n not in (0, 1)).map(str) | NONSENSE,
     "epochs": st.integers().filter(lambda n: n not in (3, 100)).map(str) | NONSENSE,
     "train_fraction": st.floats().filter(lambda x: x not in (1.0, 0.5)).map(repr) | NONSENSE | st.just(""),
     "pairing": NONSENSE | st.sampled_from(["random", "shuffled"]),
@@ -105,8 +104,12 @@ def ledgers(draw: st.DrawFn) -> Case:
         measured = {**FACTS, "test_accuracy": 50.0, column: cell}
         return Case(
             f"append({column}={cell!r})",
-            lambda: append_again({name: measured[name] for name in measured if name in (*FACTS, "test_accuracy", column)}),
-            (column, "run_id", "spec", "method", "unchanged") if column in FACTS or column == "test_accuracy" else (column, "spec", "method", "run_id"),
+            lambda: append_again(
+                {name: measured[name] for name in measured if name in (*FACTS, "test_accuracy", column)}
+            ),
+            (column, "run_id", "spec", "method", "unchanged")
+            if column in FACTS or column == "test_accuracy"
+            else (column, "spec", "method", "run_id"),
         )
     lines[line][COLUMNS.index(column)] = cell
     named = f"line {line + 1}"
@@ -139,7 +142,9 @@ def cuts(content: bytes, good: pd.DataFrame) -> SearchStrategy[Case]:
 @st.composite
 def other_bytes(draw: st.DrawFn, content: bytes, _good: pd.DataFrame) -> Case:
     place, odd = draw(st.integers(0, len(content) - 1)), draw(st.integers(0x80, 0xFF))
-    marker = draw(st.sampled_from([bytes([odd]), b"<<<<<<< HEAD\n", b"=======\n", b">>>>>>> theirs\n", b"\xef\xbb\xbf"]))
+    marker = draw(
+        st.sampled_from([bytes([odd]), b"<<<<<<< HEAD\n", b"=======\n", b">>>>>>> theirs\n", b"\xef\xbb\xbf"])
+    )
     if len(marker) > 3:
         place = content.rfind(b"\n", 0, place) + 1
     new = content[:place] + marker + content[place + (len(marker) == 1) :]
@@ -168,7 +173,10 @@ def spec_bytes(draw: st.DrawFn, content: bytes, good: pd.DataFrame) -> Case:
 @st.composite
 def other_forms(draw: st.DrawFn, content: bytes, good: pd.DataFrame) -> Case:
     """The same numbers, written otherwise, give the same table."""
-    lines, column = lines_of(content), draw(st.sampled_from(["test_accuracy", "train_loss", "seconds", "train_fraction"]))
+    lines, column = (
+        lines_of(content),
+        draw(st.sampled_from(["test_accuracy", "train_loss", "seconds", "train_fraction"])),
+    )
     form = draw(st.sampled_from(["{:.6f}", "{:.8e}", " {}", "+{}", "{}0"]))
     for line in lines[1:]:
         number = line[COLUMNS.index(column)]
@@ -228,7 +236,8 @@ FIELDS: dict[str, SearchStrategy[object]] = {
     **dict.fromkeys(("speedup", "speedup_low", "speedup_high", "predicted_macs_ms", "predicted_ms"), NOT_POSITIVE),
     **dict.fromkeys(("peak_gmacs", "bandwidth_gb", "first_ms", "each_ms", "peak_mb"), NOT_POSITIVE),
     **dict.fromkeys(("accuracy", "agreement"), NOT_A_NUMBER | beyond(0, 100, True, True)),
-    **dict.fromkeys(("max_difference", "import_ms", "load_ms", "load_average"), NOT_A_NUMBER | beyond(0, math.inf, True, False)),
+    **dict.fromkeys(("max_difference", "import_ms", "load_ms", "load_average"),
+                    NOT_A_NUMBER | beyond(0, math.inf, True, False)),
     "day": NONSENSE | st.just("2026-13-01") | st.none() | st.floats(),
 }  # fmt: skip
 
@@ -247,7 +256,11 @@ def read_calls(content: bytes) -> pd.DataFrame:
 
 @st.composite
 def latency_files(draw: st.DrawFn) -> Case:
-    way = draw(st.sampled_from(["field"] * 8 + ["order", "absent", "unknown", "twice", "cut", "no rows", "calls", "calls", "harmless"]))
+    way = draw(
+        st.sampled_from(
+            ["field"] * 8 + ["order", "absent", "unknown", "twice", "cut", "no rows", "calls", "calls", "harmless"]
+        )
+    )
     other, named = {**GOOD, "batch": 8}, ("theirs.json, row 2",)
     if way in ("cut", "no rows", "calls", "harmless"):
         return draw({"cut": cut_rows, "no rows": no_rows, "calls": first_calls, "harmless": same_rows}[way]())
@@ -261,7 +274,9 @@ def latency_files(draw: st.DrawFn) -> Case:
         other[name] = draw(st.floats(least, 9e6, exclude_min=True))
         told = f"{name}={other[name]!r}, too large"
     elif way == "absent":
-        told = draw(st.sampled_from(["model", "runtime", "precision", "batch", "threads", "status", "machine", "day", "p50_ms"]))
+        told = draw(
+            st.sampled_from(["model", "runtime", "precision", "batch", "threads", "status", "machine", "day", "p50_ms"])
+        )
         del other[told]
     elif way == "unknown":
         told = draw(NONSENSE)
@@ -283,7 +298,11 @@ def cut_rows() -> SearchStrategy[Case]:
 
 
 def no_rows() -> SearchStrategy[Case]:
-    values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | NONSENSE, lambda v: st.lists(v, max_size=3) | st.dictionaries(NONSENSE, v, max_size=3), max_leaves=5)
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | NONSENSE,
+        lambda v: st.lists(v, max_size=3) | st.dictionaries(NONSENSE, v, max_size=3),
+        max_leaves=5,
+    )
     return values.map(
         lambda value: Case(f"JSON {value!r}", lambda: read_rows(json.dumps(value).encode()), ("theirs.json",))
     )
@@ -302,9 +321,18 @@ def same_rows() -> SearchStrategy[Case]:
     return st.builds(case, st.permutations(sorted(GOOD)), st.sampled_from([None, 1, 4]))
 
 
-CALL = {"process": "0", "order": "teacher first, student", "network": "teacher", "call": "0", "ms": "1.5", "threads": "2", "machine": "M"}
+CALL = {
+    "process": "0",
+    "order": "teacher first, student",
+    "network": "teacher",
+    "call": "0",
+    "ms": "1.5",
+    "threads": "2",
+    "machine": "M",
+}
 CALL_CELLS: dict[str, SearchStrategy[str]] = {
-    "process": NO_COUNT.filter(lambda cell: cell != "0") | st.just(""), "call": NO_COUNT.filter(lambda cell: cell != "0"),
+    "process": NO_COUNT.filter(lambda cell: cell != "0") | st.just(""),
+    "call": NO_COUNT.filter(lambda cell: cell != "0"),
     "order": NONSENSE, "network": NONSENSE | st.just(""), "threads": NO_COUNT,
     "ms": NO_AMOUNT | st.floats(1e7).map(repr), "machine": st.just("") | st.just("<i>"),
 }  # fmt: skip
@@ -315,14 +343,16 @@ def first_calls(draw: st.DrawFn) -> Case:
     rows = [{**CALL, "network": name, "call": str(n)} for name in ("teacher", "student") for n in (0, 1)]
     way = draw(st.sampled_from(["cell"] * 6 + ["column", "twice", "alone", "cut"]))
     at, column = draw(st.integers(0, 3)), draw(st.sampled_from(sorted(CALL)))
-    told = f"{way} {at}, {column}"
+    told = f"{way} {at}, {column}"  # of four rows
     if way == "cell":
         rows[at][column] = draw(CALL_CELLS[column])
         told += f"={rows[at][column]!r}"
     elif way == "twice":
         rows.append(rows[at])
     elif way == "alone":
-        rows = [row for row in rows if row["network"] == draw(st.sampled_from(["teacher", "student"]))] or rows[:1]
+        alone = draw(st.sampled_from(["teacher", "student"]))
+        rows = [{**row, "machine": draw(NONSENSE)} for row in rows if row["network"] == alone]
+    told += f", {rows[0]['machine']}"
     content = pd.DataFrame(rows).rename(columns={column: "gh"} if way == "column" else {}).to_csv(index=False).encode()
     if way == "cut":
         cut = draw(st.integers(0, content.index(b"student,0") if b"student,0" in content else 30))
@@ -381,7 +411,7 @@ def image_files(draw: st.DrawFn) -> Case:
     elif way == "other":
         new = draw(st.binary(max_size=40))
     told = f"{name}, {way}" + (f" at {place}" if way in ("byte", "cut") else f" {new!r}")
-    return Case(told, lambda: load_changed(split, name, new), (f"{split} images", str(WORKSHOP)))
+    return Case(told, lambda: load_changed(split, name, new), (name, str(WORKSHOP)))
 
 
 @st.composite
@@ -399,115 +429,3 @@ def load_official(split: str, files: dict[str, bytes]) -> object:
         for name, content in files.items():
             (base / name).write_bytes(content)
         return cifar10.load(split, Path(folder))
-
-
-# The command line
-
-NO_INTEGER = NONSENSE | st.floats(0.1, 1e3).filter(lambda x: x != int(x)).map(repr) | NOT_FINITE.map(repr) | st.just("")
-NO_REAL = NONSENSE | st.just("")
-NO_SPAN = NO_REAL | st.floats(max_value=0, exclude_max=True, allow_subnormal=False).map(repr).filter(lambda x: x != "-0.0") | st.just("nan")
-NO_NATURAL = NO_INTEGER | st.integers(max_value=0).map(str)
-
-
-def no_field(name: str) -> SearchStrategy[str]:
-    if name in WHOLE:
-        return NO_INTEGER | outside(*WHOLE[name]).map(repr)
-    return NO_REAL | beyond(*REAL[name]).map(repr)
-
-
-def no_name(*names: str) -> SearchStrategy[str]:
-    return (NONSENSE | st.text("abcdefgmnopst_,", min_size=1, max_size=8)).filter(lambda text: text not in names)
-
-
-PROFILE = {"--profile": no_name("full", "smoke", "published")}
-OPTIONS: dict[str, dict[str, SearchStrategy[str]]] = {  # words that are right but for the options, one at a time
-    "teacher": {
-        **{f"--{name.replace('_', '-')}": no_field(name) for name in (
-            "seed", "epochs", "learning_rate", "batch_size", "cutout", "label_smoothing", "validation_images")},
-        "--schedule": no_name("one_cycle", "cosine"), "--way": no_name("recorded", "compiled", "eager"),
-        "--budget-minutes": NO_SPAN, "--initial": no_name(), **PROFILE,
-    },
-    "train --method kd": {
-        "--epochs": no_field("epochs"), "--train-fraction": no_field("train_fraction"), "--seed": no_field("seed"),
-        "--validation-images": no_field("validation_images"), "--pairing": no_name(*NAMES["pairing"]),
-        "--n-steps": no_field("n_steps"), "--method": no_name(*NAMES["method"]),
-        "--k": NO_INTEGER | st.integers().filter(lambda n: n not in range(3, 18, 2)).map(str),
-    },
-    "adopt absent.safetensors --recipe words --epochs 1": {
-        "--seconds": NO_SPAN, "--epochs": no_field("epochs"), "--weight-decay": no_field("weight_decay"),
-        "--label-smoothing": no_field("label_smoothing"), "--learning-rate": no_field("learning_rate"),
-        "--batch-size": no_field("batch_size"), "--recipe": st.sampled_from(["", " ", "two\nlines", "two  spaces"]),
-    },
-    "signals": {"--n-steps": no_field("n_steps"), "--budget-minutes": NO_SPAN, **PROFILE},
-    "campaign next --budget-minutes 0": {
-        "--budget-minutes": NO_SPAN, "--at-once": NO_NATURAL, "--workers": NO_NATURAL, "--report-seconds": NO_SPAN,
-        "--way": no_name("recorded", "compiled", "eager"), **PROFILE,
-    },
-    "search --method kd --budget-minutes 0": {
-        "--budget-minutes": NO_SPAN, "--trials": NO_NATURAL, "--at-once": NO_NATURAL, "--report-seconds": NO_SPAN,
-        "--method": no_name(*NAMES["method"]), **PROFILE,
-    },
-    "probe recorded": {"--seconds": NO_SPAN},
-    "flight --pack out --budget-minutes 0": {"--budget-minutes": NO_SPAN, **PROFILE},
-    "first-calls times.csv": {"--seconds": NO_SPAN},
-    "explain": {
-        "--images": NO_NATURAL | st.integers(1).filter(lambda n: n % 20).map(str), "--budget-minutes": NO_SPAN, **PROFILE,
-    },
-    "latency": {"--patience": NO_SPAN, "--student": no_name()},
-    "reproduce": {"--only": no_name(), "--profile": no_name("full", "smoke", "published")},
-}  # fmt: skip
-ARGUMENTS: dict[str, SearchStrategy[str]] = {  # commands whose one argument is bad
-    "campaign --budget-minutes 0": no_name("next"), "campaign --plan": no_name("next"),
-    "probe": no_name("recorded", "compiled", "eager"), "publish": NONSENSE | HEXADECIMAL, "rerun": NONSENSE | HEXADECIMAL,
-    "unpack": no_name(), "adopt --recipe words --epochs 1": no_name(), "": no_name(),
-    **dict.fromkeys(("data", "store", "status", "witnesses", "readme", "links"), no_name()),
-}  # fmt: skip
-
-
-@functools.cache
-def clone() -> Path:
-    """An empty clone of the book, from which no command can reach data, networks or runs."""
-    folder = WORKSHOP / "clone"
-    for name in ("notebooks", "kdig_utils", "artifacts", "results"):
-        (folder / name).mkdir(parents=True)
-    (folder / "_toc.yml").write_text("parts:\n  - chapters:\n      - file: notebooks/00_a\n")
-    (folder / "notebooks" / "00_a.ipynb").write_text("{}")
-    return folder
-
-
-class Refused(ValueError):
-    """What the command line said where it ended with status 2."""
-
-
-def run(words: Sequence[str]) -> int:
-    """The exit status of a command; raises `Refused` with its last line where it is 2."""
-    told, out = io.StringIO(), io.StringIO()
-    places = {"KDIG_ROOT": str(clone()), "KDIG_WORKSPACE": str(clone() / "w"), "KDIG_DATA": str(clone() / "no_data")}
-    with environment(**places), contextlib.redirect_stderr(told), contextlib.redirect_stdout(out), contextlib.chdir(clone()):
-        try:
-            status = command_line.main(words)
-        except SystemExit as ended:
-            status = ended.code
-    *_usage, line = told.getvalue().splitlines() or [""]
-    if status == 2 and re.search(r"(^|: )error: ", line):
-        raise Refused(line)
-    return status
-
-
-@st.composite
-def commands(draw: st.DrawFn) -> Case:
-    way = draw(st.sampled_from(["option"] * 8 + ["argument"] * 3 + ["unknown", "no value"]))
-    if way == "argument":
-        command = draw(st.sampled_from(sorted(ARGUMENTS)))
-        wrong = draw(ARGUMENTS[command])
-        words, named = [*command.split(), wrong], (wrong,)
-    else:
-        command = draw(st.sampled_from(sorted(OPTIONS)))
-        option = draw(st.sampled_from(sorted(OPTIONS[command])))
-        wrong = draw(OPTIONS[command][option])
-        words, named = [*command.split(), f"{option}={wrong}"], (option, option[2:].replace("-", "_"), option[2:])
-        if way == "unknown":
-            words[-1], named = f"--{wrong or 'gh'}x", (f"--{wrong or 'gh'}x",)
-        elif way == "no value":
-            words[-1] = option
-    return Case(" ".join(words), lambda: run(words), named)

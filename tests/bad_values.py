@@ -55,7 +55,8 @@ REAL = {  # the least and the most of a number, and whether they belong to the r
 }  # fmt: skip
 NAMES = {
     "method": {"student", "kd", "ig", "at", "kd_ig", "kd_at", "ig_at", "kd_ig_at"},
-    "pairing": set("matched index-matched shuffled random edges gradient uniform mixup-grey black".split()),
+    "pairing": {"matched", "index-matched", "shuffled", "random", "edges", "gradient", "uniform",
+                "mixup-grey", "black"},
     "precision": {"native", "float32"}, "answers": {"stored", "online"}, "initial": {"random", "teacher"},
 }  # fmt: skip
 SCHEDULE = {RunSpec: {"constant", "one_cycle"}, TeacherSpec: {"one_cycle", "cosine"}}
@@ -134,7 +135,9 @@ def wrong_field(kind: type, name: str) -> SearchStrategy[object]:
         return wrong_numbers(name)
     no_text = st.integers() | st.floats() | st.booleans() | st.binary(max_size=3) | st.none()
     if name in ("k", "stem_stride"):
-        return st.integers().filter(lambda n: n not in ((1, 2) if name == "stem_stride" else range(3, 18, 2))) | NO_NUMBER
+        return (
+            st.integers().filter(lambda n: n not in ((1, 2) if name == "stem_stride" else range(3, 18, 2))) | NO_NUMBER
+        )
     if name in FREE:
         long = st.integers(10_001, 12_000).map("x".__mul__)
         lines = st.sampled_from(["  ", "\n", " \t", "\r"]).map("Adam{}30 epochs".format)
@@ -163,7 +166,9 @@ def signal_settings(draw: st.DrawFn) -> Case:
 # Images
 
 SIDE = {"pixels": 32}
-FEW = ImageSet("six images", torch.arange(6 * 3072).remainder(251).view(6, 3, 32, 32).byte(), torch.arange(6), torch.arange(6))
+FEW = ImageSet(
+    "six images", torch.arange(6 * 3072).remainder(251).view(6, 3, 32, 32).byte(), torch.arange(6), torch.arange(6)
+)
 DRAWS = overlay.draw_epoch(6, 0.5, 0, 0)
 MAPS = torch.rand(6, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -223,11 +228,19 @@ def overlays(draw: st.DrawFn) -> Case:
     told = name
     if way == "value":
         high = 1.0 if name == "images" else math.inf
-        value = draw(beyond(0.0, high, True, name == "images").filter(lambda x: not np.isfinite(x) or (1e-37 < abs(x) < 3e38 and np.float32(x) != 1)))
+        value = draw(
+            beyond(0.0, high, True, name == "images").filter(
+                lambda x: not np.isfinite(x) or (1e-37 < abs(x) < 3e38 and np.float32(x) != 1)
+            )
+        )
         given[name] = changed(given[name], draw(st.integers(0, 6 * 1024 - 1)), value)
         told = f"{name}[...] = {value}"
     elif way == "shape":
-        shape = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda s: s not in ([6, 3, 32, 32], [6, 32, 32])))
+        shape = draw(
+            st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(
+                lambda s: s not in ([6, 3, 32, 32], [6, 32, 32])
+            )
+        )
         given[name], told = torch.zeros(shape), f"{name} {tuple(shape)}"
     elif way == "type":
         kind = draw(st.sampled_from([torch.uint8, torch.int64, torch.bool]))
@@ -303,10 +316,16 @@ def attributions(draw: st.DrawFn) -> Case:
     function = draw(st.sampled_from([attribution.attribute, integrated_gradients.integrated_gradients]))
     own = {"error", "max_steps"} if function is attribution.attribute else {"n_steps"}
     given: dict[str, Any] = {"inputs": INPUTS, "target": 3}
-    ways = ["number"] * 3 + ["value"] * 2 + ["type", "shape", "empty", "target", "targets", "baselines", "model", "harmless"]
+    ways = (
+        ["number"] * 3
+        + ["value"] * 2
+        + ["type", "shape", "empty", "target", "targets", "baselines", "model", "harmless"]
+    )
     way, model, named = draw(st.sampled_from(ways)), MODEL, ("inputs",)
     if way == "number":
-        name = draw(st.sampled_from(sorted({*own, "internal_batch_size"} | ({"method"} - own if "n_steps" in own else set()))))
+        name = draw(
+            st.sampled_from(sorted({*own, "internal_batch_size"} | ({"method"} - own if "n_steps" in own else set())))
+        )
         given[name] = draw(NONSENSE if name == "method" else NUMBERS[name] | NO_NUMBER | st.none())
         named, told = (name,), f"{name}={given[name]!r}"
     elif way == "value":
@@ -317,9 +336,15 @@ def attributions(draw: st.DrawFn) -> Case:
         kind = draw(st.sampled_from([torch.uint8, torch.int64, torch.bool, torch.float64, torch.float16]))
         given["inputs"], named, told = INPUTS.to(kind), (str(kind),), str(kind)
     elif way == "shape":
-        shape = draw(st.lists(st.integers(1, 12), max_size=5).filter(lambda s: s[1:2] != [3] or len(s) < 3 or min(s[2:]) < 3))
+        shape = draw(
+            st.lists(st.integers(1, 12), max_size=5).filter(lambda s: s[1:2] != [3] or len(s) < 3 or min(s[2:]) < 3)
+        )
         shape = shape if len(shape) not in (3,) or shape[0] != 3 else [4, *shape[1:]]
-        given["inputs"], named, told = torch.rand(shape), ("inputs of shape", str(tuple(shape))), f"inputs {tuple(shape)}"
+        given["inputs"], named, told = (
+            torch.rand(shape),
+            ("inputs of shape", str(tuple(shape))),
+            f"inputs {tuple(shape)}",
+        )
     elif way == "empty":
         given["inputs"], named, told = INPUTS[:0], ("(0, 3, 8, 8)",), "no inputs"
     elif way == "target":

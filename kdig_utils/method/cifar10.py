@@ -5,7 +5,6 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,8 +62,8 @@ class ImageSet:
         for name, values in {"labels": self.labels, "indices": self.indices}.items():
             if values.dtype != torch.int64 or values.shape != self.pixels.shape[:1]:
                 raise ValueError(
-                    f"{len(self.pixels)} images, {name} of {values.dtype} of shape {tuple(values.shape)}: pass one int64 "
-                    "for each"
+                    f"{len(self.pixels)} images, {name} of {values.dtype} of shape {tuple(values.shape)}: pass one "
+                    "int64 for each"
                 )
         if len(wrong := self.labels[(self.labels < 0) | (self.labels >= len(CLASSES))]):
             raise ValueError(f"label {int(wrong[0])} is of no class: give 0 to {len(CLASSES) - 1}")
@@ -238,13 +237,8 @@ def _sheet(split: str) -> ImageSet:
     """
     check_choice("split", split, SPLIT_NAMES)
     folder = paths.artifacts_folder() / "cifar10_sample"
-    try:
-        table = np.load(folder / f"{split}.npz")
-        sheet = np.asarray(Image.open(folder / f"{split}.webp").convert("RGB"))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise FileNotFoundError(
-            f"the {split} images in {folder} are missing or damaged ({error}): restore them from git"
-        ) from error
+    packed, picture = paths.committed(folder, f"{split}.npz", f"{split}.webp")
+    table, sheet = np.load(packed), np.asarray(Image.open(picture).convert("RGB"))
     rows = sheet.reshape(-1, 32, SAMPLE_COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     labels, indices = (torch.from_numpy(table[key].astype(np.int64)) for key in ("labels", "indices"))
     return ImageSet(f"{len(rows):,} {SPLIT_NAMES[split]} images", torch.from_numpy(rows.copy()), labels, indices)

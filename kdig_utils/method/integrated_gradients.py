@@ -73,6 +73,7 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     check_choice("method", method, QUADRATURES)
     least = 2 if method == "riemann_trapezoid" else 1
     check_number("n_steps", n_steps)
+    n_steps = int(n_steps)
     if n_steps < least:
         raise ValueError(f"n_steps = {n_steps} is too few for {method}: use at least {least}")
     if method == "gausslegendre":
@@ -142,7 +143,8 @@ def outputs_of(forward_func: Callable[[Tensor], Tensor], points: Tensor) -> Tens
     if not isinstance(outputs, Tensor):
         raise ValueError(f"the model's output is a {type(outputs).__name__}: wrap it, so that it returns the logits")
     if outputs.dim() != 2 or len(outputs) != len(points):
-        raise ValueError(f"the model's output has shape {tuple(outputs.shape)}: wrap it, so that it is ({len(points)}, classes)")
+        shape = tuple(outputs.shape)
+        raise ValueError(f"the model's output has shape {shape}: wrap it, so that it is ({len(points)}, classes)")
     return outputs
 
 

@@ -135,6 +135,8 @@ def open_signals(
         )
     if kept is None:
         check_values(folder, arrays)
+    elif not isinstance(kept, dict):
+        raise _damaged(folder, "its manifest names no arrays")
     elif changed := [name for name, found in described(folder, arrays).items() if kept.get(name) != found]:
         raise _damaged(folder, f"{changed[0]}.npy is not what its manifest says")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -257,7 +259,7 @@ def write_rows(arrays: Arrays, positions: Tensor, rows: Mapping[str, Tensor]) ->
 def _mapped(folder: Path, shapes: Shapes, mode: Literal["r+", "c"]) -> Arrays:
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in shapes}
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise _damaged(folder, error) from error
     for name, (shape, dtype) in shapes.items():
         found = arrays[name].shape
