@@ -187,7 +187,7 @@ def lease(path: Path, seconds: float = 0.0) -> SoftFileLease | None:
 
 
 def _acquired(lock: SoftFileLock | SoftFileLease, path: Path, seconds: float) -> bool:
-    """Whether the lock was free within `seconds`; a marker without a name, of a killed process, is waited for longer."""
+    """Whether the lock was free within `seconds`, or a little later where a process was killed in its first moment."""
     end = time.monotonic() + (seconds if holder(path) != NOBODY else max(seconds, EMPTY_SECONDS + 3))
     while True:
         _marker(path)  # looks at it again: it may have been too young

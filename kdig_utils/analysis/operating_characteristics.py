@@ -54,10 +54,8 @@ def operating_characteristics(
         ValueError: no runs or studies, or a correlation outside [0, 1].
     """
     if not (min(seeds, default=0) >= 1 and studies >= 1 and 0 <= correlation <= 1):
-        raise ValueError(
-            f"seeds {tuple(seeds)}, studies {studies}, correlation {correlation}: give one run and one study or more, "
-            "and a correlation in [0, 1]"
-        )
+        found = f"seeds {tuple(seeds)}, studies {studies}, correlation {correlation}"
+        raise ValueError(f"{found}: give one run and one study or more, and a correlation in [0, 1]")
     rng, registered, rows = np.random.default_rng(seed), {claim.name: claim for claim in claims()}, []
     cases = [(runs, truth, kind) for runs in seeds for truth in TRUTHS for kind in kinds]
     for runs, truth, kind in cases:
