@@ -20,7 +20,7 @@ REMEDY = re.compile(
     r"\b(give|choose|use|restore|correct|measure|remove|repair|resize|select|delete|compute|run|set|wrap|build|call|take|"
     r"convert|pass|bring|train|pack|leave|add|say|name|switch|attribute|free|see|take out|--help)\b"
 )
-NOT_OURS = re.compile(r"validation error|errors\.pydantic|Traceback|object at 0x")
+NOT_OURS = re.compile(r"validation error|errors\.pydantic|Traceback")
 SEED = 18
 SURFACES: dict[str, Cases] = {
     "specs of runs": specs(),
