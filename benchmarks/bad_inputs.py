@@ -17,7 +17,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def report(found: dict[str, Any]) -> dict[str, object]:
         "seconds": round(sum(tally.seconds for tally in found.values())),
         "refused": sum(tally.refused for tally in found.values()),
         "right": sum(tally.right for tally in found.values()),
-        "surfaces": {surface: asdict(tally) for surface, tally in found.items()},
+        "surfaces": {surface: {**vars(tally), "faults": dict(tally.faults)} for surface, tally in found.items()},
     }
 
 

@@ -93,7 +93,8 @@ def inside(name: str) -> SearchStrategy[int | float]:
 
 def wrong_numbers(name: str) -> SearchStrategy[object]:
     numbers = outside(*WHOLE[name]) if name in WHOLE else beyond(*REAL[name])
-    return numbers | NO_NUMBER | (st.nothing() if name == "sample_seed" else st.none())
+    others = NO_NUMBER | (st.nothing() if name == "sample_seed" else st.none())
+    return st.integers(0, 3).flatmap(lambda one: others if one == 3 else numbers)
 
 
 # Specs
