@@ -131,7 +131,7 @@ def commands(draw: st.DrawFn) -> Case:
         named = (
             option,
             option[2:].replace("-", "_"),
-            f"{wrong.rstrip(',')}'",
+            *(f"{part}'" for part in wrong.split(",") if part),
             f"no weights at {wrong}:",
             "no artifact",
         )

@@ -102,6 +102,11 @@ def ledgers(draw: st.DrawFn) -> Case:
     cell, line, lines = draw(CELLS[column]), draw(st.integers(1, 3)), lines_of(content)
     cell = "8" if lines[line][COLUMNS.index(column)] == cell else cell
     if way == "append":
+        column = draw(st.sampled_from([column] * 3 + ["of_tomorrow", "data_md5", "teacher_sha256"]))
+        if column in ("data_md5", "teacher_sha256"):  # a spec says nothing of their form, a row does
+            odd = draw(NONSENSE)
+            measured = {**FACTS, "test_accuracy": 50.0}
+            return Case(f"append, {column}={odd}", lambda: append_again(measured, **{column: odd}), (column,))
         measured = {**FACTS, "test_accuracy": 50.0, column: cell}
         return Case(f"append({column}={cell!r})", lambda: append_again(measured), (column,))
     lines[line][COLUMNS.index(column)] = cell
@@ -109,12 +114,12 @@ def ledgers(draw: st.DrawFn) -> Case:
     return Case(f"line {line + 1}, {column}={cell!r}", lambda: read_ledger(in_csv(lines)), (named,))
 
 
-def append_again(measured: dict[str, object]) -> None:
+def append_again(measured: dict[str, object], **changes: Any) -> None:
     """Append a run to a good ledger, which must stay as it is where the run is refused."""
     path, (content, _rows) = WORKSHOP / "appended.csv", good_ledger()
     path.write_bytes(content)
     try:
-        Ledger(path).append(RunSpec("ig", seed=77), **measured)
+        Ledger(path).append(RunSpec("ig", seed=77, **changes), **measured)
     except ValueError:
         if path.read_bytes() != content:
             raise AssertionError("the ledger was changed") from None
@@ -127,7 +132,9 @@ def is_head(good: pd.DataFrame) -> Callable[[pd.DataFrame], bool]:
 
 def cuts(content: bytes, good: pd.DataFrame) -> SearchStrategy[Case]:
     """A cut is refused, or what is left is the shorter table."""
-    return st.integers(0, len(content) - 1).map(
+    ends = st.sampled_from([n for n, byte in enumerate(content) if byte in b"\n,"])
+    near = st.builds(lambda end, less: end - less, ends, st.integers(0, 3))
+    return (st.integers(0, len(content) - 1) | near).map(
         lambda cut: Case(f"{cut} bytes", lambda: read_ledger(content[:cut]), ("runs.csv",), is_head(good))
     )
 
@@ -141,7 +148,8 @@ def other_bytes(draw: st.DrawFn, content: bytes, _good: pd.DataFrame) -> Case:
     if len(marker) > 3:
         place = content.rfind(b"\n", 0, place) + 1
     new = content[:place] + marker + content[place + (len(marker) == 1) :]
-    return Case(f"{marker!r} at {place}", lambda: read_ledger(new), ("runs.csv",))
+    named = "conflict marker" if len(marker) > 3 else "runs.csv"
+    return Case(f"{marker!r} at {place}", lambda: read_ledger(new), (named,))
 
 
 @st.composite
@@ -202,7 +210,11 @@ def tables(draw: st.DrawFn, content: bytes) -> Case:
     else:
         lines[line - 1] += lines.pop(line)
     new = in_csv(lines)
-    return Case(f"{way}: {at}, {other}, {row}, line {line}, {hash(new)}", lambda: read_ledger(new), ("runs.csv, line",))
+    return Case(
+        f"{way}: {at}, {other}, {row}, line {line}, {hash(new)}",
+        lambda: read_ledger(new),
+        ("cells of",) if way in ("cell gone", "cell more", "joined") and line > 1 else ("runs.csv, line",),
+    )
 
 
 # Latency
@@ -340,6 +352,8 @@ def first_calls(draw: st.DrawFn) -> Case:
     if way == "cell":
         rows[at][column] = draw(CALL_CELLS[column])
         told += f"={rows[at][column]!r}"
+        if column == "process":  # of both networks, or it would have called one alone
+            rows = [{**row, column: rows[at][column]} for row in rows]
     elif way == "twice":
         rows.append(rows[at])
     elif way == "alone":

@@ -61,7 +61,9 @@ NAMES = {
 }  # fmt: skip
 SCHEDULE = {RunSpec: {"constant", "one_cycle"}, TeacherSpec: {"one_cycle", "cosine"}}
 FREE = ("teacher_sha256", "data_md5", "initial_sha256", "recipe")
+HUGE = st.sampled_from([10**400, Fraction(10**400)])  # more than a float holds
 NO_NUMBER = (
+    HUGE |
     NONSENSE | st.booleans() | st.binary(max_size=4) | st.lists(st.integers(), max_size=2) | st.complex_numbers()
     | st.dictionaries(st.text(max_size=2), st.integers(), max_size=2) | st.integers().map(str)
     | st.builds(lambda kind, x: kind(x), st.sampled_from([torch.tensor, np.array, Decimal]), st.integers(0, 9))
@@ -206,19 +208,16 @@ def image_sets(draw: st.DrawFn) -> Case:
 def drawn_images(draw: st.DrawFn) -> Case:
     way = draw(st.sampled_from(["class", "split", "count", "probability", "baseline"]))
     name, count = draw(NONSENSE), draw(st.integers(-1000, 1000).filter(lambda n: n % 6 or not 0 <= n <= 6))
+    load = draw(st.sampled_from([cifar10.load, cifar10.load_sample]))
     chance = draw(wrong_numbers("overlay_probability"))
     use, value = {
         "class": (lambda: cifar10.class_index(name), name),
-        "split": (lambda: draw_split(name), name),
+        "split": (lambda: load(name), f"unknown split '{name}'"),
         "count": (lambda: cifar10.stratified_split(FEW.labels, count, 0), str(count)),
         "probability": (lambda: overlay.draw_epoch(6, chance, 0, 0), "overlay_probability"),
         "baseline": (lambda: integrated_gradients.baseline(name, FEW.images()), name),
     }[way]
     return Case(f"{way} {chance if way == 'probability' else value}", use, (value,))
-
-
-def draw_split(name: str) -> ImageSet:
-    return cifar10.load_sample(name)
 
 
 @st.composite
@@ -296,7 +295,7 @@ BAD_NETWORKS: dict[str, tuple[nn.Module, str]] = {
     "two outputs": (Told(lambda y: (y, y)), "tuple"),
     "a dictionary": (Told(lambda y: {"logits": y}), "dict"),
     "one number": (Told(lambda y: y.sum()), "shape ()"),
-    "no classes": (Told(lambda y: y[:, 0]), "(16,)"),
+    "no classes": (Told(lambda y: y[:, 0]), "classes)"),
     "NaN": (Told(lambda y: y * math.nan), "NaN"),
     "infinity": (Told(lambda y: y.clamp(max=0) / 0), "NaN"),
     "chance": (Told(lambda y: y + torch.rand_like(y)), "two outputs"),
@@ -304,6 +303,7 @@ BAD_NETWORKS: dict[str, tuple[nn.Module, str]] = {
     "dropout that trains": (network(nn.Dropout(0.3)).train(), "Dropout"),
     "batch norm that trains": (network(nn.BatchNorm2d(4)).train(), "BatchNorm2d"),
 }
+ONLY_BY_ATTRIBUTE = {"chance", "the rest of the batch"}  # integrated_gradients asks each point once
 MODEL = network()
 INPUTS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 NUMBERS = {  # of the two functions, what their settings may not be
@@ -320,7 +320,7 @@ def attributions(draw: st.DrawFn) -> Case:
     ways = (
         ["number"] * 3
         + ["value"] * 2
-        + ["type", "shape", "empty", "target", "targets", "baselines", "model", "harmless"]
+        + ["type", "shape", "empty", "target", "targets", "baselines", "model", "trapezoid", "harmless"]
     )
     way, model, named = draw(st.sampled_from(ways)), MODEL, ("inputs",)
     if way == "number":
@@ -357,8 +357,12 @@ def attributions(draw: st.DrawFn) -> Case:
     elif way == "baselines":
         shape = draw(st.lists(st.integers(9, 12), min_size=1, max_size=4))
         given["baselines"], named, told = torch.zeros(shape), (str(tuple(shape)),), f"baselines {tuple(shape)}"
-    elif way == "model" and function is attribution.attribute:
-        told = draw(st.sampled_from(sorted(BAD_NETWORKS)))
+    elif way == "trapezoid" and "n_steps" in own:
+        given |= {"method": "riemann_trapezoid", "n_steps": 1}
+        named, told = ("n_steps",), f"one step of a trapezoid, target {draw(st.integers(0, 9))}"
+    elif way == "model":
+        seen = set(BAD_NETWORKS) if own == {"error", "max_steps"} else set(BAD_NETWORKS) - ONLY_BY_ATTRIBUTE
+        told = draw(st.sampled_from(sorted(seen)))
         model, named = BAD_NETWORKS[told][0], (BAD_NETWORKS[told][1],)
     else:
         return draw(same_attributions())

@@ -58,6 +58,7 @@ def integrated_gradients(
         alpha, weight = (values[s].to(inputs).view(-1, *[1] * (inputs.dim() - 1)) for values in (alphas, weights))
         gradients = input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
         total.index_add_(0, i, weight * gradients)
+    check_finite(total, "gradients along the paths")
     return difference * total
 
 
