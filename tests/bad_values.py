@@ -163,7 +163,8 @@ def signal_settings(draw: st.DrawFn) -> Case:
     }
     name = draw(st.sampled_from(sorted(value)))
     wrong = draw(value[name])
-    return Case(f"SignalSettings({name}={wrong!r})", lambda: SignalSettings(**{name: wrong}), (name, "quadrature"))
+    given = {name: wrong, **({"method": "secant"} if name == "n_steps" and draw(st.booleans()) else {})}
+    return Case(f"SignalSettings({given!r})", lambda: SignalSettings(**given), (name,))
 
 
 # Images
@@ -206,15 +207,18 @@ def image_sets(draw: st.DrawFn) -> Case:
 
 @st.composite
 def drawn_images(draw: st.DrawFn) -> Case:
-    way = draw(st.sampled_from(["class", "split", "count", "probability", "baseline"]))
+    way = draw(st.sampled_from(["class", "split", "count", "probability", "baseline", "colours", "map"]))
     name, count = draw(NONSENSE), draw(st.integers(-1000, 1000).filter(lambda n: n % 6 or not 0 <= n <= 6))
     load = draw(st.sampled_from([cifar10.load, cifar10.load_sample]))
     chance = draw(wrong_numbers("overlay_probability"))
+    shape = tuple(draw(st.lists(st.integers(1, 9), max_size=6).filter(lambda shape: len(shape) != 4)))
     use, value = {
         "class": (lambda: cifar10.class_index(name), name),
         "split": (lambda: load(name), f"unknown split '{name}'"),
         "count": (lambda: cifar10.stratified_split(FEW.labels, count, 0), str(count)),
         "probability": (lambda: overlay.draw_epoch(6, chance, 0, 0), "overlay_probability"),
+        "colours": (lambda: integrated_gradients.baseline("mean_colour", torch.zeros(shape)), str(shape)),
+        "map": (lambda: integrated_gradients.attribution_map(torch.zeros(shape)), str(shape)),
         "baseline": (lambda: integrated_gradients.baseline(name, FEW.images()), name),
     }[way]
     return Case(f"{way} {chance if way == 'probability' else value}", use, (value,))
@@ -291,21 +295,28 @@ class Told(nn.Module):
         return self.change(self.inner(inputs))
 
 
+INPUTS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+SECOND = network()(INPUTS).detach()[1]
 BAD_NETWORKS: dict[str, tuple[nn.Module, str]] = {
     "two outputs": (Told(lambda y: (y, y)), "tuple"),
     "a dictionary": (Told(lambda y: {"logits": y}), "dict"),
     "one number": (Told(lambda y: y.sum()), "shape ()"),
     "no classes": (Told(lambda y: y[:, 0]), "classes)"),
-    "NaN": (Told(lambda y: y * math.nan), "NaN"),
+    "NaN": (Told(lambda y: y * math.nan), "the first input"),
+    "NaN for the second input": (Told(lambda y: torch.where((y - SECOND).abs() < 1e-5, math.nan, y)), "outputs hold"),
     "infinity": (Told(lambda y: y.clamp(max=0) / 0), "NaN"),
     "chance": (Told(lambda y: y + torch.rand_like(y)), "two outputs"),
     "the rest of the batch": (Told(lambda y: y - y.mean(0)), "batch"),
     "dropout that trains": (network(nn.Dropout(0.3)).train(), "Dropout"),
     "batch norm that trains": (network(nn.BatchNorm2d(4)).train(), "BatchNorm2d"),
 }
-ONLY_BY_ATTRIBUTE = {"chance", "the rest of the batch"}  # integrated_gradients asks each point once
+ONLY_BY_ATTRIBUTE = {
+    "chance",
+    "the rest of the batch",
+    "NaN",
+    "NaN for the second input",
+}  # integrated_gradients asks each point once
 MODEL = network()
-INPUTS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 NUMBERS = {  # of the two functions, what their settings may not be
     "error": beyond(0.0, 1.0, False, False), "max_steps": outside(4, 10**6), "internal_batch_size": outside(1, 2**63),
     "n_steps": outside(1, 10**6),

@@ -62,8 +62,8 @@ class ImageSet:
         for name, values in {"labels": self.labels, "indices": self.indices}.items():
             if values.dtype != torch.int64 or values.shape != self.pixels.shape[:1]:
                 raise ValueError(
-                    f"{len(self.pixels)} images, {name} of {values.dtype} of shape {tuple(values.shape)}: pass one "
-                    "int64 for each"
+                    f"{len(self.pixels)} images, {values.numel()} {name}, {values.dtype} of shape "
+                    f"{tuple(values.shape)}: pass one of each, as int64"
                 )
         if len(wrong := self.labels[(self.labels < 0) | (self.labels >= len(CLASSES))]):
             raise ValueError(f"label {int(wrong[0])} is of no class: give 0 to {len(CLASSES) - 1}")
