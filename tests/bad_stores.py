@@ -374,7 +374,7 @@ def artifact_files(draw: st.DrawFn) -> Case:
         paths = st.sampled_from(
             ["../student_k17.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "x.pt"]
         )
-        whole = st.integers().filter(lambda n: n != 17)
+        whole = st.integers().filter(lambda n: n != 17) | st.sampled_from(range(3, 17, 2))
         value: Any = draw({"file": paths | JSON, "sha256": JSON, "k": whole | JSON, "method": JSON | NONSENSE}[key])
         entry = {**manifest[name], key: value}
         if draw(st.integers(0, 5)) == 0:
