@@ -145,6 +145,8 @@ def other_bytes(draw: st.DrawFn, content: bytes, _good: pd.DataFrame) -> Case:
     marker = draw(
         st.sampled_from([bytes([odd]), b"<<<<<<< HEAD\n", b"=======\n", b">>>>>>> theirs\n", b"\xef\xbb\xbf"])
     )
+    if marker == b"\xef\xbb\xbf":
+        place = 0  # elsewhere it is a sign of a text
     if len(marker) > 3:
         place = content.rfind(b"\n", 0, place) + 1
     new = content[:place] + marker + content[place + (len(marker) == 1) :]
