@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 import torch
 
@@ -33,9 +33,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if isinstance(action.default, bool | None) else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong with the words."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}: see {self.prog} --help\n")
+
+
 def command_line() -> argparse.ArgumentParser:
     """All commands with their options."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         name, description = command.__name__.replace("_", "-"), inspect.getdoc(command) or ""

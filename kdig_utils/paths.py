@@ -2,6 +2,9 @@
 
 import contextlib
 import errno
+import hashlib
+import io
+import json
 import math
 import os
 import platform
@@ -254,6 +257,24 @@ def explaining(path: Path) -> Iterator[None]:
             raise
         told = f"cannot write {path.name} in {path.parent}; {REMEDIES[error.errno]} and run it again"
         raise OSError(error.errno, told) from error
+
+
+def committed(folder: Path, *names: str) -> list[io.BytesIO]:
+    """These files of `folder`, opened, each with the SHA-256 that the folder's `sha256.json` names.
+
+    Raises:
+        FileNotFoundError: one is missing or damaged.
+    """
+    try:
+        expected = json.loads((folder / "sha256.json").read_bytes())
+        contents = [(folder / name).read_bytes() for name in names]
+        for name, content in zip(names, contents, strict=True):
+            if hashlib.sha256(content).hexdigest() != expected[name]:
+                raise ValueError(f"{name} has another SHA-256")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        files = f"{', '.join(names)} in {folder} are missing or damaged"
+        raise FileNotFoundError(f"{files} ({type(error).__name__} {error}): restore them from git") from error
+    return [io.BytesIO(content) for content in contents]
 
 
 @contextlib.contextmanager

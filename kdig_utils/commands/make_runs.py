@@ -21,6 +21,7 @@ from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import TEACHER_RECIPE, Study, open_study
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts, cifar10, models, pairings
+from kdig_utils.method.checks import check_choice, check_number
 from kdig_utils.method.spec import METHODS, RunSpec, TeacherSpec
 
 UNTIL_THE_END = Span("inf")
@@ -228,6 +229,7 @@ def search(
     """Choose a method's hyperparameters on validation images: trials, then the finalists again with fresh seeds."""
     from kdig_utils.experiments import search as searching
 
+    check_choice("method", method, METHODS[1:])
     deadline, asked = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
     study = student_study(profile)
     how = side_by_side(Way(), at_once, study.device.type).at_once, deadline, print_now_and_then(report_seconds)
@@ -310,6 +312,7 @@ def student_study(profile: str, n_steps: int = RunSpec.n_steps) -> Study:
 
     The teacher is loaded here, so that a damaged one is found at once.
     """
+    check_number("n_steps", n_steps)
     study = training_study(profile)
     if profile != "full":
         return study

@@ -272,15 +272,16 @@ def frozen_signals(images: ImageSet) -> TeacherSignals:
     """The frozen signals of the protocol's images, in memory: maps from bytes in one picture, the rest from arrays.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none, or they are damaged.
         ValueError: they are of other images.
     """
     named, folder = frozen_manifest(), signals_folder()
     if named.get("data_md5") != images.md5:
         raise ValueError(f"the signals in {folder.name} are of other images than {images.name}: restore them from git")
-    arrays = np.load(folder / "signals.npz")
+    packed, picture = paths.committed(folder, "signals.npz", "maps.webp")
+    arrays = np.load(packed)
     rest = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in ("logits", "attention", "error")}
-    sheet = torch.from_numpy(np.asarray(Image.open(folder / "maps.webp").convert("RGB"))[..., 0].copy())
+    sheet = torch.from_numpy(np.asarray(Image.open(picture).convert("RGB"))[..., 0].copy())
     maps = sheet.view(-1, 32, MAP_COLUMNS, 32).transpose(1, 2).reshape(-1, 32, 32)
     told = {**named, "indices": images.indices.tolist()}
     return TeacherSignals(maps=(maps.float() / 255).half(), manifest=told, **rest)

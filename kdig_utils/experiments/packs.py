@@ -87,10 +87,13 @@ def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> 
         The identities of the runs whose rows were added.
 
     Raises:
+        FileNotFoundError: there is no such piece.
         ValueError: a piece is missing or damaged, a row is no ledger's, or weights are not those of their row; nothing
             was written then.
     """
     pieces = sorted(pieces)
+    if absent := [path for path in pieces if not path.is_file()]:
+        raise FileNotFoundError(f"there is no file {absent[0]}: give the pieces of one pack")
     if sum(path.stat().st_size for path in pieces) > UNPACK_MOST_BYTES:
         raise ValueError(f"{pieces[0]} and the others are too large for a pack: give the pieces of one pack")
     members = _members(b"".join(path.read_bytes() for path in pieces))

@@ -14,6 +14,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from kdig_utils.method import models
+from kdig_utils.method.spec import METHODS
 from kdig_utils.paths import artifacts_folder, locked, replacing
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -24,7 +25,7 @@ class Entry(BaseModel):
 
     file: Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*\.safetensors$")]  # in artifacts/, and nowhere else
     sha256: Sha256
-    method: str
+    method: Annotated[str, StringConstraints(pattern=f"^(teacher|{'|'.join(METHODS)})$")]
     k: int
 
 
@@ -171,6 +172,7 @@ def load(name: str) -> torch.nn.Module:
     """
     known = manifest()
     if name not in known:
-        raise KeyError(f"no artifact {name!r}: the repository holds {', '.join(sorted(known)) or 'none'}")
+        held = ", ".join(sorted(known)) or "none"
+        raise KeyError(f"no artifact {name!r}: the repository holds {held}; choose one of them, or restore it from git")
     entry = known[name]
     return read_weights(model_for(entry["method"], entry["k"]), artifacts_folder() / entry["file"], entry["sha256"])

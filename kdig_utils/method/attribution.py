@@ -87,6 +87,7 @@ def attribute(
     """
     for name, value in {"error": error, "max_steps": max_steps, "internal_batch_size": internal_batch_size}.items():
         check_number(name, value)
+    max_steps, internal_batch_size = int(max_steps), int(internal_batch_size)
     check_mode(model)
     inputs, baselines, targets = as_given(inputs, baselines, target)
     check_model(model, inputs, baselines, targets)

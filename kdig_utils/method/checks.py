@@ -21,25 +21,25 @@ def whole(low: int, high: int = 1_000_000) -> Callable[[float], bool]:
 MOST = "to 1,000,000"
 # Whether a number is in its range, and what it should have been where it is not.
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "alpha": (lambda x: 0 <= x <= 1, "number from 0 to 1: it is the share of the distillation loss"),
+    "alpha": (lambda x: 0 <= x <= 1, "number from 0 to 1: give the share of the distillation loss"),
     "batch_size": (whole(2), f"whole number from 2 {MOST}: give at least 2, as batch norm needs them"),
     "cutout": (whole(0, 32), "side of a square in an image of 32 pixels: give 0 to 32"),
     "epochs": (whole(1), f"whole number from 1 {MOST}: give at least 1, the paper's students have 100"),
     "error": (lambda x: 0 < x < 1, "relative error: choose one above 0 and below 1, as 0.01"),
-    "gamma": (lambda x: 0 <= x < math.inf, "weight of 0 or more: the paper uses 0.8"),
+    "gamma": (lambda x: 0 <= x < math.inf, "weight of 0 or more: give one, as the paper's 0.8"),
     "internal_batch_size": (whole(1, 2**63), "whole number of 1 or more: use at least 1"),
-    "label_smoothing": (lambda x: 0 <= x < 1, "number of 0 or more and below 1: 0 is none"),
-    "learning_rate": (lambda x: 0 < x < math.inf, "finite number above 0: the paper uses 0.001"),
+    "label_smoothing": (lambda x: 0 <= x < 1, "number of 0 or more and below 1: give 0 for none"),
+    "learning_rate": (lambda x: 0 < x < math.inf, "finite number above 0: give one, as the paper's 0.001"),
     "max_steps": (whole(4), f"whole number from 4 {MOST}: use at least 4"),
-    "n_steps": (whole(1), f"whole number from 1 {MOST}: the paper uses 50"),
+    "n_steps": (whole(1), f"whole number from 1 {MOST}: give one, as the paper's 50"),
     "overlay_probability": (lambda x: 0 <= x <= 1, "number from 0 to 1: give the fraction of images to overlay"),
     "sample_seed": (whole(0, 2**32 - 1), "whole number from 0 to 4,294,967,295: give None to draw with `seed`"),
     "seed": (whole(0, 2**32 - 1), "whole number from 0 to 4,294,967,295: give one, as 0"),
-    "temperature": (lambda x: 0 < x < math.inf, "finite number above 0: the paper uses 2.5"),
+    "temperature": (lambda x: 0 < x < math.inf, "finite number above 0: give one, as the paper's 2.5"),
     "train_fraction": (lambda x: 0 < x <= 1, "number above 0 and up to 1: give the share of images to train on"),
     "train_images": (whole(0), f"whole number from 0 {MOST}: give 0 to train on all images"),
     "validation_images": (whole(0), f"whole number from 0 {MOST}: give 0 to train on all images"),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "number of 0 or more: 0 is none"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "number of 0 or more: give 0 for none"),
 }
 
 
@@ -79,7 +79,7 @@ def check_number(name: str, value: object) -> None:
 
 def check_choice(what: str, value: object, choices: Collection[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`; the message lists them."""
-    if value not in choices:
+    if not isinstance(value, str | Integral) or value not in choices:
         raise ValueError(f"unknown {what} {shown(value)}: choose one of {', '.join(map(str, choices))}")
 
 

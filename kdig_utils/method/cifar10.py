@@ -5,7 +5,6 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,10 +59,14 @@ class ImageSet:
                 f"images must be uint8 of shape (N, 3, 32, 32), got {self.pixels.dtype} of shape "
                 f"{tuple(self.pixels.shape)}: convert them before making an ImageSet"
             )
-        if not len(self.pixels) == len(self.labels) == len(self.indices):
-            raise ValueError(
-                f"{len(self.pixels)} images, {len(self.labels)} labels, {len(self.indices)} indices: pass one of each"
-            )
+        for name, values in {"labels": self.labels, "indices": self.indices}.items():
+            if values.dtype != torch.int64 or values.shape != self.pixels.shape[:1]:
+                raise ValueError(
+                    f"{len(self.pixels)} images, {values.numel()} {name}, {values.dtype} of shape "
+                    f"{tuple(values.shape)}: pass one of each, as int64"
+                )
+        if len(wrong := self.labels[(self.labels < 0) | (self.labels >= len(CLASSES))]):
+            raise ValueError(f"label {int(wrong[0])} is of no class: give 0 to {len(CLASSES) - 1}")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -234,13 +237,8 @@ def _sheet(split: str) -> ImageSet:
     """
     check_choice("split", split, SPLIT_NAMES)
     folder = paths.artifacts_folder() / "cifar10_sample"
-    try:
-        table = np.load(folder / f"{split}.npz")
-        sheet = np.asarray(Image.open(folder / f"{split}.webp").convert("RGB"))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise FileNotFoundError(
-            f"the {split} images in {folder} are missing or damaged ({error}): restore them from git"
-        ) from error
+    packed, picture = paths.committed(folder, f"{split}.npz", f"{split}.webp")
+    table, sheet = np.load(packed), np.asarray(Image.open(picture).convert("RGB"))
     rows = sheet.reshape(-1, 32, SAMPLE_COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     labels, indices = (torch.from_numpy(table[key].astype(np.int64)) for key in ("labels", "indices"))
     return ImageSet(f"{len(rows):,} {SPLIT_NAMES[split]} images", torch.from_numpy(rows.copy()), labels, indices)
@@ -262,7 +260,8 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     each, remainder = divmod(count, len(classes))
     if remainder or not 0 <= each <= int(labels.bincount()[classes].min()):
         raise ValueError(
-            f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all"
+            f"cannot draw {count} images evenly from {len(classes)} classes of {len(labels)} images in all: choose a "
+            "multiple of the number of classes that each has images for"
         )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.zeros(len(labels), dtype=torch.bool)

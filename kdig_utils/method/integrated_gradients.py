@@ -49,6 +49,7 @@ def integrated_gradients(
     check_number("internal_batch_size", internal_batch_size)
     check_mode(forward_func)
     alphas, weights = quadrature(method, n_steps)
+    n_steps, internal_batch_size = len(alphas), int(internal_batch_size)
     inputs, baselines, targets = as_given(inputs, baselines, target)
     difference, total = inputs - baselines, torch.zeros_like(inputs)
     image, step = torch.arange(len(inputs)).repeat_interleave(n_steps), torch.arange(n_steps).repeat(len(inputs))
@@ -57,6 +58,7 @@ def integrated_gradients(
         alpha, weight = (values[s].to(inputs).view(-1, *[1] * (inputs.dim() - 1)) for values in (alphas, weights))
         gradients = input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
         total.index_add_(0, i, weight * gradients)
+    check_finite(total, "gradients along the paths")
     return difference * total
 
 
@@ -70,7 +72,9 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     """
     check_choice("method", method, QUADRATURES)
     least = 2 if method == "riemann_trapezoid" else 1
-    if not (n_steps >= least and n_steps == int(n_steps)):
+    check_number("n_steps", n_steps)
+    n_steps = int(n_steps)
+    if n_steps < least:
         raise ValueError(f"n_steps = {n_steps} is too few for {method}: use at least {least}")
     if method == "gausslegendre":
         nodes, shares = np.polynomial.legendre.leggauss(n_steps)
@@ -139,7 +143,8 @@ def outputs_of(forward_func: Callable[[Tensor], Tensor], points: Tensor) -> Tens
     if not isinstance(outputs, Tensor):
         raise ValueError(f"the model's output is a {type(outputs).__name__}: wrap it, so that it returns the logits")
     if outputs.dim() != 2 or len(outputs) != len(points):
-        raise ValueError(f"the model's output has shape {tuple(outputs.shape)}: it must be ({len(points)}, classes)")
+        shape = tuple(outputs.shape)
+        raise ValueError(f"the model's output has shape {shape}: wrap it, so that it is ({len(points)}, classes)")
     return outputs
 
 
@@ -167,8 +172,8 @@ def as_given(inputs: Tensor, baselines: Tensor | float, target: Tensor | int) ->
     Raises:
         ValueError: no inputs, values that are not finite or not floating point, or shapes that do not fit.
     """
-    if not (inputs.dim() and len(inputs)):
-        raise ValueError(f"there are no inputs in shape {tuple(inputs.shape)}: give at least one")
+    if inputs.dim() < 2 or not len(inputs):
+        raise ValueError(f"there are no inputs in shape {tuple(inputs.shape)}: give at least one, in a batch (N, …)")
     if not inputs.is_floating_point():
         raise ValueError(f"inputs are {inputs.dtype}: give floating point, as pixels in [0, 1]")
     try:

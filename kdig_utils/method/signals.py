@@ -10,20 +10,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from kdig_utils.method.checks import check_choice, check_number
+from kdig_utils.method.checks import Number, Text, Whole, check_choice, check_number, checked
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.integrated_gradients import BASELINES, quadrature
-from kdig_utils.method.models import weights_sha256
+from kdig_utils.method.integrated_gradients import BASELINES, QUADRATURES, quadrature
+from kdig_utils.method.models import FEATURE_BLOCKS, weights_sha256
 from kdig_utils.paths import check_writable, explaining, replacing
 
 SIGNALS = ("logits", "maps", "attention", "error")
@@ -37,7 +37,7 @@ Arrays = dict[str, np.memmap]
 Shapes = dict[str, tuple[tuple[int, ...], type]]
 
 
-@dataclass(frozen=True)
+@checked
 class SignalSettings:
     """What determines the signals besides teacher and images.
 
@@ -54,19 +54,26 @@ class SignalSettings:
             begun with such settings.
     """
 
-    n_steps: int = 50
-    method: str = "gausslegendre"
-    baseline: str = "mean_colour"
-    tap: int = 9
-    error: float | None = None
-    storage: str = "float16"
+    n_steps: Whole = 50
+    method: Text = "gausslegendre"
+    baseline: Text = "mean_colour"
+    tap: Whole = 9
+    error: Number | None = None
+    storage: Text = "float16"
+
+    choices: ClassVar[Mapping[str, Collection[object]]] = {
+        "method": (*QUADRATURES, SECANT),
+        "baseline": BASELINES,
+        "tap": range(FEATURE_BLOCKS),
+        "storage": tuple(QUANTISATION_ERROR),
+    }
 
     def __post_init__(self) -> None:
+        for name, choices in self.choices.items():
+            check_choice(name, getattr(self, name), choices)
         check_number("n_steps", self.n_steps)
         if self.method != SECANT:
             quadrature(self.method, self.n_steps)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_choice("storage", self.storage, QUANTISATION_ERROR)
         if self.error is not None:
             check_number("error", self.error)
 
@@ -128,6 +135,8 @@ def open_signals(
         )
     if kept is None:
         check_values(folder, arrays)
+    elif not isinstance(kept, dict):
+        raise _damaged(folder, "its manifest names no arrays")
     elif changed := [name for name, found in described(folder, arrays).items() if kept.get(name) != found]:
         raise _damaged(folder, f"{changed[0]}.npy is not what its manifest says")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -250,7 +259,7 @@ def write_rows(arrays: Arrays, positions: Tensor, rows: Mapping[str, Tensor]) ->
 def _mapped(folder: Path, shapes: Shapes, mode: Literal["r+", "c"]) -> Arrays:
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in shapes}
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise _damaged(folder, error) from error
     for name, (shape, dtype) in shapes.items():
         found = arrays[name].shape

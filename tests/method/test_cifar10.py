@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import pickle
 import tarfile
 import threading
@@ -129,6 +130,8 @@ def save_sample(images: ImageSet, split: str) -> None:
     sheet.save(folder / f"{split}.webp", lossless=True, quality=100, method=0)
     labels, indices = images.labels.numpy().astype(np.uint8), images.indices.numpy().astype(np.uint16)
     np.savez_compressed(folder / f"{split}.npz", labels=labels, indices=indices)
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    (folder / "sha256.json").write_text(json.dumps(hashes))
 
 
 def test_sample_survives_being_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,5 +388,5 @@ def test_target_outside_the_classes_is_named(target: Tensor | int) -> None:
 
 @pytest.mark.parametrize(("n_steps", "method"), [(0, "gausslegendre"), (-1, "riemann_left"), (1, "riemann_trapezoid")])
 def test_too_few_steps_are_named(n_steps: int, method: str) -> None:
-    with pytest.raises(ValueError, match=f"n_steps = {n_steps} is too few for {method}"):
+    with pytest.raises(ValueError, match=rf"n_steps = {n_steps} is (no whole number|too few for {method}).*(give|use)"):
         integrated_gradients(lambda x: x, torch.zeros(1, 2), n_steps=n_steps, method=method)
