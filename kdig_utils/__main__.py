@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin
 import torch
 
 from kdig_utils.commands import COMMANDS, EXAMPLES, Command
+from kdig_utils.experiments.reports import TrainingDiverged
 
 PROGRAM = "python -m kdig_utils"
 EXPECTED_ERRORS = (ValueError, KeyError, RuntimeError)  # and OSError: what the package raises on bad input
@@ -130,11 +131,14 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
     except torch.OutOfMemoryError as error:
         status, message = 3, str(error)
+    except TrainingDiverged as error:
+        status, message = 1, str(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in ("", "kdig_utils"):  # a defect
             raise
-        status, message = 2, f"{package} is not installed: pip install {package}, or '.[book,edge]'"
+        group = "cluster" if package in ("dask", "distributed") else "book,edge"
+        status, message = 2, f"{package} is not installed: pip install {package}, or '.[{group}]'"
     except Exception as error:
         if isinstance(error, BrokenPipeError) and nobody_reads_on():
             return 141

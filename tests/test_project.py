@@ -222,7 +222,7 @@ def distribution_names(requirements: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_a_module_imports_only_what_the_package_requires(path: Path) -> None:
-    extras = "edge" if path.parent.name == "edge" else {"reproduce": "book"}.get(path.stem)
+    extras = "edge" if path.parent.name == "edge" else {"reproduce": "book", "cluster": "cluster"}.get(path.stem)
     required = REQUIRED["package"] + (REQUIRED[extras] if extras else [])
     known = {IMPORT_NAMES.get(name, name) for name in distribution_names(required)} | {"kdig_utils"}
     installed_with_papermill = {"nbclient"} if extras == "book" else set()

@@ -1,6 +1,7 @@
 """What the book needs beyond Jupyter Book: what was run, numbers that are checked, alternative texts, a local badge."""
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -33,6 +34,7 @@ SETTINGS = ["method", "epochs", "k", "other_settings", "test_images", "campaign"
 WORDS_A_MINUTE = 130  # of a text with formulas, in a language that is not the reader's first
 SCORECARD = "notebooks/16_scorecard"
 CHAPTER_LINK = re.compile(r"([\w./-]+)\.ipynb")
+FIRE_COUNTS = ("attempts", "kills", "rows reported", "faults")
 HEADINGS = ("method", "accuracy", "lowest to highest", "seeds", *(name.replace("_", " ") for name in SETTINGS[1:]))
 
 
@@ -93,6 +95,36 @@ class LaboratoryTable(SphinxDirective):
         titles = {name: asked["title"] for name, asked in laboratory.registered()["questions"].items()}
         rows = [(f"{name}: {titles[name]}", *shown_and_open(its)) for name, its in contrasts.groupby("question")]
         return [table(("question", "shown, points", "not shown", "seeds missing"), rows)]
+
+
+class UnderFire(SphinxDirective):
+    """`{under-fire}`: how often the ledger was attacked, by kind, and what was found (`benchmarks/under_fire.py`)."""
+
+    def run(self) -> list[nodes.Node]:
+        path = Path(self.env.srcdir) / "benchmarks" / "results" / "under_fire.json"
+        self.env.note_dependency(str(path))
+        if not path.is_file():
+            return [nodes.paragraph(text="not run yet: `python benchmarks/under_fire.py`")]
+        found = json.loads(path.read_text())
+        caught = sum(map(bool, found["broken_on_purpose"].values()))
+        told = (
+            f"{found['date']}, commit {found['commit']}, {found['device']}, {found['seconds']:,} seconds. Of "
+            f"{len(found['broken_on_purpose'])} packages that were broken on purpose, the attacks found {caught}."
+        )
+        return [table(("attack", "on", *FIRE_COUNTS), fire_counts(found["kinds"])), nodes.paragraph(text=told)]
+
+
+def fire_counts(kinds: list[dict]) -> list[tuple[str, ...]]:
+    """A row for each kind of attack, with what it was tried on, and one for all."""
+    parts = pd.DataFrame([{**kind, "faults": len(kind["faults"])} for kind in kinds])
+    parts[["attack", "on"]] = parts["name"].str.partition(", ")[[0, 2]]
+    parts.loc[parts["left_out"] != "", "attack"] += ": not tried"
+    rows = [(its, ", ".join(filter(None, of["on"])), *_sums(of)) for its, of in parts.groupby("attack", sort=False)]
+    return [*rows, ("all", "", *_sums(parts))]
+
+
+def _sums(parts: pd.DataFrame) -> list[str]:
+    return [f"{parts[name.split()[0]].sum():,}" for name in FIRE_COUNTS]
 
 
 def shown_and_open(contrasts: pd.DataFrame) -> tuple[str, str, str]:
@@ -222,6 +254,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register directive and roles, and what is done to images before Sphinx collects them."""
     for name, directive in (
         ("ledger-status", LedgerStatus), ("claims-by-kind", ClaimsByKind), ("laboratory", LaboratoryTable),
+        ("under-fire", UnderFire),
     ):  # fmt: skip
         app.add_directive(name, directive)
     for role in ("ledger", "paper", "claim"):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from torch import nn
 
 from kdig_utils.analysis.examination import Effort, Mean, control_measures, examine, means, prepare
@@ -18,7 +17,7 @@ from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts
 from kdig_utils.method.models import exact_float32
-from kdig_utils.paths import explaining, reading, replacing
+from kdig_utils.paths import locked, reading, replacing
 
 COLUMNS = ("run_id", "method", "k", "seed", "measure", "value", "low", "high", "images")
 
@@ -40,9 +39,7 @@ def read(path: Path) -> pd.DataFrame:
 
 def record(rows: pd.DataFrame, path: Path) -> None:
     """Add rows to the table; those of runs and controls that are there already are left as they are."""
-    with explaining(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with explaining(path), FileLock(path.parent / f".{path.name}.lock"):
+    with locked(path):
         table = read(path)
         known = set(zip(table["run_id"], table["method"], table["measure"], strict=True))
         new = rows[[(row.run_id, row.method, row.measure) not in known for row in rows.itertuples()]]
@@ -88,12 +85,12 @@ def explain_runs(
 
 def _networks(study: Study, runs: pd.DataFrame) -> Iterator[tuple[pd.Series, nn.Module]]:
     """These runs, each with its network, from the workspace or published, where it is there."""
-    published = {entry["run_id"]: name for name, entry in artifacts.manifest().items()}
+    published = {(entry["run_id"], entry["weights_sha256"]): name for name, entry in artifacts.manifest().items()}
     for _index, row in runs.iterrows():
         taught_by = row["weights_sha256"] if row["method"] == "teacher" else row["teacher_sha256"]
         if taught_by not in ("", study.teacher_sha256):
             continue
         if (study.folders["weights"] / f"{row['run_id']}.safetensors").is_file():
             yield row, study.weights(spec_of(row))
-        elif row["run_id"] in published:
-            yield row, artifacts.load(published[row["run_id"]])
+        elif name := published.get((row["run_id"], row["weights_sha256"])):
+            yield row, artifacts.load(name)

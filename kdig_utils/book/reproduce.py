@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from kdig_utils.experiments.study import PROFILES
 from kdig_utils.method.checks import check_choice
 from kdig_utils.paths import replacing
 
+BLANKS = re.compile(" {3,}")
 PARAMETERS = {"profile": "published"}
 # A cell of `full` may train for days; one of the others that takes longer than this hangs.
 CELL_TIMEOUT_SECONDS = {"published": 900, "smoke": 900, "full": None}
@@ -195,6 +197,8 @@ def _without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
+            if "text/html" in output.get("data", {}):  # beside it, a table in plain text is half blanks
+                output.data["text/plain"] = BLANKS.sub("  ", output.data["text/plain"])
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     language = {"name": "python", "pygments_lexer": "ipython3"}
     notebook.cells, notebook.metadata = cells, nbformat.from_dict({"kernelspec": kernel, "language_info": language})

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from kdig_utils import paths
 from kdig_utils.analysis import laboratory
-from kdig_utils.experiments import brief, campaigns, laptop
+from kdig_utils.experiments import brief, campaigns, checkpoints, laptop
 from kdig_utils.experiments.ledger import Ledger, spec_of
 from kdig_utils.experiments.reports import first_line
 from kdig_utils.method import artifacts
@@ -102,7 +101,7 @@ def described(file: Any, describe: Callable[[Any], str], remedy: str = "restore 
 
 def checkpoint_line(path: Path) -> str:
     """Where the run of a checkpoint stands."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = checkpoints.read(path)
     spec = content["spec"]
     done, name = content["epoch"], spec.get("method", "teacher")
     return f"{path.stem} ({path.parts[-3]}): {name} seed {spec['seed']}, {done} of {spec['epochs']} epochs done"

@@ -43,6 +43,7 @@ campaign next --plan
 campaign next --budget-minutes 9 --pack out
 campaign pairing --budget-minutes 9 --at-once 8 --way compiled
 campaign laptop --workers 2    # on two CPUs; goes on where it stopped
+campaign ablation --budget-minutes 240 --scheduler tcp://10.0.0.1:8786    # by the workers of a cluster
 campaign compression --budget-minutes 1 --profile smoke    # a rehearsal, tiny
 probe compiled --seconds 5 --json compiled.json
 flight --budget-minutes 9 --pack out
@@ -55,5 +56,6 @@ latency --json my_device.json
 latency --patience 300    # time for every export
 reproduce --profile smoke --only 03,06
 reproduce --profile full --resume
+status --watch 30    # until Ctrl-C; into a pipe or a file, once
 publish 2f1ac711c7eb 6e99d614e029    # status lists the runs
 """

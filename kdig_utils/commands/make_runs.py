@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from kdig_utils import paths
 from kdig_utils.book.status import finished, ledger_lines
-from kdig_utils.commands.laptop_runs import laptop_campaign, side_by_side
+from kdig_utils.commands.laptop_runs import laptop_campaign, side_by_side, trainer
 from kdig_utils.commands.options import Count, Span
-from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, teachers
+from kdig_utils.experiments import campaigns, hyperparameters, laptop, packs, publishing, queue, teachers
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, print_now_and_then
 from kdig_utils.experiments.side_by_side import WAYS, Way
@@ -132,7 +132,8 @@ def campaign(
     plan: Annotated[bool, "train nothing: print the queue of `next`"] = False,
     budget_minutes: Annotated[Span, "from now on, signals included"] = UNTIL_THE_END,
     at_once: AtOnce = None,
-    workers: Annotated[Count, "of `laptop`: processes that share its runs, each of one thread"] = Count("1"),
+    workers: Annotated[Count, "processes on this machine that share the runs, each of one thread"] = Count("1"),
+    scheduler: Annotated[str | None, "of Dask, as tcp://host:8786, whose workers share the runs; default: none"] = None,
     way: WayName = "recorded",
     pack: PackFolder = None,
     report_seconds: ReportSeconds = Span("30"),
@@ -146,15 +147,18 @@ def campaign(
     deadline = time.monotonic() + 60 * budget_minutes
     if plan:
         return print_plan(name, profile)
-    if name == laptop.NAME:
-        return laptop_campaign(workers, at_once, way, budget_minutes, report_seconds, profile)
-    if math.isinf(budget_minutes):
+    if name != laptop.NAME and math.isinf(budget_minutes):
         raise ValueError("a campaign needs --budget-minutes M: how long it may train")
-    specs = [] if name == "next" else campaign_specs(name)
-    study = student_study(profile)
+    with trainer(scheduler, workers) as (run_all, device):
+        how = side_by_side(WAYS[way], at_once, device), deadline, print_now_and_then(report_seconds), run_all
+        return laptop_campaign(profile, *how) if name == laptop.NAME else study_campaign(name, profile, pack, *how)
+
+
+def study_campaign(name: str, profile: str, pack: Path | None, way: Way, *how: Any) -> int:
+    """Train the next runs of a campaign of the whole study, say what is left, pack; return the exit status."""
+    specs, study = [] if name == "next" else campaign_specs(name), student_study(profile)
     specs, before = [study.completed(study.scaled(spec)) for spec in specs], study.ledger.read()["run_id"]
-    how = side_by_side(WAYS[way], at_once, study.device), deadline, print_now_and_then(report_seconds)
-    problem = train_or_say_why(study, name, specs, *how)
+    problem = train_or_say_why(study, name, specs, way, *how)
     rows = study.ledger.read()
     done = rows[rows["run_id"].isin([spec.run_id for spec in specs]) if specs else ~rows["run_id"].isin(before)]
     words = f"of {len(specs)} runs done" if specs else "runs done now"
@@ -165,15 +169,15 @@ def campaign(
     return int(bool(problem))
 
 
-def train_or_say_why(study: Study, name: str, specs: list[RunSpec], way: Way, deadline: float, report: Report) -> str:
+def train_or_say_why(
+    study: Study, name: str, specs: list[RunSpec], way: Way, deadline: float, report: Report, run_all: queue.RunAll
+) -> str:
     """Train these runs of a campaign, or the queue where there are none; return what diverged, if anything did."""
-    from kdig_utils.experiments import queue
-
     try:
         if specs:
-            study.run_all(specs, name, way, deadline, report)
+            run_all(study, specs, name, way, deadline, report)
         else:
-            queue.train(study, way, deadline, report)
+            queue.train(study, way, deadline, report, run_all)
     except TrainingDiverged as error:
         return str(error)
     return ""
@@ -226,7 +230,7 @@ def search(
 
     deadline, asked = time.monotonic() + 60 * budget_minutes, trials or searching.TRIALS
     study = student_study(profile)
-    how = side_by_side(Way(), at_once, study.device).at_once, deadline, print_now_and_then(report_seconds)
+    how = side_by_side(Way(), at_once, study.device.type).at_once, deadline, print_now_and_then(report_seconds)
     rows = searching.search(study, method, asked, storage, *how)
     if not searching.trials_under_way(study, method, storage) and time.monotonic() < deadline:
         rows = searching.confirm(study, method, *how)

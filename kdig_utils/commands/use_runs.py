@@ -17,6 +17,9 @@ from kdig_utils.experiments.study import PROFILES, open_study
 from kdig_utils.machine import keep_freed_memory
 from kdig_utils.method import artifacts
 
+Watch = Annotated[
+    Span | None, "show the runs under way, again every so many seconds", {"nargs": "?", "const": Span("10")}
+]
 Check = Annotated[bool, "change nothing; fail if something would change"]
 
 
@@ -86,10 +89,14 @@ def store() -> None:
     print(f"changed: {', '.join(changed) or 'none'}")
 
 
-def status() -> int:
-    """Say what is there and what is missing, or damaged."""
+def status(*, watch: Watch = None) -> int:
+    """Say what is there, missing or damaged; with --watch what is trained now, how fast, and what went wrong."""
     from kdig_utils.analysis import plan
+    from kdig_utils.book import watch as watching
 
+    if watch is not None:
+        watching.watch(watch)
+        return 0
     ledger, folder, needed = Ledger(paths.ledger_path()).read(), paths.workspace(), "claims.yml or manifest.json"
     runs, stores = sorted(folder.glob("*/checkpoints/*.pt")), sorted(folder.glob("*/signals/*/done.npy"))
     again, joined = "delete it to start afresh", "\n  ".join

@@ -1,18 +1,24 @@
 """Where a run goes on: its state in a file, its tensors put back in their places, its dropout's random numbers."""
 
 import contextlib
+import hashlib
 import io
+import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, first_line
 from kdig_utils.experiments.runs import Run
 from kdig_utils.method import models
 from kdig_utils.paths import replacing
 
+HASHED = b"kdig checkpoint, SHA-256 "  # then the hash, a line break and what torch.save wrote
 MOVING = ("epoch", "position", "loss_sum", "seconds", "curve")  # fields of a run, beside its network and optimiser
 
 
@@ -30,30 +36,50 @@ def save(run: Run) -> None:
     }
     buffer = io.BytesIO()  # torch.save to a full disk gives no OSError, writing bytes does
     torch.save(content, buffer)
-    with replacing(run.checkpoint) as part:
-        part.write_bytes(buffer.getbuffer())
+    with replacing(run.checkpoint) as part, part.open("wb") as file:
+        file.writelines([HASHED, hashlib.sha256(buffer.getbuffer()).hexdigest().encode(), b"\n", buffer.getbuffer()])
+
+
+def read(checkpoint: Path | bytes, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a checkpoint, or its bytes, holds: `run_id`, `spec`, `model`, `optimizer`, `generator` and `MOVING`.
+
+    Raises:
+        ValueError: it is damaged, or none at all.
+    """
+    try:
+        data = checkpoint.read_bytes() if isinstance(checkpoint, Path) else checkpoint
+        head, _line_break, hashed = data.partition(b"\n") if data.startswith(HASHED) else (b"", b"", b"")
+        if head and hashlib.sha256(hashed).hexdigest().encode() != head.removeprefix(HASHED):
+            raise ValueError("its SHA-256 is another")
+        if not head and (
+            record := zipfile.ZipFile(io.BytesIO(data)).testzip()
+        ):  # those of earlier versions have checksums alone
+            raise ValueError(f"{record} has another checksum")
+        content = torch.load(io.BytesIO(hashed or data), map_location=device, weights_only=True)
+        return {name: content[name] for name in ("run_id", "spec", "model", "optimizer", "generator", *MOVING)}
+    except Exception as error:  # torch.load raises many types for a damaged file
+        name = checkpoint if isinstance(checkpoint, Path) else "in the pack"
+        raise ValueError(
+            f"the checkpoint {name} is damaged ({first_line(error)}): delete it to start the run afresh"
+        ) from error
 
 
 def resume(run: Run, report: Report) -> None:
     """Put the run back where its checkpoint has it, if there is one.
 
     Raises:
-        ValueError: the checkpoint is unreadable, or of another run or architecture.
+        ValueError: the checkpoint is unreadable, of another run or architecture, or no training ends so.
     """
     if run.checkpoint is None or not run.checkpoint.is_file():
         return
-    try:
-        content = torch.load(run.checkpoint, map_location=run.device, weights_only=True)
-        run_id, saved_spec = content["run_id"], content["spec"]
-    except Exception as error:  # torch.load raises many types for a damaged file
+    content = read(run.checkpoint, run.device)
+    if content["run_id"] != run.spec.run_id:
         raise ValueError(
-            f"the checkpoint {run.checkpoint} is damaged ({type(error).__name__}): delete it to start the run afresh"
-        ) from error
-    if run_id != run.spec.run_id:
-        raise ValueError(
-            f"the checkpoint {run.checkpoint} is of run {run_id} {saved_spec}, not of {run.spec.run_id}: "
-            "resume it with its own spec, or give another checkpoint"
+            f"the checkpoint {run.checkpoint} is of run {content['run_id']} {content['spec']}, not of "
+            f"{run.spec.run_id}: resume it with its own spec, or give another checkpoint"
         )
+    if wrong := untrue(run, content):
+        raise ValueError(f"the checkpoint {run.checkpoint} has {wrong}: delete it to start the run afresh")
     models.load_state(run.model, content["model"])
     run.optimizer.load_state_dict(content["optimizer"])
     for group in run.optimizer.param_groups:
@@ -64,6 +90,24 @@ def resume(run: Run, report: Report) -> None:
     for name in MOVING:
         setattr(run, name, content[name])
     report(f"{run.spec.run_id} goes on at epoch {run.epoch + 1}, image {run.position} of {run.n_images}")
+
+
+def untrue(run: Run, content: dict[str, Any]) -> str:
+    """What no training of this run can have left behind; empty if there is nothing of the kind."""
+    epoch, position, curve = (content[name] for name in ("epoch", "position", "curve"))
+    if not (0 <= epoch <= run.spec.epochs and 0 <= position <= run.n_images):
+        return f"image {position} of {run.n_images} after {epoch} of {run.spec.epochs} epochs"
+    if [row["epoch"] for row in curve] != list(range(1, epoch + 1)):
+        return f"a curve of {len(curve)} epochs after {epoch}"
+    accuracies = [row[name] for row in curve for name in ("test_accuracy", "validation_accuracy")]
+    if not all(math.isfinite(row["train_loss"]) for row in curve) or any(x < 0 or x > 100 for x in accuracies):
+        return "a curve with values that are none"
+    steps = epoch * math.ceil(run.n_images / run.spec.batch_size) + math.ceil(position / run.spec.batch_size)
+    states = list(content["optimizer"]["state"].values())
+    made = {int(state.get("step", steps)) for state in states}  # of SGD only whether there is a momentum
+    if made != {steps} and (steps or made):
+        return f"an optimiser after {min(made, default=0)} steps where there should be {steps}"
+    return ""
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ changes no run. Its runs have a ledger of their own, `results/laptop.csv`.
 
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10
 
 from kdig_utils import paths
 from kdig_utils.experiments.ledger import Ledger, student_spec
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, postponed, raise_diverged
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, cifar10, models
@@ -169,17 +169,24 @@ class Laboratory(Study):
         return {"sample_accuracy": round(models.accuracy(network, sample), 6)}
 
 
-def train(ledger: Path, way: Way, deadline: float, report: Report) -> list[str]:
+def train(
+    ledger: Path, way: Way, deadline: float, report: Report, run_all: Callable[..., list[str]] | None = None
+) -> list[str]:
     """Train what is left of the protocol until `deadline` (`time.monotonic`); return the identities of its runs.
 
     Rows go to `ledger`. Runs that need images which do not come with the repository come last, and only where CIFAR-10
-    is at hand.
+    is at hand. `run_all` may have them trained elsewhere (`cluster`); None is `Study.run_all`.
+
+    Raises:
+        TrainingDiverged: losses were not finite, now or earlier; all other runs were trained as far as time allowed.
     """
-    run_ids = []
+    run_ids, diverged = [], list[str]()
     for images in (IMAGES, POOL) if has_cifar10() else (IMAGES,):
         study = open_laboratory(ledger, images=images)
         specs = [run for run in queue() if needs_the_pool(run) == (images == POOL)]
-        run_ids += study.run_all(specs, NAME, way, deadline, report)
+        with postponed(diverged):
+            run_ids += (run_all or Study.run_all)(study, specs, NAME, way, deadline, report)
+    raise_diverged(diverged)
     return run_ids
 
 

@@ -18,14 +18,13 @@ from typing import Annotated, Any
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from kdig_utils.method import models
 from kdig_utils.method.checks import shown
 from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
-from kdig_utils.paths import explaining, replacing, repository_root
+from kdig_utils.paths import locked, replacing, repository_root
 
 Md5 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -118,20 +117,22 @@ class Ledger:
 
         Raises:
             ValueError: the ledger, or a row that would be new, is not valid; nothing was written then.
+            OSError: the rows could not be written, or were not there afterwards.
         """
         if unknown := set(table.columns) - set(COLUMNS):
             raise ValueError(f"the ledger has no column {min(unknown)}: choose from {', '.join(COLUMNS)}")
-        with explaining(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        with explaining(self.path), FileLock(self.path.parent / f".{self.path.name}.lock"):
+        with locked(self.path):
             rows = self.read()
             new = table.reindex(columns=list(COLUMNS)).query("run_id not in @rows.run_id")
             if len(new):
-                text = new.to_csv(index=False).encode()
-                new = table_of(text, f"rows for {self.path.name}", "nothing was written: correct the row")
+                remedy = "nothing was written: correct the row"
+                new = table_of(new.to_csv(index=False).encode(), f"rows for {self.path.name}", remedy)
+                together = [*rows.to_dict("records"), *new.to_dict("records")]
+                content = pd.DataFrame(together, columns=list(COLUMNS)).astype(COUNTS).to_csv(index=False).encode()
                 with replacing(self.path) as part:
-                    together = [*rows.to_dict("records"), *new.to_dict("records")]
-                    pd.DataFrame(together, columns=list(COLUMNS)).astype(COUNTS).to_csv(part, index=False)
+                    part.write_bytes(content)
+                if self.path.read_bytes() != content:
+                    raise OSError(f"{self.path} does not hold what was just written: set KDIG_ROOT to another disk")
         return list(new["run_id"])
 
 

@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from kdig_utils.experiments import checkpoints
 from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.method import artifacts, models
 from kdig_utils.paths import replacing
 
 PACK_BYTES = 16_000_000  # what a machine that is lent for minutes lets out in one file,
 PACK_MOST_BYTES = 60_000_000  # and in all files together
+UNPACK_MOST_BYTES = 2 * PACK_MOST_BYTES  # what is no pack of any version
 WEIGHTS_SEEDS = 3  # of each method whose weights go home: enough for an interval over seeds
 SUFFIXES = {"curves": "csv", "weights": "safetensors", "checkpoints": "pt"}  # of the files that a run has
 MEMBERS = re.compile(r"runs\.csv|(curves|weights|checkpoints|flights|first_calls)/\w[\w.-]*")  # and nothing elsewhere
@@ -40,7 +43,8 @@ def belongings(rows: pd.DataFrame, folders: Mapping[str, Path]) -> list[Path]:
     wanted = {"curves": rows["run_id"], "weights": [*teachers["run_id"], *first["run_id"]]}
     paths = [folders[kind] / f"{run_id}.{SUFFIXES[kind]}" for kind, run_ids in wanted.items() for run_id in run_ids]
     # A teacher's checkpoint is the largest, and what all students wait for.
-    paths += sorted(folders["checkpoints"].glob("*.pt"), key=lambda path: -path.stat().st_size)
+    still_open = [path for path in folders["checkpoints"].glob("*.pt") if path.stem not in set(rows["run_id"])]
+    paths += sorted(still_open, key=lambda path: -path.stat().st_size)
     return [path for path in paths if path.is_file()]
 
 
@@ -73,7 +77,7 @@ def pack(rows: pd.DataFrame, files: Iterable[Path], folder: Path, name: str) -> 
 def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> list[str]:
     """Put a pack's files into `folders` and its rows into the ledger, files first; what is there already stays.
 
-    Only a checkpoint is replaced: the machine that the pack comes from went on from ours.
+    Only a checkpoint is replaced, by one that is further, and weights that are not those of their row.
 
     Args:
         pieces: all pieces of one pack.
@@ -83,19 +87,53 @@ def unpack(pieces: Iterable[Path], ledger: Ledger, folders: dict[str, Path]) -> 
         The identities of the runs whose rows were added.
 
     Raises:
-        ValueError: a piece is missing or damaged; nothing was written then.
+        ValueError: a piece is missing or damaged, a row is no ledger's, or weights are not those of their row; nothing
+            was written then.
     """
-    members = _members(b"".join(path.read_bytes() for path in sorted(pieces)))
+    pieces = sorted(pieces)
+    if sum(path.stat().st_size for path in pieces) > UNPACK_MOST_BYTES:
+        raise ValueError(f"{pieces[0]} and the others are too large for a pack: give the pieces of one pack")
+    members = _members(b"".join(path.read_bytes() for path in pieces))
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "runs.csv").write_bytes(members.pop("runs.csv"))
         table = Ledger(Path(scratch) / "runs.csv").read()
-    for name, data in members.items():
-        folder, file = name.split("/")
-        path = folders[folder] / file
-        if folder == "checkpoints" or not path.exists():
+    hashes = {
+        run_id: sha for rows in (table, ledger.read()) for run_id, sha in rows[["run_id", "weights_sha256"]].to_numpy()
+    }
+    to_write = {folders[name.split("/")[0]] / name.split("/")[1]: data for name, data in members.items()}
+    for path, data in to_write.items():
+        if path.suffix == ".safetensors" and not _is_of_row(data, path, hashes):
+            raise ValueError(f"the pack's weights of run {path.stem} are not those of its row: pack them again")
+    for path, data in to_write.items():
+        if _is_wanted(path, data, hashes):
             with replacing(path) as part:
                 part.write_bytes(data)
     return ledger.merge(table)
+
+
+def _is_of_row(weights: bytes, path: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether the weights are those that the run's row names, if there is one and it names any."""
+    if not (named := hashes.get(path.stem)):
+        return True
+    with contextlib.suppress(ValueError):
+        return models.state_sha256(artifacts.state_of(weights, path)) == named
+    return False
+
+
+def _is_wanted(path: Path, data: bytes, hashes: Mapping[str, str]) -> bool:
+    """Whether a file of a pack is missing here, or better than the one that is here."""
+    if path.suffix == ".pt":
+        here = _progress(path.read_bytes()) if path.is_file() else ()
+        return path.stem not in hashes and _progress(data) > here
+    return not path.is_file() or (path.suffix == ".safetensors" and not _is_of_row(path.read_bytes(), path, hashes))
+
+
+def _progress(checkpoint: bytes) -> tuple[int, ...]:
+    """Epochs and images that are done; of a damaged checkpoint none."""
+    with contextlib.suppress(ValueError):
+        content = checkpoints.read(checkpoint)
+        return content["epoch"], content["position"]
+    return ()
 
 
 def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
@@ -112,15 +150,22 @@ def _write_pieces(content: bytes, folder: Path, name: str) -> list[Path]:
 
 
 def _members(content: bytes) -> dict[str, bytes]:
+    """The files of an archive, each once, with its SHA-256 in `sha256.json`; nothing is ever expanded."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            files = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
-            members = {name: file.read() for name, file in files if file}
-    except (tarfile.TarError, EOFError) as error:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            listed = archive.getmembers()
+            names = [member.name for member in listed]
+            if not all(member.isfile() and not member.issparse() for member in listed) or len({*names}) < len(names):
+                raise ValueError("this is not a pack of runs: it holds links, sparse files or a file twice")
+            members = {member.name: file.read() for member in listed if (file := archive.extractfile(member))}
+        hashes = json.loads(members.pop("sha256.json", b"{}"))
+    except (tarfile.TarError, EOFError, json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(f"the pack is not whole ({error}): give all its pieces, .00 and on") from error
-    hashes = json.loads(members.pop("sha256.json", b"{}"))
     if "runs.csv" not in members or not all(map(MEMBERS.fullmatch, members)):
         raise ValueError("this is not a pack of runs: give the files that `campaign --pack` wrote")
-    if damaged := [name for name in hashes if hashlib.sha256(members.get(name, b"")).hexdigest() != hashes[name]]:
-        raise ValueError(f"the pack is not whole ({damaged[0]} is damaged): bring its pieces over again")
+    found = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if hashes != found:
+        told = hashes if isinstance(hashes, dict) else {}
+        damaged = next((name for name in found if told.get(name) != found[name]), "sha256.json")
+        raise ValueError(f"the pack is not whole ({damaged} is damaged): bring its pieces over again")
     return members

@@ -3,7 +3,7 @@
 A cut leaves whole seeds: all methods of a seed come before the next seed. Each run stands where it is first needed.
 """
 
-import re
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from kdig_utils import paths
 from kdig_utils.experiments import brief, campaigns, profiling
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, TrainingDiverged
 from kdig_utils.experiments.side_by_side import Way
-from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import models
 from kdig_utils.method.precompute import SignalsNotFinished
@@ -27,6 +25,7 @@ CARD_BYTES = 3.0e12  # a second, of an H100 in use; its data sheet says 3.35
 CARD_VALUE_BYTES = 2  # bfloat16
 TRAIN_IMAGES = 50_000
 Scale = Callable[[RunSpec], RunSpec]
+RunAll = Callable[..., list[str]]  # `Study.run_all`, or the same by other processes
 
 
 class Group(NamedTuple):
@@ -98,28 +97,27 @@ def _by_seed(*names: str) -> list[tuple[int, list[RunSpec]]]:
     return [(number, list(its)) for number, its in groupby(specs, key=seed)]
 
 
-def train(study: Study, way: Way | None, deadline: float, report: Report) -> None:
+def train(study: Study, way: Way, deadline: float, report: Report, run_all: RunAll | None = None) -> None:
     """Train the next unfinished runs until `deadline` (`time.monotonic`).
 
-    The setting of the brief protocol is chosen as soon as its candidates are done, before any other run. A run that
-    diverges is noted in the folder `diverged` of the workspace, and passed over from then on.
+    The setting of the brief protocol is chosen as soon as its candidates are done, before any other run. `run_all` may
+    have them trained elsewhere (`cluster`); None is `Study.run_all`.
+
+    Raises:
+        TrainingDiverged: losses were not finite, now or earlier; all other runs were trained as far as time allowed.
     """
-    _train(study, brief.candidates(), way, deadline, report)
+    with contextlib.suppress(TrainingDiverged):  # the whole queue holds the candidates too, and names them again
+        _train(study, brief.candidates(), way, deadline, report, run_all)
     setting = brief.chosen(study.ledger.read(), study.scaled)
     report(f"the brief protocol: highest learning rate {setting.learning_rate:g}, batch {setting.batch_size}")
-    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report)
+    _train(study, [spec for group in groups(setting) for spec in group.specs], way, deadline, report, run_all)
 
 
-def _train(study: Study, specs: Iterable[RunSpec], way: Way | None, deadline: float, report: Report) -> None:
-    noted = {path.stem for path in (study.folder / "diverged").glob("*.txt")}
-    scaled = [spec for spec in map(study.scaled, specs) if study.completed(spec).run_id not in noted]
+def _train(
+    study: Study, specs: Iterable[RunSpec], way: Way, deadline: float, report: Report, run_all: RunAll | None
+) -> None:
     try:
-        study.run_all(scaled, CAMPAIGN, way, deadline, report)
-    except TrainingDiverged as error:
-        report(f"diverged: {error}")
-        for run_id in re.findall(r"run (\w{12}):", str(error)):
-            with paths.replacing(study.folder / "diverged" / f"{run_id}.txt") as part:
-                part.write_text(f"{error}\n")
+        (run_all or Study.run_all)(study, map(study.scaled, specs), CAMPAIGN, way, deadline, report)
     except SignalsNotFinished as error:
         report(str(error))
 

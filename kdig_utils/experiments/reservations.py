@@ -1,39 +1,50 @@
-"""Who trains which run: a process reserves a run before it works on it, and others pass it over.
+"""Who trains which run: a process claims a run before it works on it, and others pass it over.
 
-A reservation is a lock on a file, so that the end of a process, however it ends, frees what it had reserved.
+A claim is a lease (`paths.lease`): the end of a process, however it ends, frees what it had claimed.
 """
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import SoftFileLease
 
-from kdig_utils.experiments.reports import Report
+from kdig_utils import paths
+from kdig_utils.experiments.ledger import Ledger
+from kdig_utils.experiments.reports import Report, noted_runs
 from kdig_utils.method.spec import RunSpec
+
+
+def ended(ledger: Ledger, checkpoints: Path, folder: Path) -> set[str]:
+    """The runs of the ledger, and those that diverged, of the study in `folder`; checkpoints that nobody needs go."""
+    known = set(ledger.read()["run_id"])
+    for path in checkpoints.glob("*.pt"):
+        if path.stem in known:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return known | noted_runs(folder)
 
 
 def reserved(
     specs: Iterable[RunSpec], folder: Path, finished: Callable[[], set[str]], report: Report
 ) -> Generator[RunSpec]:
-    """Those of the runs that no other process has reserved or ended.
+    """Those of the runs that no other process has claimed or ended.
 
-    Each is reserved until it is finished or, unfinished, until this iterator is closed.
+    Each is claimed until it is finished or, unfinished, until this iterator is closed.
 
     Args:
-        folder: of the locks, which all processes of a study share.
+        folder: of the claims, which all processes of a study share.
         finished: the identities of the runs that are in the ledger now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, BaseFileLock] = {}
+    held: dict[str, SoftFileLease] = {}
     try:
         for spec in specs:
-            lock: BaseFileLock = FileLock(folder / f"{spec.run_id}.lock", blocking=False)
-            try:
-                lock.acquire()
-            except Timeout:
-                report(f"{spec.run_id} is trained by another process: passed over")
+            with paths.explaining(folder / spec.run_id):
+                claim = paths.lease(folder / spec.run_id)
+            if claim is None:
+                report(f"{spec.run_id} is trained by {paths.holder(folder / spec.run_id)}: passed over")
                 continue
-            held[spec.run_id] = lock
+            held[spec.run_id] = claim
             for run_id in held.keys() & (done := finished()):
                 held.pop(run_id).release()
             if spec.run_id not in done:

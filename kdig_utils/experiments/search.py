@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 
 import pandas as pd
-from filelock import FileLock
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -40,8 +39,7 @@ warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
 CAMPAIGN = "hyperparameters"
 TRIALS = 30
 BEAT_SECONDS = 30  # between two signs of life of a trial under way
-GRACE_SECONDS = 600  # a trial without a sign of life for so long is given to another worker
-LOCK = ".hyperparameters.lock"
+GRACE_SECONDS = 120  # a trial without a sign of life for so long is given to another worker
 LOCK_SECONDS = 60.0  # how long a worker waits for the others to let go of an SQLite file
 
 
@@ -103,6 +101,8 @@ def search(
     _signals = study.signals  # may take long, and no trial is under way meanwhile
     while time.monotonic() < deadline and (asked := ask(study, proposals, base, n_trials, at_once)):
         train(study, proposals, base, asked, deadline, report)
+    if left := sum(trial.state == TrialState.RUNNING for trial in _counted(proposals)):
+        report(f"{left} trials are under way elsewhere, or their worker died: then run this again in {GRACE_SECONDS} s")
     return trials(study.ledger.read(), base)
 
 
@@ -119,7 +119,7 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
     paths.check_writable(study.folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Two workers that begin at the same time would both make the tables, and both enqueue the paper's setting.
-    with FileLock(study.folder / LOCK):
+    with paths.locked(study.folder / "hyperparameters"):
         try:
             storage_of_all = RDBStorage(
                 url,
@@ -176,7 +176,7 @@ def ask(study: Study, proposals: optuna.Study, base: RunSpec, n_trials: int, at_
     """The next trials, at most `at_once`, given back ones first; none when the search has its `n_trials`."""
     asked: list[Trial] = []
     # One worker of the folder after the other: SQLite would give a waiting trial to two at once.
-    with FileLock(study.folder / LOCK):
+    with paths.locked(study.folder / "hyperparameters"):
         fail_stale_trials(proposals)
         begun = sum(trial.state != TrialState.WAITING for trial in _counted(proposals))
         for _place in range(min(at_once, n_trials - begun)):

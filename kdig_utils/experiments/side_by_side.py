@@ -17,9 +17,9 @@ from torch import nn
 
 from kdig_utils import machine
 from kdig_utils.experiments import checkpoints
-from kdig_utils.experiments.reports import Report
+from kdig_utils.experiments.reports import Report, raise_diverged
 from kdig_utils.experiments.runs import Run, Trained
-from kdig_utils.experiments.steps import Steps, TrainingDiverged, finish_epochs
+from kdig_utils.experiments.steps import Steps, finish_epochs, line_about
 from kdig_utils.method.models import exact_float32
 
 SIDE_BY_SIDE = {"cpu": 1, "cuda": 4}  # runs at once, if nobody says otherwise
@@ -87,8 +87,7 @@ def train_together(
             active.remove(steps)
             yield places.handed_over(steps)
         active = put_aside(active, pace, waiting, report)
-    if diverged:
-        raise TrainingDiverged("; ".join(diverged))
+    raise_diverged(diverged)
 
 
 @contextlib.contextmanager
@@ -217,7 +216,8 @@ def put_aside(active: list[Steps], pace: Pace, waiting: Waiting, report: Report)
     for steps in kept[places:]:
         checkpoints.save(steps.run)
         waiting.aside.append(steps.run)
-        report(f"{steps.run.spec.run_id} is put aside after {steps.run.epoch} of {steps.run.spec.epochs} epochs")
+        words = f"{steps.run.spec.run_id} is put aside after {steps.run.epoch} of {steps.run.spec.epochs} epochs"
+        report(line_about(steps.run, "aside", words))
     return [steps for steps in active if steps in kept[:places]]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdig_utils import machine
 from kdig_utils.experiments import checkpoints
 from kdig_utils.experiments.checkpoints import copied, restore
-from kdig_utils.experiments.reports import Report, first_line
+from kdig_utils.experiments.reports import DIVERGED, Line, Report, TrainingDiverged, first_line
 from kdig_utils.experiments.runs import Run
 from kdig_utils.method.models import exact_float32, share_correct
 from kdig_utils.method.overlay import EpochDraws, draw_epoch
@@ -35,10 +35,6 @@ WARM_UP_STEPS = 3  # before a recording: libraries choose their kernels, the opt
 
 class RecordingFailed(RuntimeError):
     """The steps cannot be recorded. CUDA is in no good state then: another process must go on, in another way."""
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is not finite; the last checkpoint was made before that."""
 
 
 class Steps:
@@ -175,7 +171,8 @@ class Steps:
             yield
         except TrainingDiverged as error:
             self.diverged = str(error)
-            report(f"{self.run.spec.run_id} has diverged and is dropped: {error}")
+            words = f"{self.run.spec.run_id} has diverged and is dropped: {error}"
+            report(line_about(self.run, DIVERGED, words, reason=self.diverged))
 
     def look(self, share: int, report: Report) -> None:
         """Check the loss; save now and then."""
@@ -183,7 +180,7 @@ class Steps:
         self.clock(share)
         if self.save_is_due:
             self.save()
-            report(progress(self.run))
+            report(line_about(self.run, "progress", progress(self.run)))
 
     @property
     def save_is_due(self) -> bool:
@@ -284,10 +281,8 @@ def finish_epoch(steps: Steps, test: float, validation: float, report: Report) -
     if run.device.type == "cpu" or steps.save_is_due:
         steps.save()
     tested = "" if math.isnan(test) else f"test {test:.2f} %, "
-    report(
-        f"{run.spec.method} k={run.spec.k} seed {run.spec.seed}, epoch {run.epoch}/{run.spec.epochs}: "
-        f"loss {row['train_loss']:.3f}, {tested}{run.seconds:.0f} s"
-    )
+    where = f"{run.spec.method} k={run.spec.k} seed {run.spec.seed}, epoch {run.epoch}/{run.spec.epochs}"
+    report(line_about(run, "epoch", f"{where}: loss {row['train_loss']:.3f}, {tested}{run.seconds:.0f} s"))
 
 
 def measure(run: Run) -> tuple[Tensor, Tensor]:
@@ -301,6 +296,13 @@ def measure(run: Run) -> tuple[Tensor, Tensor]:
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.uses_bfloat16 and not last):
         test = share_correct(run.model, run.test)
         return test, share_correct(run.model, run.validation) if run.validation else torch.tensor(math.nan)
+
+
+def line_about(run: Run, kind: str, words: str, **more: object) -> Line:
+    """A line about a run, with where it is: `epoch`, the finished ones, of `epochs` of so many `images`."""
+    facts = {"run_id": run.spec.run_id, "method": run.spec.method, "k": run.spec.k, "seed": run.spec.seed}
+    where = {"epoch": run.epoch, "epochs": run.spec.epochs, "images": run.n_images, "seconds": round(run.seconds, 1)}
+    return Line(words, kind=kind, **facts, **where, **more)
 
 
 def progress(run: Run) -> str:

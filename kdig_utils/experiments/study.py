@@ -8,21 +8,20 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from kdig_utils import paths
-from kdig_utils.experiments import evidence, teachers
+from kdig_utils.experiments import evidence, reports, teachers
 from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
 from kdig_utils.experiments.packs import SUFFIXES
 from kdig_utils.experiments.reports import Report, print_line
-from kdig_utils.experiments.reservations import reserved
+from kdig_utils.experiments.reservations import ended, reserved
 from kdig_utils.experiments.runs import Run, compiled_network, student_run, teacher_run
 from kdig_utils.experiments.side_by_side import SIDE_BY_SIDE, Way, train_together
 from kdig_utils.method import artifacts, cifar10, models, pairings, precompute, training
@@ -145,20 +144,16 @@ class Study:
     def with_saliency(self, found: TeacherSignals) -> TeacherSignals:
         """The same signals with the teacher's plain gradients in place of IG maps, computed now or earlier."""
         path = self.folder / "signals" / f"{self.teacher_sha256[:12]}_saliency.npy"
-        if not path.is_file():
-            print_line(f"plain gradients of {len(self.train):,} images")
-            with exact_float32():
-                maps = pairings.saliency_maps(self.teacher.to(self.device), self.train)
-            with paths.replacing(path) as part, part.open("wb") as file:
-                np.save(file, maps.numpy())
-        maps = torch.from_numpy(np.load(path))
+        with exact_float32():
+            maps = pairings.stored_saliency_maps(self.teacher.to(self.device), self.train, path, print_line)
         return replace(found, maps=maps, manifest={**found.manifest, "maps": "saliency"})
 
     @cached_property
     def _signals_on_device(self) -> dict[tuple[int, bool], TeacherSignals]:
         return {}
 
-    def _signals_of(self, spec: RunSpec, deadline: float) -> TeacherSignals | None:
+    def signals_of(self, spec: RunSpec, deadline: float) -> TeacherSignals | None:
+        """What a run reads of the teacher, on the device; None if nothing. Raises as `signals_for`."""
         if not spec.uses_teacher:
             return None
         # Only attention transfer looks at the tap: the other methods share one store.
@@ -197,17 +192,19 @@ class Study:
         on from its checkpoint the next time, before the others. A `way` of None is what suits the device.
 
         Raises:
-            TrainingDiverged: losses were not finite; all other runs are in the ledger.
+            TrainingDiverged: losses were not finite, now or earlier; all other runs are in the ledger.
         """
         specs = [self.completed(spec) for spec in specs]
-        known = set(self.ledger.read()["run_id"])
+        finished = partial(ended, self.ledger, self.folders["checkpoints"], self.folder)
+        known, diverged = finished(), reports.divergences(self.folder, {spec.run_id for spec in specs})
         left = [spec for spec in specs if spec.run_id not in known]
         left.sort(key=lambda spec: not self._file("checkpoints", spec.run_id).is_file())
         way = way or Way(SIDE_BY_SIDE[self.device.type])
         network = compiled_network(print_line) if way.compiled else models.logits_and_features
-        ours = reserved(left, self.folder / "reserved", lambda: set(self.ledger.read()["run_id"]), report)
-        with contextlib.closing(ours):
+        ours = reserved(left, self.folder / "reserved", finished, report)
+        with reports.postponed(diverged), contextlib.closing(ours):
             self._train((self._student_run(spec, network, deadline) for spec in ours), campaign, way, deadline, report)
+        reports.raise_diverged(diverged)
         return [spec.run_id for spec in specs]
 
     def run(
@@ -218,17 +215,23 @@ class Study:
         deadline: float = math.inf,
         way: Way = Way(),
     ) -> pd.Series | None:
-        """The ledger row of a teacher, trained now, from `initial` if the spec says so; None if time was over."""
+        """The ledger row of a teacher, trained now, from `initial` if the spec says so; None if time was over.
+
+        While another process trains it, this one waits.
+        """
         if self.ledger.find(spec) is None:
-            run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
-            self._train([run], campaign, way, deadline, print_line)
+            claim = paths.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline)
+            with contextlib.suppress(TimeoutError), claim:
+                if self.ledger.find(spec) is None:  # else the other process has just ended it
+                    run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
+                    self._train([run], campaign, way, deadline, print_line)
         return self.ledger.find(spec)
 
     def _student_run(self, spec: RunSpec, network: models.Network, deadline: float) -> Run:
         return student_run(
             spec,
             **self._on_device,
-            signals=self._signals_of(spec, deadline),
+            signals=self.signals_of(spec, deadline),
             checkpoint=self._checkpoint(spec.run_id),
             device=self.device,
             teacher=self.teacher.to(self.device) if spec.asks_the_network else None,
@@ -244,9 +247,13 @@ class Study:
     def _train(self, runs: Iterable[Run], campaign: str, way: Way, deadline: float, report: Report) -> None:
         """Train the runs; each one's row is in the ledger before another one starts."""
         torch.backends.cudnn.benchmark = way.benchmark
-        for run in train_together(runs, way, deadline, report):
-            self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
-            self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
+        with reports.logged(report, self.folder, campaign) as told:
+            for run in train_together(runs, way, deadline, told):
+                # A process that was stopped for longer than its lease may find its run trained by another.
+                with paths.locked(self._file("weights", run.spec.run_id)):
+                    if self.ledger.find(run.spec) is None:
+                        self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
+                self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)
 
     def _record(self, run: Run, **known: str) -> None:
         """Weights and curve first, the ledger row last: a row in the ledger has everything behind it.
@@ -280,9 +287,10 @@ class Study:
         return {}
 
     def weights(self, spec: RunSpec | TeacherSpec) -> Teacher | Student:
-        """The network that a run of this study ended with, in evaluation mode."""
-        untrained = artifacts.model_for(spec.method, spec.k, spec.stem_stride)
-        network = artifacts.read_weights(untrained, self._file("weights", spec.run_id))
+        """The network that a run of this study ended with, in evaluation mode; raises as `artifacts.read_weights`."""
+        untrained, row = artifacts.model_for(spec.method, spec.k, spec.stem_stride), self.ledger.find(spec)
+        path, sha256 = self._file("weights", spec.run_id), None if row is None else row["weights_sha256"]
+        network = artifacts.read_weights(untrained, path, weights_sha256=sha256)
         assert isinstance(network, Teacher | Student)
         return network
 
@@ -292,8 +300,7 @@ class Study:
 
     def students(self) -> pd.DataFrame:
         """The ledger rows of the study's students, trained first if need be; in `published` those of `main_runs`."""
-        wanted = self.run_all(self.specs)
-        ledger = self.ledger.read()
+        wanted, ledger = self.run_all(self.specs), self.ledger.read()
         return ledger[ledger["run_id"].isin(wanted)].reset_index(drop=True) if self.specs else main_runs(ledger)
 
     def student(self, method: str, k: int = 5) -> Student:
@@ -316,8 +323,7 @@ class Study:
 
     def kinds(self, *methods: str) -> list[str]:
         """The kinds of evidence that this study's networks are: `teacher`, and students by their method."""
-        ledger = self.ledger.read()
-        shown = ledger[ledger["method"].isin(methods)]
+        shown = self.ledger.read().query("method in @methods")
         if self.profile == "published":
             entries = artifacts.manifest().items()
             there = [e["run_id"] for name, e in entries if e["method"] != "teacher" or name == self.published_teacher]

@@ -2,25 +2,47 @@
 
 import hashlib
 import json
-import os
-import shutil
+import re
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from kdig_utils.method import models
-from kdig_utils.paths import artifacts_folder, replacing
+from kdig_utils.paths import artifacts_folder, locked, replacing
+
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class Entry(BaseModel):
+    """What an entry of the manifest must say."""
+
+    file: Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*\.safetensors$")]  # in artifacts/, and nowhere else
+    sha256: Sha256
+    method: str
+    k: int
+
+
+ENTRIES = TypeAdapter(dict[str, Entry])
 
 
 def save_weights(model: torch.nn.Module, path: Path, half: bool = False) -> None:
-    """Write the state dict as safetensors, in float32 or float16, under torchvision's names.
+    """Write the state dict as safetensors, in float32 or float16, under torchvision's names; raises as `content_of`."""
+    content = content_of(model, half)
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def content_of(model: torch.nn.Module, half: bool) -> bytes:
+    """The state dict as a safetensors file holds it.
 
     Raises:
-        ValueError: a value is too large for float16; nothing was written.
+        ValueError: a value is too large for float16.
     """
     state = {}
     for name, value in model.state_dict().items():
@@ -28,16 +50,18 @@ def save_weights(model: torch.nn.Module, path: Path, half: bool = False) -> None
         state[name] = kept.half() if half and kept.is_floating_point() else kept
         if not torch.equal(state[name].isfinite(), kept.isfinite()):
             raise ValueError(f"{name} holds values too large for float16 (above 65,504): save these weights in float32")
-    with replacing(path) as part:
-        part.write_bytes(save_safetensors(state))
+    return save_safetensors(state)
 
 
-def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) -> torch.nn.Module:
+def read_weights(
+    model: torch.nn.Module, path: Path, sha256: str | None = None, weights_sha256: str | None = None
+) -> torch.nn.Module:
     """Load a safetensors file into `model`, as float32, in evaluation mode.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another SHA-256 than `sha256`, a damaged file, or the weights of another architecture.
+        ValueError: another SHA-256 than `sha256`, or weights of another (`models.weights_sha256`) than
+            `weights_sha256`, a damaged file, or the weights of another architecture.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: train them, or restore the file from git")
@@ -47,12 +71,26 @@ def read_weights(model: torch.nn.Module, path: Path, sha256: str | None = None) 
         raise ValueError(
             f"{path.name} has SHA-256 {found[:16]}…, the manifest says {sha256[:16]}…: restore the file from git"
         )
+    state = state_of(content, path)
+    if weights_sha256 and (found := models.state_sha256(state)) != weights_sha256:
+        raise ValueError(
+            f"{path} holds weights {found[:12]}, the run of the ledger ended with {weights_sha256[:12]}: delete the "
+            "file, and unpack it again or train the run again"
+        )
+    return models.load_state(model, state).eval().to(memory_format=torch.channels_last)
+
+
+def state_of(content: bytes, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict, in float32, that a safetensors file holds.
+
+    Raises:
+        ValueError: it is not whole; the message names `path`.
+    """
     try:
         state = load_safetensors(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): restore or train it again") from error
-    floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    return models.load_state(model, floats).eval().to(memory_format=torch.channels_last)
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def rounded(model: torch.nn.Module, method: str, k: int) -> torch.nn.Module:
@@ -73,37 +111,55 @@ def model_for(method: str, k: int, stem_stride: int = 1) -> torch.nn.Module:
 
 
 def manifest() -> dict[str, dict]:
-    """What the repository holds: for each name its file, SHA-256, precision, run and accuracy; empty if nothing."""
+    """What the repository holds: for each name its file, SHA-256, precision, run and accuracy; empty if nothing.
+
+    Raises:
+        ValueError: the manifest is damaged, or names a file elsewhere or no SHA-256.
+    """
     path = artifacts_folder() / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    content = path.read_bytes() if path.is_file() else b"{}"
+    try:
+        ENTRIES.validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{path} is damaged ({where}: {first['msg']}): restore it from git") from error
+    return json.loads(content)
 
 
 def publish(name: str, model: torch.nn.Module, half: bool, **facts: object) -> None:
-    """Write `model` to the repository as `name` and enter it, with `facts` about its run, in the manifest."""
-    path = artifacts_folder() / f"{name}.safetensors"
-    save_weights(model, path, half)
-    entry = {
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "precision": "float16" if half else "float32",
-        **facts,
-    }
-    _write_manifest({**manifest(), name: entry})
+    """Write `model` to the repository as `name` and enter it, with `facts` about its run, in the manifest.
+
+    The old file stays until the manifest names the new one: a kill leaves the old network or the new one.
+    """
+    folder = artifacts_folder()
+    with locked(folder / "manifest.json"):
+        known, content, file = manifest(), content_of(model, half), f"{name}.safetensors"
+        sha256 = hashlib.sha256(content).hexdigest()
+        if any(entry["file"] == file and entry["sha256"] != sha256 for entry in known.values()):
+            file = f"{name}.{sha256[:12]}.safetensors"
+        with replacing(folder / file) as part:
+            part.write_bytes(content)
+        precision = "float16" if half else "float32"
+        _write_manifest({**known, name: {"file": file, "sha256": sha256, "precision": precision, **facts}})
 
 
 def rename(old: str, new: str) -> None:
-    """Give a published network another name; what had that name leaves the repository."""
-    known = manifest()
-    entry = known.pop(old)
-    file = f"{new}.safetensors"
-    shared = any(other["file"] == entry["file"] for other in known.values())
-    (shutil.copyfile if shared else os.replace)(artifacts_folder() / entry["file"], artifacts_folder() / file)
-    _write_manifest({**known, new: {**entry, "file": file}})
+    """Give a published network another name, its file stays; what had that name leaves the repository."""
+    with locked(artifacts_folder() / "manifest.json"):
+        known = manifest()
+        entry = known.pop(old)
+        _write_manifest({**known, new: entry})
 
 
 def _write_manifest(entries: dict[str, dict]) -> None:
-    with replacing(artifacts_folder() / "manifest.json") as part:
+    """Write the manifest, then remove files that it does not name any more, or that a kill left unnamed."""
+    folder, names = artifacts_folder(), {*manifest(), *entries}
+    with replacing(folder / "manifest.json") as part:
         part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    for path in set(folder.glob("*.safetensors")) - {folder / entry["file"] for entry in entries.values()}:
+        if re.sub(r"(\.[0-9a-f]{12})?\.safetensors$", "", path.name) in names:
+            path.unlink()
 
 
 def load(name: str) -> torch.nn.Module:

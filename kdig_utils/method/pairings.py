@@ -3,8 +3,11 @@
 Each control keeps something of the overlay and takes something away: its place, its image, its form, its teacher.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +16,7 @@ from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, input_gradients
 from kdig_utils.method.signals import TeacherSignals
+from kdig_utils.paths import claimed, replacing
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
 # noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey;
@@ -117,6 +121,28 @@ def saliency_maps(teacher: nn.Module, images: ImageSet, batch_size: int = 64) ->
         gradients = input_gradients(teacher, images.images(part).to(device), images.labels[part].to(device))
         maps.append(_divided_by_maximum(attribution_map(gradients)).cpu())
     return torch.cat(maps)
+
+
+def stored_saliency_maps(teacher: nn.Module, images: ImageSet, path: Path, say: Callable[[str], None]) -> Tensor:
+    """The same from the file `path`, made now, or earlier, by one process while others wait.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        with claimed(path, say):
+            if not path.is_file():  # else another process has just made it
+                say(f"plain gradients of {len(images):,} images")
+                maps = saliency_maps(teacher, images)
+                with replacing(path) as part, part.open("wb") as file:
+                    np.save(file, maps.numpy())
+    try:
+        maps = torch.from_numpy(np.load(path))
+        if maps.shape != (len(images), 32, 32) or not bool(((maps >= 0) & (maps <= 1)).all()):
+            raise ValueError("it holds no maps of these images")
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to compute it again") from error
+    return maps
 
 
 def _divided_by_maximum(maps: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The teacher's signals of a whole image set, computed once into a store (`signals`)."""
 
+import contextlib
 import copy
 import math
 import time
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import SoftFileLease
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -24,12 +26,14 @@ from kdig_utils.method.signals import (
     SECANT,
     SignalSettings,
     TeacherSignals,
+    finish_store,
     manifest_of,
     open_signals,
     open_store,
     stored,
     write_rows,
 )
+from kdig_utils.paths import claimed
 
 COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
 CHOOSE_FROM = 4000  # images whose time outweighs the seconds that a GPU takes to try its ways
@@ -98,33 +102,59 @@ def compute_signals(
 ) -> TeacherSignals:
     """Compute the signals of `images` into `folder`, going on where an earlier call was stopped.
 
+    While another process is at it, this one waits.
+
     Args:
         batch_size: images between two flushes; None takes what suits the device.
         report: called after each batch with the number of images done and in all; `print_progress` makes one.
         deadline: on the clock of `time.monotonic`; no batch begins that, at the pace of the one before, ends later.
-        say: told which way a GPU computes the maps, where it had a choice.
+        say: told which way a GPU computes the maps, where it had a choice, and who is waited for.
 
     Raises:
         SignalsNotFinished: time was over.
-        ValueError: the folder holds the signals of another teacher, other images or other settings.
+        ValueError: as `open_signals`.
     """
-    manifest, teacher = manifest_of(teacher, images, settings), copy.deepcopy(teacher).eval()
+    with contextlib.suppress(FileNotFoundError):
+        return open_signals(teacher, images, folder, settings)
+    try:
+        with claimed(folder, say, deadline) as claim:
+            _fill(copy.deepcopy(teacher).eval(), images, folder, settings, batch_size, report, deadline, say, claim)
+    except TimeoutError as error:
+        raise SignalsNotFinished(str(error)) from error
+    return open_signals(teacher, images, folder, settings)
+
+
+def _fill(
+    teacher: Teacher,
+    images: ImageSet,
+    folder: Path,
+    settings: SignalSettings,
+    batch_size: int | None,
+    report: Callable[[int, int], None],
+    deadline: float,
+    say: Callable[[str], None],
+    claim: SoftFileLease,
+) -> None:
+    """Compute what a store lacks; raise TimeoutError when `claim` is another process's, or time is over."""
     maker, at_once = map_maker(teacher, settings, len(images))
     black = torch.zeros(1, 3, 32, 32, device=next(teacher.parameters()).device)
-    side = answers(teacher, black, settings.tap)["attention"].shape[1]
-    arrays = open_store(folder, manifest, side, settings.storage)
+    manifest = manifest_of(teacher, images, settings)
+    arrays = open_store(folder, manifest, answers(teacher, black, settings.tap)["attention"].shape[1])
     remaining = torch.from_numpy(np.flatnonzero(~arrays["done"]))
     way = chosen_way(maker, images, remaining, deadline, say)
     pace = 0.0
     for positions in remaining.split(batch_size or at_once) if len(remaining) else ():
         started = time.monotonic()
         if started + pace >= deadline:
-            done = f"{int(arrays['done'].sum()):,} of {len(images):,} images"
-            raise SignalsNotFinished(f"time is over, {done} have signals in {folder}: run the same again to go on")
-        write_rows(arrays, positions, signals_of_batch(teacher, maker, images, positions, way))
+            done = f"{int(arrays['done'].sum()):,} of {len(images):,} images have signals"
+            raise TimeoutError(f"time is over, {done} in {folder}: run the same again to go on")
+        rows = signals_of_batch(teacher, maker, images, positions, way)
+        if not claim.is_lock_held_by_us:
+            raise TimeoutError(f"another process took over {folder}, as this one had stopped: run it again")
+        write_rows(arrays, positions, rows)
         pace = time.monotonic() - started
         report(int(arrays["done"].sum()), len(images))
-    return open_signals(teacher, images, folder, settings)
+    finish_store(folder, manifest, arrays)
 
 
 def map_maker(teacher: Teacher, settings: SignalSettings, images: int) -> tuple[MapMaker, int]:

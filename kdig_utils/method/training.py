@@ -69,10 +69,15 @@ def initial_student(spec: RunSpec, teacher: nn.Module | None = None) -> models.S
 
 
 def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """The learning rate of each step of a student's run on `device`; None where it stays what it is."""
+    """The learning rate of each step of a student's run on `device`; None where it stays what it is.
+
+    Raises:
+        ValueError: too few steps for the schedule to rise and fall.
+    """
     if spec.schedule == "constant":
         return None
-    steps = spec.epochs * steps_an_epoch
+    if (steps := spec.epochs * steps_an_epoch) <= 5:  # a fifth of them is the rise
+        raise ValueError(f"one_cycle over {steps} steps has no rise: train longer, or choose schedule constant")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], spec.learning_rate)
     scheduler = OneCycleLR(
         optimizer, spec.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False

@@ -344,7 +344,8 @@ def test_the_first_cell_may_be_run_again_and_from_elsewhere(tmp_path: Path) -> N
     subprocess.run([*git, "-C", copy, "commit", "-q", "-m", "one"], check=True)
     content.mkdir()
     source = first_cells()["00_start_here"].replace("/content", str(content))
-    shown = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{copy}.insteadOf", "GIT_CONFIG_VALUE_0": address}
+    key = f"url.{copy.as_uri()}.insteadOf"
+    shown = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": key, "GIT_CONFIG_VALUE_0": address}
     environment = {**os.environ, **shown, "IPYTHONDIR": str(tmp_path / "ipython")}
     clone = content / "kdig"
 

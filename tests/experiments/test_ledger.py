@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from filelock import FileLock
+from filelock import SoftFileLock
 
 from kdig_utils.experiments.ledger import COLUMNS, Ledger, code_commit, of_one_teacher, provenance, spec_of
 from kdig_utils.method.spec import RunSpec, TeacherSpec
@@ -150,7 +150,7 @@ def test_read_only_folder_is_named_with_a_remedy(
     with monkeypatch.context() as patch:
         target = {
             "temporary file": (tempfile, "mkstemp"),
-            "lock": (FileLock, "acquire"),
+            "lock": (SoftFileLock, "acquire"),
             "folder": (Path, "mkdir"),
         }[where]
         patch.setattr(*target, refuse)

@@ -167,12 +167,13 @@ def test_runs_cut_off_by_the_deadline_go_on_bit_for_bit(student: Make, tmp_path:
     turns, finished = 0, []
     while len(finished) < 2:
         turns += 1
-        finished = list(train_together(runs(), way=Way(2), deadline=time.monotonic() + 0.15))
+        cut = time.monotonic() + 0.15 * 1.05**turns  # later and later, for a machine that is busy
+        finished = list(train_together(runs(), way=Way(2), deadline=cut))
         assert turns < 100
     assert turns > 1
     for run in finished:
         assert same(run.trained, fit(student(run.spec)))
-    print(f"{turns} calls of 0.15 s")
+    print(f"{turns} calls of 0.15 s and more")
 
 
 def paced(seconds_left: float, an_epoch: float) -> Pace:
@@ -213,7 +214,7 @@ def test_a_run_alone_starts_although_it_will_not_end(student: Make, tmp_path: Pa
     """No minute is lost: what it has done by the deadline is in its checkpoint."""
     run = student(small(epochs=1000), None, tmp_path / "c.pt")
     assert not list(train_together([run], deadline=time.monotonic() + 2))
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    saved = checkpoints.read(tmp_path / "c.pt")
     assert saved["epoch"] + saved["position"] > 0
 
 

@@ -1,14 +1,19 @@
 """A study: each run is made once, goes on after a stop, and is in the ledger only with all that belongs to it."""
 
 import dataclasses
+import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from kdig_utils import paths
+from kdig_utils.analysis import explanations
 from kdig_utils.experiments import packs, side_by_side, study
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.experiments.side_by_side import Way
@@ -108,6 +113,98 @@ def test_teacher_of_the_study_is_trained_once(small_study: Study, monkeypatch: p
     row = made.ledger.read().iloc[0]
     assert row["method"] == "teacher"
     assert row["weights_sha256"] == first
+
+
+def test_weights_that_are_not_the_ledgers_are_refused_everywhere(small_study: Study) -> None:
+    (run_id,) = small_study.run_all(SPECS[:1])
+    file, spec = small_study.folders["weights"] / f"{run_id}.safetensors", small_study.completed(SPECS[0])
+    right = file.read_bytes()
+    damaged = bytearray(right)
+    damaged[-1000:] = bytes(1000)
+    for content in (bytes(damaged), artifacts.content_of(models.student(17, seed=8), half=False)):
+        file.write_bytes(content)
+        for use in (lambda: small_study.weights(spec), lambda: small_study.student("student", k=17)):
+            with pytest.raises(ValueError, match=rf"{run_id}.*delete the file") as caught:
+                use()
+            assert str(file) in str(caught.value)
+        rows = small_study.ledger.read()
+        with pytest.raises(ValueError, match="delete the file"):
+            list(explanations._networks(small_study, rows))
+    file.write_bytes(right)
+    assert small_study.weights(spec)
+
+
+def test_checkpoints_of_finished_runs_are_removed_when_met_and_not_packed(small_study: Study) -> None:
+    (run_id,) = small_study.run_all(SPECS[:1])
+    checkpoints = small_study.folders["checkpoints"]
+    (checkpoints / f"{run_id}.pt").write_bytes(b"left by a kill")
+    (checkpoints / "0123456789ab.pt").write_bytes(b"open")
+    assert checkpoints / f"{run_id}.pt" not in packs.belongings(small_study.ledger.read(), small_study.folders)
+    small_study.run_all(SPECS[:1])
+    assert [path.name for path in checkpoints.glob("*.pt")] == ["0123456789ab.pt"]
+
+
+def test_a_run_that_another_process_ended_meanwhile_keeps_its_row_and_weights(
+    small_study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process was stopped for longer than its lease; the other one trained with other threads, say."""
+    spec, file = small_study.completed(SPECS[0]), None
+    together = study.train_together
+
+    def overtaken(*arguments: object) -> Iterator[object]:
+        nonlocal file
+        for run in together(*arguments):
+            file = small_study.folders["weights"] / f"{spec.run_id}.safetensors"
+            artifacts.save_weights(models.student(17, seed=5), file)
+            sha256 = models.weights_sha256(models.student(17, seed=5))
+            small_study.ledger.append(spec, test_accuracy=12.0, weights_sha256=sha256)
+            yield run
+
+    monkeypatch.setattr(study, "train_together", overtaken)
+    small_study.run_all(SPECS[:1])
+    assert small_study.ledger.read()["test_accuracy"].tolist() == [12.0]
+    assert models.weights_sha256(small_study.weights(spec)) == models.weights_sha256(models.student(17, seed=5))
+
+
+@pytest.mark.parametrize("ends", ["with the run", "without"])
+def test_a_teacher_that_another_process_trains_is_waited_for(
+    small_study: Study, no_training: None, capsys: pytest.CaptureFixture[str], ends: str
+) -> None:
+    spec = TeacherSpec(epochs=1, batch_size=8, data_md5=small_study.train.md5)
+    held, over = threading.Event(), threading.Event()
+
+    def other() -> None:
+        claim = paths.lease(small_study.folder / "reserved" / spec.run_id)
+        held.set()
+        over.wait(1.0)
+        if ends == "with the run":
+            small_study.ledger.append(spec, test_accuracy=50.0)
+        over.wait(0.0 if ends == "with the run" else 60.0)
+        claim.release()
+
+    worker = threading.Thread(target=other)
+    worker.start()
+    assert held.wait(60)
+    row = small_study.run(spec, deadline=time.monotonic() + (60.0 if ends == "with the run" else 0.5))
+    over.set()
+    worker.join()
+    assert (row is None) == (ends == "without")
+    assert f"process {os.getpid()}" in capsys.readouterr().out
+
+
+def test_plain_gradients_are_made_once_and_refused_if_damaged(small_study: Study) -> None:
+    signals = small_study.signals
+    maps = small_study.with_saliency(signals).maps
+    (file,) = (small_study.folder / "signals").glob("*_saliency.npy")
+    before = file.stat().st_mtime_ns
+    assert torch.equal(small_study.with_saliency(signals).maps, maps)
+    assert file.stat().st_mtime_ns == before
+    content = file.read_bytes()
+    np.save(file, maps.numpy()[:-1])
+    for damaged in (content[:1000], b"", file.read_bytes()):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged .*delete it"):
+            small_study.with_saliency(signals)
 
 
 def test_weights_of_teachers_and_of_three_seeds_go_home_before_open_runs(small_study: Study) -> None:

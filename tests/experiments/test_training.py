@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdig_utils.experiments import runs, steps
+from kdig_utils.experiments import checkpoints, runs, steps
 from kdig_utils.experiments.runs import Trained, student_run, teacher_run
 from kdig_utils.experiments.side_by_side import fit
 from kdig_utils.method import models, overlay, training
@@ -443,3 +444,77 @@ def test_curve_has_a_row_an_epoch_in_per_cent(train: ImageSet, held_out: ImageSe
     assert curve["seconds"].is_monotonic_increasing
     assert curve["train_loss"].between(0, 10).all()
     assert curve["test_accuracy"].iloc[-1] == models.accuracy(run.model, held_out)
+
+
+@pytest.fixture(scope="module")
+def half_way(
+    train: ImageSet, held_out: ImageSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunSpec, bytes, dict]:
+    """A run after one of its two epochs: its spec, its checkpoint, and what is in it."""
+    path, spec = tmp_path_factory.mktemp("half_way") / "c.pt", small("student", epochs=2)
+
+    def stop(_line: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        trained(spec, train, held_out, None, path, report=stop)
+    return spec, path.read_bytes(), checkpoints.read(path)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused_wherever_it_is(half_way: tuple[RunSpec, bytes, dict]) -> None:
+    content, generator = half_way[1], random.Random(0)
+    places = [*range(0, 100, 7), *(generator.randrange(len(content)) for _place in range(60)), len(content) - 1]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        with pytest.raises(ValueError, match="is damaged"):
+            checkpoints.read(bytes(damaged))
+    print(f"{len(places)} flipped bits of {8 * len(content):,}, seed 0")
+
+
+def test_a_checkpoint_from_before_is_read_unless_its_checksums_tell(half_way: tuple[RunSpec, bytes, dict]) -> None:
+    """They have no hash; torch.save's own checksums are of the tensors, not of the padding between them."""
+    _spec, content, right = half_way
+    old = content.partition(b"\n")[2]
+    assert str(checkpoints.read(old)["curve"]) == str(right["curve"])
+    weights = next(value for name, value in right["model"].items() if name.endswith("running_var"))
+    damaged = bytearray(old)
+    damaged[old.index(weights.numpy().tobytes())] ^= 1
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints.read(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    ("invented", "told"),
+    [
+        ({"epoch": 3}, "3 of 2 epochs"),
+        ({"epoch": -1}, "-1 of 2 epochs"),
+        ({"position": 10**6}, "image 1000000"),
+        ({"epoch": 2}, "a curve of 1 epochs after 2"),
+        ({"epoch": 0, "curve": []}, "an optimiser after"),
+        ({"epoch": 2, "curve": "twice"}, "an optimiser after"),
+        ({"optimizer": "untrained"}, "an optimiser after 0 steps"),
+        ({"curve": "wrong"}, "values that are none"),
+    ],
+)
+def test_a_checkpoint_that_no_training_made_is_refused(
+    train: ImageSet,
+    held_out: ImageSet,
+    tmp_path: Path,
+    half_way: tuple[RunSpec, bytes, dict],
+    invented: dict,
+    told: str,
+) -> None:
+    spec, _content, right = half_way
+    (row,) = right["curve"]
+    words = {
+        "twice": [row, {**row, "epoch": 2, "test_accuracy": 99.9}],
+        "wrong": [{**row, "test_accuracy": 999.0}],
+        "untrained": {**right["optimizer"], "state": {}},
+    }
+    content = {**right, **{name: words.get(str(value), value) for name, value in invented.items()}}
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=rf"{told}.*delete it"):
+        trained(spec, train, held_out, None, tmp_path / "c.pt")
+    torch.save(right, tmp_path / "c.pt")
+    assert same(trained(spec, train, held_out, None, tmp_path / "c.pt"), trained(spec, train, held_out))

@@ -2,9 +2,13 @@
 
 import errno
 import inspect
+import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,7 +172,7 @@ def test_full_disk_leaves_the_old_weights(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match=r"cannot write kd_k17\.safetensors in .*disk is full"):
+    with pytest.raises(OSError, match=r"cannot write kd_k17\..*safetensors in .*disk is full"):
         publish(models.student(17, seed=9))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -193,3 +197,135 @@ def test_committed_artifacts_are_those_of_the_manifest() -> None:
     """Every network of the repository loads, checked."""
     for name in artifacts.manifest():
         assert not artifacts.load(name).training, name
+
+
+# Weights and manifest, which belong together
+
+
+class Killed(BaseException):
+    """What no `except Exception` stops, as a kill."""
+
+
+def at_every_operation(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], check: Callable[[], None]) -> int:
+    """Let `act` be killed before each of its file operations, and `check` what it leaves; how many there are."""
+    operations = [(os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "write_bytes"), (Path, "write_text")]
+    for kill_at in range(1000):
+        calls = 0
+
+        def stopping(original: Callable, kill_at: int = kill_at) -> Callable:
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal calls
+                ours = not str(arguments[0]).endswith(".lock")  # a lock of a dead process is filelock's to free
+                calls += ours
+                if ours and calls > kill_at:
+                    raise Killed
+                return original(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name in operations:
+                patch.setattr(owner, name, stopping(getattr(owner, name)))
+            try:
+                act()
+            except Killed:
+                pass
+            else:
+                return kill_at
+        check()
+    raise AssertionError("does not end")
+
+
+def test_a_kill_within_publish_leaves_the_old_network_or_the_new_one(
+    folder: Path, student: models.Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = models.student(17, seed=9).eval()
+    publish(student)
+    old, new, seen = models.weights_sha256(student), models.weights_sha256(second), set()
+
+    def check() -> None:
+        found = models.weights_sha256(artifacts.load("kd_k17"))
+        assert found in (old, new)
+        seen.add(found)
+        publish(student)
+
+    points = at_every_operation(monkeypatch, lambda: publish(second), check)
+    assert seen == {old, new}
+    assert models.weights_sha256(artifacts.load("kd_k17")) == new
+    assert len([path for path in folder.iterdir() if path.suffix != ".part"]) == 2, "nothing is left over"
+    print(f"{points} kills")
+
+
+def test_a_kill_within_a_renaming_leaves_both_names_or_the_new_one(
+    folder: Path, student: models.Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    better = models.student(17, seed=9).eval()
+
+    def start() -> None:
+        publish(student)
+        artifacts.publish("next", better, False, method="kd", k=17)
+
+    def check() -> None:
+        found = {name: models.weights_sha256(artifacts.load(name)) for name in artifacts.manifest()}
+        before = {"kd_k17": models.weights_sha256(student), "next": models.weights_sha256(better)}
+        assert found in (before, {"kd_k17": models.weights_sha256(better)})
+        start()
+
+    start()
+    at_every_operation(monkeypatch, lambda: artifacts.rename("next", "kd_k17"), check)
+    assert set(artifacts.manifest()) == {"kd_k17"}
+    assert models.weights_sha256(artifacts.load("kd_k17")) == models.weights_sha256(better)
+
+
+def test_parallel_publishes_lose_nothing(folder: Path) -> None:
+    code = (
+        "import sys, torch\nfrom kdig_utils.method import artifacts\n"
+        "for n in range(5):\n"
+        "    artifacts.publish(f'n{sys.argv[1]}_{n}', torch.nn.Linear(2, 2), False, method='kd', k=17)"
+    )
+    publishing = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(2)]
+    assert [process.wait(240) for process in publishing] == [0, 0]
+    assert set(artifacts.manifest()) == {f"n{number}_{n}" for number in range(2) for n in range(5)}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"file": "../kd_k17.safetensors"},
+        {"file": "/kd_k17.safetensors"},
+        {"file": "sub/kd_k17.safetensors"},
+        {"file": ".hidden.safetensors"},
+        {"sha256": None},
+        {"sha256": "abc"},
+        {"sha256": "g" * 64},
+        {"method": 3},
+        {"k": "many"},
+    ],
+)
+def test_an_entry_that_names_no_file_here_or_no_hash_is_refused(
+    folder: Path, student: models.Student, wrong: dict
+) -> None:
+    publish(student)
+    found = artifacts.manifest()
+    (folder / "manifest.json").write_text(json.dumps({"kd_k17": {**found["kd_k17"], **wrong}}))
+    with pytest.raises(
+        ValueError, match=rf"manifest\.json is damaged .*kd_k17\.{next(iter(wrong))}.*restore it from git"
+    ):
+        artifacts.load("kd_k17")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"kd_k17": 3}', b"\xff", b"<<<<<<< HEAD\n{}"])
+def test_a_damaged_manifest_is_refused_in_words_and_not_overwritten(
+    folder: Path, student: models.Student, content: bytes
+) -> None:
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes(content)
+    for use in (artifacts.manifest, lambda: publish(student)):
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged .*restore it from git"):
+            use()
+    assert (folder / "manifest.json").read_bytes() == content
+
+
+def test_the_hash_of_a_state_is_that_of_its_network(student: models.Student) -> None:
+    state = artifacts.state_of(artifacts.content_of(student, half=False), Path("x"))
+    assert models.state_sha256(state) == models.weights_sha256(student)

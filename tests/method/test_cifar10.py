@@ -5,9 +5,11 @@ import http.server
 import pickle
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 import torch
 from PIL import Image
@@ -322,6 +324,27 @@ def test_chunked_transfer_that_breaks_off_is_a_failed_source(host: Host, tmp_pat
     host.chunked, host.limit = True, 1000
     with pytest.raises(RuntimeError, match="could not be downloaded"):
         cifar10.fetch(tmp_path / "root", [host.url])
+
+
+def test_a_host_that_never_ends_is_cut_off_at_the_known_size(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", 100_000)
+    host.content, arrived = bytes(20 << 20), []
+    monkeypatch.setattr(pooch, "file_hash", lambda name, alg: arrived.append(Path(name).stat().st_size) or "another")
+    for host.chunked in (False, True):
+        with pytest.raises(ValueError, match="another MD5"):
+            cifar10.resumable_downloader(host.url, str(tmp_path / cifar10.ARCHIVE), None)
+        assert not part_of(tmp_path).exists()
+    assert len(arrived) == 2
+    assert max(arrived) <= 100_000 + (1 << 20)
+
+
+def test_two_downloads_at_once_share_one_and_both_have_the_images(host: Host, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        roots = list(pool.map(lambda _number: cifar10.fetch(tmp_path / "root", [host.url]), range(2)))
+    assert [len(cifar10.load("train", root)) for root in roots] == [20, 20]
+    assert host.ranges == [None]
 
 
 def test_wrong_md5_is_removed(host: Host, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 import copy
 import errno
+import hashlib
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,7 +235,10 @@ def test_manifest_names_teacher_data_settings_and_indices(
     assert manifest["data_md5"] == images.md5
     assert manifest["indices"] == images.indices.tolist()
     assert manifest["settings"] == {"n_steps": 3, "method": "gausslegendre", "baseline": "mean_colour", "tap": 9}
-    assert open_signals(teacher, images, store, SETTINGS).manifest == manifest
+    assert set(manifest["arrays"]) == set(signals.SIGNALS)
+    assert manifest["arrays"]["maps"]["sha256"] == hashlib.sha256((store / "maps.npy").read_bytes()).hexdigest()
+    found = open_signals(teacher, images, store, SETTINGS).manifest
+    assert found == {name: value for name, value in manifest.items() if name != "arrays"}
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
@@ -334,6 +341,132 @@ def test_damaged_store_names_folder_and_remedy(
     with pytest.raises(ValueError, match=r"damaged.*delete the folder") as caught:
         open_signals(teacher, images, tmp_path, SETTINGS)
     assert str(tmp_path) in str(caught.value)
+
+
+def copied(store: Path, folder: Path, manifest: str = "hashed") -> Path:
+    """The same store elsewhere, with the hashes of its arrays or, as earlier versions made it, without."""
+    for name, content in contents(store).items():
+        (folder / name).write_bytes(content)
+    if manifest == "without hashes":
+        found = json.loads((folder / "manifest.json").read_text())
+        del found["arrays"]
+        (folder / "manifest.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize("name", signals.SIGNALS)
+def test_a_flipped_bit_in_any_array_is_refused(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path, name: str
+) -> None:
+    file = copied(store, tmp_path) / f"{name}.npy"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(bytes(content))
+    for use in (open_signals, compute_signals):
+        with pytest.raises(ValueError, match=rf"damaged .*{name}\.npy.*delete the folder"):
+            use(teacher, images, tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("logits", lambda rows: rows[:-1]),
+        ("maps", lambda rows: rows[:, :-1]),
+        ("maps", lambda rows: rows.astype(np.float32)),
+        ("attention", lambda rows: rows[:, 0]),
+        ("maps", lambda rows: np.where(np.arange(IMAGES) == 3, np.nan, rows.T).T.astype(np.float16)),
+        ("maps", lambda rows: 2 * rows),
+        ("attention", lambda rows: -rows),
+        ("done", lambda rows: rows[:-1]),
+    ],
+)
+@pytest.mark.parametrize("manifest", ["hashed", "without hashes"])
+def test_arrays_of_another_shape_type_or_range_are_refused(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path, manifest: str, name: str, damage
+) -> None:
+    file = copied(store, tmp_path, manifest) / f"{name}.npy"
+    np.save(file, damage(np.load(file)))
+    with pytest.raises(ValueError, match=r"damaged .*delete the folder"):
+        open_signals(teacher, images, tmp_path, SETTINGS)
+
+
+def test_a_store_from_before_is_read_unless_a_row_was_never_written(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path
+) -> None:
+    found = open_signals(teacher, images, copied(store, tmp_path, "without hashes"), SETTINGS)
+    for part, whole in zip(found.tensors(), open_signals(teacher, images, store, SETTINGS).tensors(), strict=True):
+        assert torch.equal(part, whole)
+    for name in signals.SIGNALS:
+        rows = np.load(tmp_path / f"{name}.npy", mmap_mode="r+")
+        rows[5] = 0
+        rows.flush()
+    with pytest.raises(ValueError, match=r"damaged .*without any signal"):
+        open_signals(teacher, images, tmp_path, SETTINGS)
+
+
+def test_arrays_are_hashed_once_a_process_and_again_when_a_file_changes(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    copied(store, tmp_path)
+    for _call in range(3):
+        open_signals(teacher, images, tmp_path, SETTINGS)
+    assert len(hashed) == len(signals.SIGNALS)
+    os.utime(tmp_path / "maps.npy", (1, 1))
+    open_signals(teacher, images, tmp_path, SETTINGS)
+    assert len(hashed) == len(signals.SIGNALS) + 1
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+def test_a_store_has_all_its_room_before_the_first_image(
+    teacher: models.Teacher, images: ImageSet, tmp_path: Path
+) -> None:
+    """Else a disk that another process fills ends this one with SIGBUS."""
+    many = replace(
+        images,
+        **{
+            name: getattr(images, name).repeat(200, *[1] * (getattr(images, name).ndim - 1))
+            for name in ("pixels", "labels", "indices")
+        },
+    )
+    with pytest.raises(SignalsNotFinished):
+        compute_signals(teacher, many, tmp_path, SETTINGS, deadline=-1.0)
+    for file in tmp_path.glob("*.npy"):
+        assert 512 * file.stat().st_blocks >= file.stat().st_size > 0, file.name
+
+
+def test_a_store_is_made_by_one_process_and_the_other_finds_it_done(
+    teacher: models.Teacher, images: ImageSet, store: Path, tmp_path: Path
+) -> None:
+    """Two threads stand for two processes: a claim is a file's, and neither knows of the other."""
+    few, lines, batches = images.subset(torch.arange(BATCH + 1)), [], []
+
+    def compute(_number: int) -> signals.TeacherSignals:
+        report = lambda done, total: batches.append(done)  # noqa: E731
+        return compute_signals(teacher, few, tmp_path, SETTINGS, BATCH, report, say=lines.append)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(compute, range(2))
+    assert batches == [BATCH, BATCH + 1]
+    assert len(lines) <= 1
+    assert all("waiting" in line for line in lines)
+    for part, whole in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(part, whole)
+
+
+def test_who_was_stopped_and_lost_the_store_writes_no_more(
+    teacher: models.Teacher, images: ImageSet, tmp_path: Path
+) -> None:
+    def taken(done: int, _total: int) -> None:
+        marker = tmp_path.parent / f".{tmp_path.name}.lock"
+        marker.unlink()
+        marker.write_text("filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=ab\nduration=60.0\nstart=1\n")
+
+    with pytest.raises(SignalsNotFinished, match="another process"):
+        compute_signals(teacher, images, tmp_path, SETTINGS, BATCH, taken)
+    assert np.load(tmp_path / "done.npy").sum() == BATCH
+    (tmp_path.parent / f".{tmp_path.name}.lock").unlink()
 
 
 def test_a_store_that_does_not_fit_is_refused_before_the_first_image(

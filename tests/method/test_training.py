@@ -233,3 +233,13 @@ def test_accuracy_is_a_percentage_by_hand(sample_test: ImageSet) -> None:
             return F.one_hot(answers, 10).float()
 
     assert models.accuracy(Answers(), held_out) == 75.0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_cycle_that_cannot_rise_is_refused_and_a_longer_one_reaches_its_peak_once(epochs: int) -> None:
+    with pytest.raises(ValueError, match=f"{2 * epochs} steps"):
+        training.student_rates(small(epochs=epochs, schedule="one_cycle"), 2)
+    rates = training.student_rates(small(epochs=10 * epochs, schedule="one_cycle"), 2)
+    assert rates is not None
+    assert float(rates.max()) == pytest.approx(RunSpec.learning_rate)
+    assert (rates.diff() > 0).sum() == int(rates.argmax()) == 4 * epochs - 1
