@@ -1,87 +1,35 @@
 """What the authors' released networks say when they are measured: four files `results/released*`.
 
-All networks get the same questions. Where a teacher is asked, it is ours: theirs is not public under its own name, so a
-likeness to its maps is a likeness to a teacher that these students never saw.
+`benchmarks/released_networks.py` makes them; all networks get the same questions. Where a teacher is asked, it is ours:
+theirs is not public under its own name, so a likeness to its maps is a likeness to a teacher that these students never
+saw.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from kdig_utils import paths
-from kdig_utils.analysis import corruptions, examination, faithfulness, gradients
-from kdig_utils.analysis.examination import Effort, Examination, Mean, mean_over_images
+from kdig_utils.analysis.examination import Mean, mean_over_images
 from kdig_utils.method import losses, released
 from kdig_utils.method.cifar10 import ImageSet
-from kdig_utils.method.integrated_gradients import attribution_map
-from kdig_utils.method.models import predict
-from kdig_utils.method.overlay import crop_and_flip, draw_epoch, overlay
-from kdig_utils.method.pairings import another, permuted
+from kdig_utils.method.overlay import draw_epoch, overlay
+from kdig_utils.method.pairings import another
 
 CORRUPTED = ("gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_compression")
 SEVERITIES = (1, 3, 5)
 ALPHAS = (0.01, 0.1, 0.5, 0.9)
 TEMPERATURE = 2.5  # the paper's
 BATCHES, BATCH_SIZE = 2, 64  # of the gradients with respect to all parameters
-COLUMNS = ("sha256", "measure", "value", "low", "high", "images")
-OF_IMAGES = (  # what is kept image by image
-    *("spearman", "spearman_partial", "spearman_siblings", "sensitivity", "infidelity", "infidelity_of_zeros"),
-    *("deletion_random", "deletion_gain", "insertion_random", "insertion_gain", "share", "signed_share", "peak"),
-    *(f"{name}, severity 3" for name in CORRUPTED),
-    *(f"overlay: {name}" for name in ("no overlay", "black", "own map", "another's map")),
-)
-
-
-class Questions(NamedTuple):
-    """What the networks are asked about, made once.
-
-    Attributes:
-        test: all test images there are.
-        sample: the test images for overlays and corruptions.
-        crops: training images, cropped and flipped as in an epoch, (N, 3, 32, 32), and their labels.
-        answers: the teacher's logits of them: `stored` of the whole images, `shuffled`, `online` of the crops.
-        overlaid: five times as many images as are explained, under each overlay, without a crop.
-        shown: ten images, one of each class, and `game`, two mosaics: those whose maps are kept to be looked at.
-        asked: the questions that all networks of the book are asked.
-    """
-
-    test: ImageSet
-    sample: ImageSet
-    crops: Tensor
-    labels: Tensor
-    answers: dict[str, Tensor]
-    overlaid: dict[str, Tensor]
-    shown: ImageSet
-    game: faithfulness.Mosaics
-    asked: Examination
-
-
-def questions(teacher: nn.Module, train: ImageSet, test: ImageSet, sample: ImageSet, effort: Effort) -> Questions:
-    """The questions beside this teacher.
-
-    Args:
-        train: training images whose crops the gradients are measured on.
-        sample: test images; as many as `effort.images` times five are overlaid.
-    """
-    draws = draw_epoch(len(train), 0.0, seed=0, epoch=0)
-    crops = crop_and_flip(train.images(draws.order), draws.shifts, draws.flips)
-    stored = predict(teacher, train)[draws.order]
-    answers = {"stored": stored, "shuffled": stored[another(len(stored), seed=0)], "online": _logits(teacher, crops)}
-    few = examination.first_images(sample, 5 * effort.images)
-    overlaid = overlays(few, faithfulness.ig_maps(teacher, few, effort.n_steps))
-    asked = examination.prepare(teacher, sample, effort)
-    shown, game = examination.first_images(sample, 10), faithfulness.mosaics(asked.explained, 2, seed=5)
-    return Questions(test, sample, crops, train.labels[draws.order], answers, overlaid, shown, game, asked)
 
 
 def overlays(images: ImageSet, maps: Tensor) -> dict[str, Tensor]:
@@ -97,60 +45,10 @@ def overlays(images: ImageSet, maps: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _logits(network: nn.Module, pixels: Tensor) -> Tensor:
+def logits_of(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Logits of crops, (N, 3, 32, 32) to (N, 10), with the network as it is."""
     with torch.inference_mode():
         return torch.cat([network(part) for part in pixels.split(50)])
-
-
-def closely(network: nn.Module, q: Questions) -> tuple[dict[str, Mean], dict[str, Tensor]]:
-    """What only some networks are asked.
-
-    Returns:
-        The measures of `examination.examine`; `CORRUPTION, severity N`, accuracy; and those of `curve_measures`,
-        `gradient_measures` and `step_measures`; and of each image what has a value there.
-    """
-    values = examination.of_images(fuse(network), q.asked)  # batch norm within the convolutions: in half the time
-    for name, severity in itertools.product(CORRUPTED, SEVERITIES):
-        changed = corruptions.corrupt(q.sample, name, severity)
-        values[f"{name}, severity {severity}"] = predict(network, changed).argmax(1) == changed.labels
-    found = examination.means(values | examination.corruption_measures(network, q.asked))
-    found |= examination.calibration_measures(network, q.asked.classified)
-    found |= gradient_measures(network, q.crops, q.labels, q.answers)
-    return found | step_measures(network, q) | curve_measures(network, q.asked), values
-
-
-def curve_measures(network: nn.Module, asked: Examination) -> dict[str, Mean]:
-    """`deletion, N %` and `insertion, N %`: probability of the true class when so many pixels are changed.
-
-    In the order of the network's own map; with `random order, ` in front in a random one.
-    """
-    maps, steps = faithfulness.ig_maps(network, asked.explained, asked.effort.n_steps), asked.effort.curve_steps
-    found = {}
-    for order, ranked in {"": maps, "random order, ": permuted(maps, seed=0)}.items():
-        its = (network, asked.explained.images(), asked.explained.labels, ranked, steps)
-        for kind, curve in faithfulness.deletion_and_insertion(*its).items():
-            for step, values in enumerate(curve.T):
-                found[f"{order}{kind}, {100 * step / steps:.0f} %"] = mean_over_images(values)
-    return found
-
-
-def step_measures(network: nn.Module, q: Questions) -> dict[str, Mean]:
-    """What the stored answers do to one training step, with respect to all parameters (`gradients.gradient_plane`).
-
-    Returns:
-        `step share, alpha A, temperature T` in per cent and `step angle, ...` in degrees, means over `BATCHES` batches
-        of `BATCH_SIZE` crops; `step angle, two batches`, between the cross-entropy gradients of two of them.
-    """
-    parts = [slice(start, start + BATCH_SIZE) for start in range(0, BATCHES * BATCH_SIZE, BATCH_SIZE)]
-    planes = [gradients.gradient_plane(network, q.crops[p], q.labels[p], q.answers["stored"][p]) for p in parts]
-    table = pd.concat(planes).groupby(["alpha", "temperature"]).mean()
-    found = {
-        f"step {name}, alpha {alpha:g}, temperature {temperature:g}": Mean(value, np.nan, np.nan, BATCHES * BATCH_SIZE)
-        for name in ("share", "angle")
-        for (alpha, temperature), value in table[name].items()
-    }
-    apart = gradients.degrees_between(*(gradients.label_gradient(network, q.crops[p], q.labels[p]) for p in parts))
-    return found | {"step angle, two batches": Mean(apart, np.nan, np.nan, BATCHES * BATCH_SIZE)}
 
 
 def gradient_measures(
@@ -162,7 +60,7 @@ def gradient_measures(
     second part, divided by that of both lengths together; `angle, ANSWERS` the mean angle between the two parts of an
     image, in degrees, which alpha does not change.
     """
-    logits, found = _logits(network, crops).clone().requires_grad_(), {}
+    logits, found = logits_of(network, crops).clone().requires_grad_(), {}
     (label,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), logits)
     for name, told in answers.items():
         loss = len(labels) * losses.distillation_loss(logits, told, TEMPERATURE)  # the mean over the batch, undone
@@ -175,34 +73,6 @@ def gradient_measures(
     return found
 
 
-def siblings(maps: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """How like the other networks' maps each network's are, image by image; as a control, those of other images."""
-    found, number = {}, len(next(iter(maps.values())))
-    for name, own in maps.items():
-        others = torch.stack([its for other, its in maps.items() if other != name])
-        kinds = {"spearman_siblings": others, "spearman_siblings_shuffled": others[:, another(number, seed=0)]}
-        found[name] = {
-            kind: torch.stack([faithfulness.similarity(own, each)["spearman"] for each in its]).mean(0)
-            for kind, its in kinds.items()
-        }
-    return found
-
-
-class Found(NamedTuple):
-    """What was measured: `table` with `COLUMNS`, a line a network and measure; `predictions`, a row a test image.
-
-    The columns of `predictions` are label, teacher, and the first twelve digits of each network's SHA-256; with
-    `_confidence` behind it, the probability of the predicted class. `maps` are IG maps, each divided by its maximum:
-    `SHA256.shown`, (10, 32, 32), and `SHA256.game`, (2, 64, 64). `images` are the measures `OF_IMAGES` image by image,
-    (images,), by `SHA256.MEASURE`: the same images for all networks.
-    """
-
-    table: pd.DataFrame
-    predictions: pd.DataFrame
-    maps: dict[str, Tensor]
-    images: dict[str, Tensor]
-
-
 def is_asked_closely(network: Any) -> bool:
     """Whether this row of the catalogue gets all questions; the others are asked for predictions, also under overlays.
 
@@ -211,97 +81,9 @@ def is_asked_closely(network: Any) -> bool:
     return network.group == "last commit" or (network.method, network.k) == ("student", 5)
 
 
-def measure(
-    files: dict[str, Path], q: Questions, teacher: nn.Module, report: Callable[[str], None] = lambda line: None
-) -> Found:
-    """Measure every network of the catalogue, the teacher and what knows nothing of it (`examination.CONTROLS`).
-
-    Args:
-        files: by SHA-256, as `released.fetch` gives them.
-    """
-    of_images = {"teacher": examination.of_images(fuse(teacher), q.asked)} | examination.control_measures(q.asked)
-    means = {name: examination.means(values) for name, values in of_images.items()}
-    means["teacher"] |= examination.means(examination.corruption_measures(teacher, q.asked))
-    means["teacher"] |= examination.calibration_measures(teacher, q.asked.classified)
-    explained: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
-    predictions = {"label": q.test.labels.numpy()} | _predictions("teacher", teacher, q.test)
-    for row in released.catalogue().itertuples():
-        network, name = released.load(files[row.sha256], row.k), row.sha256[:12]
-        predictions |= _predictions(name, network, q.test)
-        means[name], overlaid = {}, _overlaid(network, q)
-        if is_asked_closely(row):
-            means[name], of_images[name] = closely(network, q)
-            of_images[name] |= overlaid
-            explained[name] = faithfulness.ig_maps(network, q.asked.explained, q.asked.effort.n_steps)
-            kept |= {f"{name}.{kind}": maps for kind, maps in _maps_to_look_at(network, q).items()}
-        means[name] |= _accuracies(network, predictions[name], q) | examination.means(overlaid)
-        means[name] |= _of_weights(network, row.train_fraction)
-        report(f"{row.path}: {100 * means[name]['accuracy'].value:.2f} %, {means[name]['epochs'].value:.0f} epochs")
-    for name, values in siblings(explained).items():
-        means[name] |= examination.means(values)
-        of_images[name] |= values
-    lines = [(name, measure, *mean) for name, its in means.items() for measure, mean in its.items()]
-    table = pd.DataFrame(lines, columns=list(COLUMNS)).round(5)
-    return Found(table, pd.DataFrame(predictions), kept, _kept_of_images(of_images))
-
-
-def _kept_of_images(values: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{measure}": found if found.dtype == torch.bool else found.detach().float()
-        for name, its in values.items()
-        for measure, found in its.items()
-        if measure in OF_IMAGES
-    }
-
-
-def _overlaid(network: nn.Module, q: Questions) -> dict[str, Tensor]:
-    labels = examination.first_images(q.sample, len(q.overlaid["black"])).labels
-    return {f"overlay: {name}": _logits(network, x).argmax(1) == labels for name, x in q.overlaid.items()}
-
-
-def _predictions(name: str, network: nn.Module, test: ImageSet) -> dict[str, np.ndarray]:
-    confidence, classes = predict(network, test).softmax(1).max(1)
-    return {name: classes.numpy().astype(np.uint8), f"{name}_confidence": confidence.numpy().round(4)}
-
-
-def _of_weights(network: nn.Module, train_fraction: float) -> dict[str, Mean]:
-    updates = released.updates(network)
-    epochs = updates / released.batches_an_epoch(train_fraction)
-    told = {"updates": updates, "epochs": epochs, "mean colour": float(released.mean_colour(network).mean())}
-    return {name: Mean(value, np.nan, np.nan, 0) for name, value in told.items()}
-
-
-def _accuracies(network: nn.Module, predicted: np.ndarray, q: Questions) -> dict[str, Mean]:
-    on_sample = predict(network, q.sample).argmax(1) == q.sample.labels
-    on_all = torch.from_numpy(predicted) == q.test.labels
-    return {"accuracy": mean_over_images(on_all), "accuracy, the book's images": mean_over_images(on_sample)}
-
-
-def _maps_to_look_at(network: nn.Module, q: Questions) -> dict[str, Tensor]:
-    game = torch.cat(
-        [
-            attribution_map(faithfulness.attributions(network, image[None], label[None], q.asked.effort.n_steps))
-            for image, label in zip(q.game.images, q.game.target, strict=True)
-        ]
-    )
-    maps = {"shown": faithfulness.ig_maps(network, q.shown, q.asked.effort.n_steps), "game": game}
-    return {kind: (its / its.amax((1, 2), keepdim=True)).half() for kind, its in maps.items()}
-
-
-def _file(name: str) -> Path:
+def file(name: str) -> Path:
+    """One of the files `results/released*`."""
     return paths.repository_root() / "results" / name
-
-
-def write(found: Found) -> None:
-    """Put measures, predictions, maps and the values of images in place of the committed ones."""
-    with paths.replacing(_file("released.csv")) as part:
-        found.table.to_csv(part, index=False)
-    with paths.replacing(_file("released_predictions.csv.xz")) as part:
-        found.predictions.to_csv(part, index=False, compression="xz")
-    for name, tensors in (("maps", found.maps), ("images", found.images)):
-        with paths.replacing(_file(f"released_{name}.safetensors")) as part:
-            save_file({key: values.contiguous() for key, values in tensors.items()}, part)
 
 
 def read() -> pd.DataFrame:
@@ -310,24 +92,28 @@ def read() -> pd.DataFrame:
     `sha256` has its first twelve digits; for the teacher and the controls it is their name, as `method` is.
     """
     known = released.catalogue().assign(sha256=lambda its: its["sha256"].str[:12])
-    with paths.reading(_file("released.csv")):
-        table = pd.read_csv(_file("released.csv")).merge(known, on="sha256", how="left", validate="many_to_one")
+    with paths.reading(file("released.csv")):
+        table = pd.read_csv(file("released.csv")).merge(known, on="sha256", how="left", validate="many_to_one")
     return table.assign(method=table["method"].fillna(table["sha256"]))
 
 
 def predictions() -> pd.DataFrame:
-    """The committed predictions of all test images, as `Found` has them."""
-    return pd.read_csv(_file("released_predictions.csv.xz"))
+    """The committed predictions, a row a test image.
+
+    Columns label, teacher, and the first twelve digits of each network's SHA-256; with `_confidence` behind it, the
+    probability of the predicted class.
+    """
+    return pd.read_csv(file("released_predictions.csv.xz"))
 
 
 def maps() -> dict[str, Tensor]:
-    """The committed maps, as `Found` has them, in float32."""
-    return {name: values.float() for name, values in load_file(_file("released_maps.safetensors")).items()}
+    """The committed IG maps, each divided by its maximum: `SHA256.shown`, (10, 32, 32), `SHA256.game`, (2, 64, 64)."""
+    return {name: values.float() for name, values in load_file(file("released_maps.safetensors")).items()}
 
 
 def images() -> dict[str, Tensor]:
-    """The committed values image by image, as `Found` has them, in float32: to compare two networks by pairs."""
-    return {name: values.float() for name, values in load_file(_file("released_images.safetensors")).items()}
+    """The committed values image by image, (images,), by `SHA256.MEASURE`: the same images for all networks."""
+    return {name: values.float() for name, values in load_file(file("released_images.safetensors")).items()}
 
 
 def agreement(predicted: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

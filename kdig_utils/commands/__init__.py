@@ -19,14 +19,13 @@ from kdig_utils.commands.use_runs import (
     reproduce,
     status,
     store,
-    witnesses,
 )
 
 Command = Callable[..., int | None]  # returns its exit status; None is 0
 
 COMMANDS: tuple[Command, ...] = (
     data, teacher, adopt, signals, train, campaign, probe, flight, first_calls, search, unpack, rerun, explain,
-    witnesses, latency, reproduce, store, status, publish, readme, links,
+    latency, reproduce, store, status, publish, readme, links,
 )  # fmt: skip
 
 # Of commands that are not just called by their name.

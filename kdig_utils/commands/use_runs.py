@@ -67,24 +67,6 @@ def explain(
     print(f"{path.name}: {found.loc[found['run_id'] != '', 'run_id'].nunique()} networks explained")
 
 
-def witnesses() -> None:
-    """Measure the networks that the paper's authors released, in an hour of two CPU cores. Needs CIFAR-10.
-
-    They are fetched from the authors' repository, or taken from the folder that KDIG_RELEASED names.
-    """
-    from kdig_utils.analysis import examination
-    from kdig_utils.analysis import witnesses as stand
-    from kdig_utils.experiments.reports import print_line
-    from kdig_utils.method import cifar10, released
-
-    keep_freed_memory()
-    study, files = open_study("published").with_best_teacher(), released.fetch()
-    test = cifar10.load("test", cifar10.fetch())
-    asked = stand.questions(study.teacher, study.train, test, study.test, examination.Effort())
-    stand.write(stand.measure(files, asked, study.teacher, report=print_line))
-    print(f"{len(files)} networks measured, in results/released.csv")
-
-
 def reproduce(
     *,
     profile: Annotated[str, f"of {' '.join(PROFILES)}"] = "published",

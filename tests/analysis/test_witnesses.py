@@ -2,19 +2,24 @@
 
 import math
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 
-from kdig_utils.analysis import examination, faithfulness, witnesses
+from kdig_utils.analysis import examination, faithfulness, gradients, witnesses
 from kdig_utils.analysis.examination import Effort
-from kdig_utils.method import models, released
+from kdig_utils.method import losses, models, released
 from kdig_utils.method.cifar10 import ImageSet
 
-AT_HAND = Path(__file__).resolve().parents[3] / "shared" / "reference" / "students"
+ROOT = Path(__file__).resolve().parents[2]
+MEASURING = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "released_networks.py")))
+AT_HAND = ROOT.parent / "shared" / "reference" / "students"
 TABLE, PREDICTIONS = witnesses.read(), witnesses.predictions()
 NETWORKS = TABLE[TABLE["path"].notna()]
 
@@ -102,7 +107,7 @@ def test_values_of_images_have_the_committed_means_and_each_measure_the_same_ima
         name, measure = key.split(".", 1)
         assert float(values.nanmean()) == pytest.approx(committed.loc[(name, measure), "value"], abs=2e-5), key
         numbers.setdefault(measure, set()).add(len(values))
-    assert set(numbers) == set(witnesses.OF_IMAGES)
+    assert set(numbers) == set(MEASURING.OF_IMAGES)
     assert all(len(its) == 1 for its in numbers.values())
 
 
@@ -154,9 +159,32 @@ def test_overlays_change_nothing_but_what_they_say(sample_test: ImageSet) -> Non
 
 def test_siblings_are_alike_if_they_are_one_and_the_control_is_not() -> None:
     maps = torch.rand(20, 8, 8, generator=torch.Generator().manual_seed(2))
-    found = witnesses.siblings({"a": maps, "b": maps, "c": maps})["a"]
+    found = MEASURING.siblings({"a": maps, "b": maps, "c": maps})["a"]
     assert float(found["spearman_siblings"].mean()) == pytest.approx(1)
     assert abs(float(found["spearman_siblings_shuffled"].mean())) < 0.1
+
+
+def test_certain_teacher_that_is_right_teaches_the_label_and_nothing_else(sample_train: ImageSet) -> None:
+    images, labels = sample_train.images(slice(0, 8)), sample_train.labels[:8]
+    student, certain = models.student(17), 200.0 * F.one_hot(labels, 10).float()
+    before = models.weights_sha256(student)
+    plane = MEASURING.gradient_plane(student, images, labels, certain, alphas=(0.0, 0.25, 1.0), temperatures=(1.0,))
+    assert plane["share"].tolist() == pytest.approx([0, 25, 100], abs=1e-3)
+    assert plane["angle"].tolist() == pytest.approx([0, 0, 0], abs=0.1)
+    assert models.weights_sha256(student) == before
+
+
+def test_gradient_plane_is_the_gradient_of_the_papers_loss(sample_train: ImageSet) -> None:
+    images, labels = sample_train.images(slice(0, 8)), sample_train.labels[:8]
+    student, teacher_logits = models.student(17).train(), torch.randn(8, 10, generator=torch.manual_seed(0))
+    plane = MEASURING.gradient_plane(student, images, labels, teacher_logits, (0.3,), (4.0,)).iloc[0]
+    logits = student(images)
+    hard = F.cross_entropy(logits, labels)
+    whole = 0.3 * losses.distillation_loss(logits, teacher_logits, 4.0) + 0.7 * hard
+    vectors = [gradients.parameter_gradient(student, loss) for loss in (whole, hard)]
+    assert plane["angle"] == pytest.approx(gradients.degrees_between(*vectors), abs=1e-3)
+    from_teacher, from_labels = (vectors[0] - 0.7 * vectors[1]).norm(), 0.7 * vectors[1].norm()
+    assert plane["share"] == pytest.approx(100 * float(from_teacher / (from_teacher + from_labels)), rel=1e-3)
 
 
 # The files, where they are at hand
@@ -176,9 +204,9 @@ def test_measuring_again_gives_the_committed_numbers(
     network, committed = released.network(row.sha256[:12]), TABLE[TABLE["sha256"] == row.sha256[:12]]
     committed = committed.set_index("measure")
     few = Effort(images=10, n_steps=4, curve_steps=2, mosaics=4, corrupted=10, classified=100)
-    q = witnesses.questions(teacher, sample_train, sample_test, sample_test, few)
+    q = MEASURING.questions(teacher, sample_train, sample_test, sample_test, few)
     found = witnesses.gradient_measures(network, q.crops, q.labels, q.answers)
-    found |= witnesses.step_measures(network, q)
+    found |= MEASURING.step_measures(network, q)
     found["accuracy, the book's images"] = examination.mean_over_images(
         models.predict(network, sample_test).argmax(1) == sample_test.labels
     )

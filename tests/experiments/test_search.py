@@ -15,16 +15,14 @@ import pandas as pd
 import pytest
 import torch
 from chapters import cells_of
-from torch.nn import functional as F
 
 from kdig_utils import paths
-from kdig_utils.analysis import gradients
 from kdig_utils.experiments import hyperparameters, search
 from kdig_utils.experiments.hyperparameters import FRESH_SEEDS, LEVELS, base_spec
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
-from kdig_utils.method import cifar10, losses, models
+from kdig_utils.method import cifar10, models
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.spec import METHODS, RunSpec
 
@@ -343,29 +341,6 @@ def test_trials_take_no_run_with_other_settings_or_another_teacher() -> None:
     assert hyperparameters.trials(ledger, base_spec("kd"))["run_id"].tolist() == [spec.run_id for spec in kept]
     other = dataclasses.replace(base_spec("kd"), teacher_sha256="b")
     assert hyperparameters.trials(ledger, other)["run_id"].tolist() == [others[0].run_id]
-
-
-def test_certain_teacher_that_is_right_teaches_the_label_and_nothing_else(sample_train: ImageSet) -> None:
-    images, labels = sample_train.images(slice(0, 8)), sample_train.labels[:8]
-    student, certain = models.student(17), 200.0 * F.one_hot(labels, 10).float()
-    before = models.weights_sha256(student)
-    plane = gradients.gradient_plane(student, images, labels, certain, alphas=(0.0, 0.25, 1.0), temperatures=(1.0,))
-    assert plane["share"].tolist() == pytest.approx([0, 25, 100], abs=1e-3)
-    assert plane["angle"].tolist() == pytest.approx([0, 0, 0], abs=0.1)
-    assert models.weights_sha256(student) == before
-
-
-def test_gradient_plane_is_the_gradient_of_the_papers_loss(sample_train: ImageSet) -> None:
-    images, labels = sample_train.images(slice(0, 8)), sample_train.labels[:8]
-    student, teacher_logits = models.student(17).train(), torch.randn(8, 10, generator=torch.manual_seed(0))
-    plane = gradients.gradient_plane(student, images, labels, teacher_logits, (0.3,), (4.0,)).iloc[0]
-    logits = student(images)
-    hard = F.cross_entropy(logits, labels)
-    whole = 0.3 * losses.distillation_loss(logits, teacher_logits, 4.0) + 0.7 * hard
-    vectors = [gradients.parameter_gradient(student, loss) for loss in (whole, hard)]
-    assert plane["angle"] == pytest.approx(gradients.degrees_between(*vectors), abs=1e-3)
-    from_teacher, from_labels = (vectors[0] - 0.7 * vectors[1]).norm(), 0.7 * vectors[1].norm()
-    assert plane["share"] == pytest.approx(100 * float(from_teacher / (from_teacher + from_labels)), rel=1e-3)
 
 
 def test_a_trial_gives_a_sign_of_life_before_it_is_trained(make_study: Callable[[], Study]) -> None:
