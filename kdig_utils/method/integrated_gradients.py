@@ -29,8 +29,7 @@ def integrated_gradients(
 ) -> Tensor:
     """Attributions of `inputs`, the same shape, in units of the output (arXiv 1703.01365, equation 1).
 
-    The names and the defaults of the quadrature are Captum's; memory is bounded by `internal_batch_size` evaluations,
-    however many images and steps there are.
+    Names and defaults are Captum's; `internal_batch_size` evaluations bound the memory, however many steps there are.
 
     Args:
         forward_func: differentiable model, (N, …) to (N, classes), in evaluation mode: as in Captum it is not switched
@@ -38,8 +37,7 @@ def integrated_gradients(
         inputs: shape (N, …), floating point; the result has no graph, even if these require a gradient.
         baselines: a number, or a tensor that broadcasts to `inputs`.
         target: the class whose output is explained, one for all or one an input.
-        n_steps: evaluations along the path.
-        method: one of `QUADRATURES`.
+        n_steps: evaluations along the path, placed by `method`, one of `QUADRATURES`.
         internal_batch_size: evaluations in one forward and backward pass.
 
     Raises:
