@@ -51,9 +51,8 @@ def integrated_gradients(
     alphas, weights = quadrature(method, n_steps)
     inputs, baselines, targets = as_given(inputs, baselines, target)
     difference, total, pair = inputs - baselines, torch.zeros_like(inputs), torch.arange(len(inputs) * len(alphas))
-    image, step = pair // len(alphas), pair % len(alphas)
     for pairs in pair.split(int(internal_batch_size)):
-        i, s = image[pairs].to(inputs.device), step[pairs]
+        i, s = (pairs // len(alphas)).to(inputs.device), pairs % len(alphas)
         alpha, weight = (values[s].to(inputs).view(-1, *[1] * (inputs.dim() - 1)) for values in (alphas, weights))
         gradients = input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
         total.index_add_(0, i, weight * gradients)
