@@ -133,7 +133,7 @@ def commands(draw: st.DrawFn) -> Case:
             option[2:].replace("-", "_"),
             *(f"{part}'" for part in wrong.split(",") if part),
             f"no weights at {wrong}:",
-            "no artifact",
+            "no artifact" if option == "--student" else option,
         )
         if way == "unknown":
             words[-1] = f"--{wrong or 'gh'}x"

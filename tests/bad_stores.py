@@ -370,12 +370,14 @@ def artifact_files(draw: st.DrawFn) -> Case:
         content = json.dumps({name: entry}).encode()
         named, right = ("student_k17", "weights"), the_student
     else:
-        key = draw(st.sampled_from(["file", "sha256", "k", "method"]))
+        key = draw(st.sampled_from(["file", "file", "sha256", "k", "method"]))
         paths = st.sampled_from(
             ["../student_k17.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "x.pt"]
         )
         whole = st.integers().filter(lambda n: n != 17) | st.sampled_from(range(3, 17, 2))
-        value: Any = draw({"file": paths | JSON, "sha256": JSON, "k": whole | JSON, "method": JSON | NONSENSE}[key])
+        value: Any = draw(
+            {"file": paths | paths.map(str) | JSON, "sha256": JSON, "k": whole | JSON, "method": JSON | NONSENSE}[key]
+        )
         entry = {**manifest[name], key: value}
         if draw(st.integers(0, 5)) == 0:
             del entry[key]

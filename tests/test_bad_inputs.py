@@ -5,9 +5,9 @@ from generated_inputs import SURFACES, line, tried
 
 # Of each surface: as many as show that a check is gone, whichever it is. benchmarks/bad_inputs.py tries many more.
 EXAMPLES = {
-    "specs of runs": 1200, "settings of signals": 250, "ledgers": 500, "latency files": 500, "image files": 60,
-    "images and overlays": 250, "attributions": 500, "signals stores": 300, "packs": 200, "published networks": 120,
-    "checkpoints": 200, "command line": 500,
+    "specs of runs": 1200, "settings of signals": 250, "ledgers": 500, "latency files": 600, "image files": 60,
+    "images and overlays": 250, "attributions": 500, "signals stores": 300, "packs": 200, "published networks": 200,
+    "checkpoints": 200, "command line": 350,
 }  # fmt: skip
 
 

@@ -47,12 +47,10 @@ def integrated_gradients(
     check_number("internal_batch_size", internal_batch_size)
     check_mode(forward_func)
     alphas, weights = quadrature(method, n_steps)
-    n_steps, internal_batch_size = len(alphas), int(internal_batch_size)
     inputs, baselines, targets = as_given(inputs, baselines, target)
-    difference, total = inputs - baselines, torch.zeros_like(inputs)
-    image, step = torch.arange(len(inputs)).repeat_interleave(n_steps), torch.arange(n_steps).repeat(len(inputs))
-    for pairs in torch.arange(len(image)).split(internal_batch_size):
-        i, s = image[pairs].to(inputs.device), step[pairs]
+    difference, total, pair = inputs - baselines, torch.zeros_like(inputs), torch.arange(len(inputs) * len(alphas))
+    for pairs in pair.split(int(internal_batch_size)):
+        i, s = (pairs // len(alphas)).to(inputs.device), pairs % len(alphas)
         alpha, weight = (values[s].to(inputs).view(-1, *[1] * (inputs.dim() - 1)) for values in (alphas, weights))
         gradients = input_gradients(forward_func, baselines[i] + alpha * difference[i], targets[i])
         total.index_add_(0, i, weight * gradients)

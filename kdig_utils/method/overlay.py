@@ -130,11 +130,11 @@ def overlay(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str = "mat
 def overlay_unchecked(images: Tensor, maps: Tensor, batch: EpochDraws, pairing: str) -> Tensor:
     """`overlay` without a look at the values, for which a step of the training would have to wait for the device."""
     check_choice("pairing", pairing, PAIRINGS)
-    draws = [len(values) for values in vars(batch).values()]
-    if images.shape[1:] != (3, 32, 32) or maps.shape != (len(images), 32, 32) or {*draws} != {len(images)}:
+    draws = {len(values) for values in vars(batch).values()}
+    if images.shape[1:] != (3, 32, 32) or maps.shape != (len(images), 32, 32) or draws != {len(images)}:
         raise ValueError(
             f"images must be (N, 3, 32, 32), maps (N, 32, 32) and draws (N,), got {tuple(images.shape)}, "
-            f"{tuple(maps.shape)} and {draws}: resize them, or select those of these images"
+            f"{tuple(maps.shape)} and {tuple(draws)}: resize them, or select those of these images"
         )
     # Scaled before it is cropped: the padding is then the map's lowest value, and the crop cannot change the scale.
     scaled = scale_map(maps.unsqueeze(1), batch.powers)
