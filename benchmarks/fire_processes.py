@@ -198,9 +198,9 @@ def own_mounts() -> None:
     user, group = os.getuid(), os.getgid()
     _call("unshare", CLONE_NEWNS | (CLONE_NEWUSER if user else 0))
     if user:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
     _call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
 
 

@@ -101,7 +101,7 @@ def precisions(folded: nn.Module, problem: Problem) -> dict[str, Tensor]:
 
 def memory(field: str) -> int:
     """A field of Linux's /proc/self/status in kilobytes: VmRSS is in use, VmHWM is the peak."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0])
 
 
@@ -110,7 +110,7 @@ def run_with_peak(way: Way, problem: Problem) -> tuple[Tensor, float, int | None
     if platform.system() != "Linux":
         return *way(*problem), None
     ctypes.CDLL(None).malloc_trim(0)  # what earlier ways freed must not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = memory("VmRSS")
     result, evaluations = way(*problem)
     return result, evaluations, round((memory("VmHWM") - before) / 1024)

@@ -64,7 +64,7 @@ def measured(count: int, warm_up: int, settings: SignalSettings) -> dict[str, ob
 
 def write(rows: list[dict[str, object]], path: Path) -> None:
     """Put the rows into the file in place of those of this device."""
-    others = json.loads(path.read_text()) if path.is_file() else []
+    others = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     kept = [each for each in others if each["device"] != rows[0]["device"]]
     with replacing(path) as part:
         part.write_text(json.dumps([*kept, *rows], indent=1) + "\n")

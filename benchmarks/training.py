@@ -420,7 +420,7 @@ def significant(value: float) -> float:
 
 def write(rows: list[dict[str, object]], path: Path) -> None:
     """Put the rows into the file in place of those of this device."""
-    others = json.loads(path.read_text()) if path.is_file() else []
+    others = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     others = [row for row in others if row["device"] != rows[0]["device"]]
     with replacing(path) as part:
         part.write_text(json.dumps([*others, *rows], indent=1) + "\n")

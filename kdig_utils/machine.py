@@ -38,7 +38,7 @@ def fastest_cpu(numbers: Sequence[int], system: Path = Path("/sys/devices/system
 
     def highest(number: int) -> int:
         with contextlib.suppress(OSError, ValueError):
-            return int((system / f"cpu{number}" / "cpufreq" / "cpuinfo_max_freq").read_text())
+            return int((system / f"cpu{number}" / "cpufreq" / "cpuinfo_max_freq").read_text(encoding="utf-8"))
         return 0
 
     return max(numbers, key=lambda number: (highest(number), number))
@@ -46,7 +46,7 @@ def fastest_cpu(numbers: Sequence[int], system: Path = Path("/sys/devices/system
 
 def _cpuinfo(key: str) -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(key):
                 return line.partition(":")[2].strip()
     return ""

@@ -221,7 +221,7 @@ def holder(path: Path) -> str:
     """Who holds the lock of `path`, or has claimed it."""
     with contextlib.suppress(OSError, ValueError):
         # pid, host and start, one a line; of a claim, after the protocol's name, as pid=…, host=…
-        text = Path(_marker(path)).read_text()
+        text = Path(_marker(path)).read_text(encoding="utf-8")
         lines = [line for line in text.split() if text.endswith("\n") and not line.startswith("filelock/")]
         pid, host, *_start = (line.removeprefix("pid=").removeprefix("host=") for line in lines)
         return f"process {pid} on {host.partition('?pidns')[0]}"

@@ -91,7 +91,7 @@ def test_the_commands_of_the_guide_are_there(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_an_issue_template_is_a_form(path: Path) -> None:
-    form = yaml.safe_load(path.read_text())
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert {"name", "description", "body"} <= set(form)
     assert len({field["id"] for field in form["body"] if field["type"] != "markdown"}) >= 2
     kinds = {"markdown", "input", "textarea", "dropdown", "checkboxes"}

@@ -66,7 +66,7 @@ def test_four_processes_change_one_file_and_no_change_is_lost(file: Path) -> Non
     assert [process.wait(120) for process in counting] == [0] * 4
     for process in counting:
         process.communicate()
-    assert file.read_text() == "80"
+    assert file.read_text(encoding="utf-8") == "80"
     assert left_in(file.parent) == {"runs.csv"}
     print("4 processes, 80 changes")
 

@@ -208,7 +208,8 @@ def test_ci_only_calls_make_test() -> None:
 
 def imported(path: Path) -> set[str]:
     """Top-level names that a module imports when it is imported."""
-    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    nodes = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     return {
         (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
         for node in nodes
@@ -281,7 +282,7 @@ def test_torch_for_the_cpu_is_taken_where_the_index_has_both_packages(
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_public_names_exist_and_say_what_they_are(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "the module says nothing"
     kinds = ast.FunctionDef | ast.ClassDef
     for node in [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]:
@@ -291,7 +292,7 @@ def test_public_names_exist_and_say_what_they_are(path: Path) -> None:
 
 
 def lines_of(path: Path) -> int:
-    return len(path.read_text().splitlines())
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def test_the_package_is_small() -> None:

@@ -42,8 +42,8 @@ Arrow = tuple[str, str]
 
 def rows(root: Path) -> list[list[str]]:
     """The wings, and the modules outside them, by layer, the highest first: those in the contract of pyproject.toml."""
-    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    tool = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    layers = next(each["layers"] for each in tool["importlinter"]["contracts"] if each["type"] == "layers")
     return [[name.strip().removeprefix(f"{PACKAGE}.") for name in layer.split("|")] for layer in layers]
 
 
@@ -63,7 +63,7 @@ def imports(root: Path) -> set[Arrow]:
 
 def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
     """The modules of the package that the one at `path` imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             targets = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
@@ -88,7 +88,7 @@ def back(found: Counter[Arrow], layers: list[list[str]]) -> set[Arrow]:
 
 def says(path: Path) -> str:
     """The first line of a module's docstring."""
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def in_short(path: Path) -> str:
@@ -227,7 +227,7 @@ def place_of(name: str, root: Path) -> Path | None:
     if not length:
         return None
     path = known[".".join(parts[:length])]
-    inside: list[ast.stmt] = ast.parse(path.read_text()).body
+    inside: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
     for part in parts[length:]:
         found = [node for node in inside if part in defined(node)]
         if not found:

@@ -105,7 +105,7 @@ class UnderFire(SphinxDirective):
         self.env.note_dependency(str(path))
         if not path.is_file():
             return [nodes.paragraph(text="not run yet: `python benchmarks/under_fire.py`")]
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         caught = sum(map(bool, found["broken_on_purpose"].values()))
         told = (
             f"{found['date']}, commit {found['commit']}, {found['device']}, {found['seconds']:,} seconds. Of "

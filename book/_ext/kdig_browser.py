@@ -53,7 +53,7 @@ def write_site(folder: Path) -> str:
         return str(error)
     for part in built:
         shutil.copytree(part, folder, dirs_exist_ok=True)
-    assets = json.loads((folder / "assets.json").read_text())
+    assets = json.loads((folder / "assets.json").read_text(encoding="utf-8"))
     assets["runtime_bytes"] = sum((folder / name).stat().st_size for name in RUNTIME_FILES)
     (folder / "assets.json").write_text(json.dumps(assets))
     return ""

@@ -219,7 +219,8 @@ def _joined_streams(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.N
 def _execute_unless_up_to_date(notebook: Path, profile: str, folder: Path, resume: bool) -> Outcome:
     stamp = folder / f"{notebook.stem}.sha256"
     made_from = fingerprint(notebook, profile)
-    if resume and (folder / notebook.name).is_file() and stamp.is_file() and stamp.read_text() == made_from:
+    stored = stamp.is_file() and stamp.read_text(encoding="utf-8")
+    if resume and (folder / notebook.name).is_file() and stored == made_from:
         return Outcome(notebook.name, 0.0, "up to date")
     stamp.unlink(missing_ok=True)
     outcome = execute(notebook, profile, folder)

@@ -43,7 +43,7 @@ def show(
         ValueError: as `figures.show`.
     """
     folder = paths.repository_root() / "book" / "widgets"
-    script, kit, style = ((folder / file).read_text() for file in (f"{name}.js", "kit.js", "kit.css"))
+    script, kit, style = ((folder / file).read_text(encoding="utf-8") for file in (f"{name}.js", "kit.js", "kit.css"))
     page = PAGE.format(
         name=name, label=escape(label), alt=escape(alt), still=base64.b64encode(figures.png(still)).decode(),
         style=style, script=script, kit=kit, data=json.dumps(data).replace("<", "\\u003c"),

@@ -172,7 +172,8 @@ def exported(model: str, network: nn.Module, end: float) -> list[Candidate]:
     """
     files = dict.fromkeys(file for runtime in RUNTIMES.values() for file in runtime.files.values())
     sources = sorted({inspect.getfile(file.write) for file in files})
-    identity = [models.weights_sha256(network), versions(*EXPORTERS), *(Path(source).read_text() for source in sources)]
+    texts = [Path(source).read_text(encoding="utf-8") for source in sources]
+    identity = [models.weights_sha256(network), versions(*EXPORTERS), *texts]
     folder = workspace() / "exports" / hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
     weights, k = folder / WEIGHTS, getattr(network, "k", 0)
     if not weights.is_file():

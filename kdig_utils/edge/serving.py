@@ -207,7 +207,7 @@ def block(call: Call, calls: int) -> list[float]:
 def peak_megabytes(status: Path = Path("/proc/self/status")) -> float | None:
     """The most memory that this process has held, in megabytes; None where the system does not say."""
     with contextlib.suppress(OSError):
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM"):
                 return KIBIBYTE * float(line.split()[1])
     with contextlib.suppress(ModuleNotFoundError):

@@ -91,7 +91,7 @@ class Flight:
         """One line with its time, printed and kept."""
         text = f"{self.elapsed:6.1f} s  {stage}: {line.rstrip()}"
         print_line(text)
-        with self.file(".log").open("a") as file:
+        with self.file(".log").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def command(self, stage: str, *words: object, seconds: float) -> int:

@@ -73,7 +73,7 @@ def probe(way: Way, seconds: float) -> Iterator[dict[str, object]]:
 def of_this_device(path: Path) -> dict:
     """What a probe, or the check of a flight, wrote of a device like this one, under this PyTorch; empty if nothing."""
     with suppress(OSError, ValueError):  # no file, or half of one
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         if (facts.get("device"), facts.get("torch")) == (device_name(), version("torch")):
             return facts
     return {}

@@ -278,7 +278,7 @@ def _damaged(folder: Path, error: object) -> ValueError:
 
 def _checked_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "manifest.json").read_text())
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise _damaged(folder, error) from error
     if not isinstance(found, dict):

@@ -203,7 +203,7 @@ def test_output_that_nobody_reads_ends_the_command_without_a_word(
     """As `status | head -1` does, once `head` has gone."""
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w") as output:
+    with open(write, "w", encoding="utf-8") as output:
         monkeypatch.setattr(sys, "stdout", output)
         monkeypatch.setattr(command_line, "call", lambda *_: print(words))
         assert command_line.main(["status"]) == 141

@@ -70,7 +70,7 @@ def test_an_answer_that_does_not_come_is_late(monkeypatch):
 def state(number: int) -> str:
     """T is stopped, S sleeps; empty if there is no such process."""
     path = Path(f"/proc/{number}/stat")
-    return path.read_text().rpartition(")")[2].split()[0] if path.is_file() else ""
+    return path.read_text(encoding="utf-8").rpartition(")")[2].split()[0] if path.is_file() else ""
 
 
 def within_seconds(seconds: float, expected: set[str], number: int) -> bool:

@@ -286,7 +286,7 @@ def test_what_a_killed_flight_has_started_dies_with_it(tmp_path: Path) -> None:
     parent.wait()
     for _second in range(100):
         state = Path(f"/proc/{child}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
+        if not state.exists() or state.read_text(encoding="utf-8").split()[2] == "Z":
             break
         time.sleep(0.1)
     else:

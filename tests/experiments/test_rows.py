@@ -30,11 +30,11 @@ def whole(ledger: Ledger) -> Ledger:
 
 def changed(path: Path, line: int, cells: dict[str, str]) -> None:
     """Write other cells into a line of a ledger, the header's being 1."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.reader(file))
     for name, cell in cells.items():
         lines[line - 1][COLUMNS.index(name)] = cell
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 
