@@ -15,9 +15,10 @@ from torch import nn
 from kdig_utils.analysis.examination import Effort, Mean, control_measures, examine, means, prepare
 from kdig_utils.experiments.ledger import spec_of
 from kdig_utils.experiments.study import Study
+from kdig_utils.locks import locked
 from kdig_utils.method import artifacts
 from kdig_utils.method.models import exact_float32
-from kdig_utils.paths import locked, reading, replacing
+from kdig_utils.paths import reading, replacing
 
 COLUMNS = ("run_id", "method", "k", "seed", "measure", "value", "low", "high", "images")
 

@@ -21,10 +21,11 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from kdig_utils.locks import locked
 from kdig_utils.method import models
 from kdig_utils.method.checks import shown
 from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
-from kdig_utils.paths import locked, replacing, repository_root
+from kdig_utils.paths import replacing, repository_root
 
 Md5 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

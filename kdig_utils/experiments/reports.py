@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdig_utils import paths
+from kdig_utils.locks import locked
 
 Report = Callable[[str], None]
 LOG_BYTES = 5_000_000  # then a log is put aside as `.old.jsonl`, in place of the one before
@@ -104,7 +105,7 @@ def append(path: Path, event: dict[str, Any]) -> None:
     text = json.dumps(event).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_full(path):
-        with paths.locked(path):
+        with locked(path):
             if _is_full(path):  # no other process has done it meanwhile
                 path.replace(path.with_suffix(".old.jsonl"))
     with path.open("ab+", buffering=0) as file:

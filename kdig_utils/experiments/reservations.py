@@ -1,6 +1,6 @@
 """Who trains which run: a process claims a run before it works on it, and others pass it over.
 
-A claim is a lease (`paths.lease`): the end of a process, however it ends, frees what it had claimed.
+A claim is a lease (`locks.lease`): the end of a process, however it ends, frees what it had claimed.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease
 
-from kdig_utils import paths
+from kdig_utils import locks, paths
 from kdig_utils.experiments.ledger import Ledger
 from kdig_utils.experiments.reports import Report, noted_runs
 from kdig_utils.method.spec import RunSpec
@@ -40,9 +40,9 @@ def reserved(
     try:
         for spec in specs:
             with paths.explaining(folder / spec.run_id):
-                claim = paths.lease(folder / spec.run_id)
+                claim = locks.lease(folder / spec.run_id)
             if claim is None:
-                report(f"{spec.run_id} is trained by {paths.holder(folder / spec.run_id)}: passed over")
+                report(f"{spec.run_id} is trained by {locks.holder(folder / spec.run_id)}: passed over")
                 continue
             held[spec.run_id] = claim
             for run_id in held.keys() & (done := finished()):

@@ -22,6 +22,7 @@ from kdig_utils.experiments.reports import Report, print_line
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.steps import TrainingDiverged
 from kdig_utils.experiments.study import Study
+from kdig_utils.locks import locked
 from kdig_utils.method.spec import RunSpec
 
 with warnings.catch_warnings():  # of its progress bar, which is never shown
@@ -119,7 +120,7 @@ def open_search(study: Study, base: RunSpec, storage: str | None = None, seed: i
     paths.check_writable(study.folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Two workers that begin at the same time would both make the tables, and both enqueue the paper's setting.
-    with paths.locked(study.folder / "hyperparameters"):
+    with locked(study.folder / "hyperparameters"):
         try:
             storage_of_all = RDBStorage(
                 url,
@@ -176,7 +177,7 @@ def ask(study: Study, proposals: optuna.Study, base: RunSpec, n_trials: int, at_
     """The next trials, at most `at_once`, given back ones first; none when the search has its `n_trials`."""
     asked: list[Trial] = []
     # One worker of the folder after the other: SQLite would give a waiting trial to two at once.
-    with paths.locked(study.folder / "hyperparameters"):
+    with locked(study.folder / "hyperparameters"):
         fail_stale_trials(proposals)
         begun = sum(trial.state != TrialState.WAITING for trial in _counted(proposals))
         for _place in range(min(at_once, n_trials - begun)):

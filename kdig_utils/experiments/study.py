@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from kdig_utils import paths
+from kdig_utils import locks, paths
 from kdig_utils.experiments import evidence, reports, teachers
 from kdig_utils.experiments.campaigns import main_runs
 from kdig_utils.experiments.ledger import Ledger, outcome, provenance
@@ -220,7 +220,7 @@ class Study:
         While another process trains it, this one waits.
         """
         if self.ledger.find(spec) is None:
-            claim = paths.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline)
+            claim = locks.claimed(self.folder / "reserved" / spec.run_id, print_line, deadline)
             with contextlib.suppress(TimeoutError), claim:
                 if self.ledger.find(spec) is None:  # else the other process has just ended it
                     run = teacher_run(spec, self.train, self.test, initial, self._checkpoint(spec.run_id), self.device)
@@ -250,7 +250,7 @@ class Study:
         with reports.logged(report, self.folder, campaign) as told:
             for run in train_together(runs, way, deadline, told):
                 # A process that was stopped for longer than its lease may find its run trained by another.
-                with paths.locked(self._file("weights", run.spec.run_id)):
+                with locks.locked(self._file("weights", run.spec.run_id)):
                     if self.ledger.find(run.spec) is None:
                         self._record(run, campaign=campaign, compiled="yes" if way.compiled else "")
                 self._file("checkpoints", run.spec.run_id).unlink(missing_ok=True)

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from kdig_utils.locks import locked
 from kdig_utils.method import models
 from kdig_utils.method.spec import METHODS
-from kdig_utils.paths import artifacts_folder, locked, replacing
+from kdig_utils.paths import artifacts_folder, replacing
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 

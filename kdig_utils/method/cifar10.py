@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from kdig_utils import paths
+from kdig_utils.locks import claimed
 from kdig_utils.method.checks import check_choice
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -121,7 +122,7 @@ def fetch(root: Path | None = None, sources: Sequence[str] = SOURCES) -> Path:
         return root
     import pooch  # only where it is needed: it loads tqdm.auto, whose warning would stand in every notebook
 
-    with paths.claimed(root / ARCHIVE, lambda line: print(line, flush=True)):
+    with claimed(root / ARCHIVE, lambda line: print(line, flush=True)):
         if _is_whole(root):  # another process has just fetched it
             return root
         archive = _download(root, sources)

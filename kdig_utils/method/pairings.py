@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdig_utils.locks import claimed
 from kdig_utils.method.checks import check_choice
 from kdig_utils.method.cifar10 import MEAN, ImageSet
 from kdig_utils.method.integrated_gradients import attribution_map, input_gradients
 from kdig_utils.method.signals import TeacherSignals
-from kdig_utils.paths import claimed, replacing
+from kdig_utils.paths import replacing
 
 # What is blended onto an image: its own map, moved with its crop or not; another image's, as the released scripts do;
 # noise with its map's histogram; the image's edges; the teacher's plain gradient; mean grey; another image in grey;

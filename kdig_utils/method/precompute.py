@@ -14,6 +14,7 @@ from filelock import SoftFileLease
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from kdig_utils.locks import claimed
 from kdig_utils.method import cifar10
 from kdig_utils.method.attribution import attribute, half_pays
 from kdig_utils.method.cifar10 import ImageSet
@@ -33,7 +34,6 @@ from kdig_utils.method.signals import (
     stored,
     write_rows,
 )
-from kdig_utils.paths import claimed
 
 COMPILE_FROM = 1000  # images whose time outweighs the seconds that torch.compile takes, many times over
 CHOOSE_FROM = 4000  # images whose time outweighs the seconds that a GPU takes to try its ways

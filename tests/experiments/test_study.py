@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kdig_utils import paths
+from kdig_utils import locks, paths
 from kdig_utils.analysis import explanations
 from kdig_utils.experiments import packs, side_by_side, study
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
@@ -174,7 +174,7 @@ def test_a_teacher_that_another_process_trains_is_waited_for(
     held, over = threading.Event(), threading.Event()
 
     def other() -> None:
-        claim = paths.lease(small_study.folder / "reserved" / spec.run_id)
+        claim = locks.lease(small_study.folder / "reserved" / spec.run_id)
         held.set()
         over.wait(1.0)
         if ends == "with the run":

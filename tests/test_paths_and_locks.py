@@ -11,23 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from kdig_utils import paths
+from kdig_utils import locks, paths
 
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from kdig_utils import paths
+from kdig_utils import locks, paths
 path = Path(sys.argv[1])
 """
 COUNT = """
 for _turn in range(20):
-    with paths.locked(path):
+    with locks.locked(path):
         number = int(path.read_text())
         with paths.replacing(path) as part:
             part.write_text(str(number + 1))
 """
-HOLD = "with paths.locked(path):\n    print('held', flush=True); time.sleep(1000)"
-CLAIM = "claim = paths.lease(path)\nprint('held', flush=True); time.sleep(1000)"
+HOLD = "with locks.locked(path):\n    print('held', flush=True); time.sleep(1000)"
+CLAIM = "claim = locks.lease(path)\nprint('held', flush=True); time.sleep(1000)"
 WRITE = "with paths.replacing(path) as part:\n    print('held', flush=True); time.sleep(1000)"
 
 
@@ -75,67 +75,67 @@ def test_no_lock_of_the_system_is_needed(file: Path, monkeypatch: pytest.MonkeyP
     """Some network file systems grant `flock` to everybody."""
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", lambda *_arguments: None)
-    monkeypatch.setattr(paths, "LOCK_SECONDS", 0.1)
-    with paths.locked(file), pytest.raises(TimeoutError), paths.locked(file):
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.1)
+    with locks.locked(file), pytest.raises(TimeoutError), locks.locked(file):
         pytest.fail("two hold one lock")
 
 
 def test_a_lock_of_a_dead_process_is_free_and_of_a_stopped_one_is_told(
     file: Path, holding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paths, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.2)
     other = holding(HOLD)
     other.send_signal(signal.SIGSTOP)
     with pytest.raises(TimeoutError, match=rf"process {other.pid} on {socket.gethostname()}.*kill -CONT") as caught:
-        paths.locked(file).__enter__()
+        locks.locked(file).__enter__()
     assert str(file) in str(caught.value)
     other.kill()
     other.wait()
-    monkeypatch.setattr(paths, "LOCK_SECONDS", 20)
-    with paths.locked(file):
-        assert paths.holder(file) == f"process {os.getpid()} on {socket.gethostname()}"
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 20)
+    with locks.locked(file):
+        assert locks.holder(file) == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @pytest.mark.parametrize("use", ["lock", "claim"])
 def test_an_empty_marker_blocks_for_seconds_only(file: Path, monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     """It is of a process that was killed while it made it, or of an earlier version."""
-    monkeypatch.setattr(paths, "LEASE_SECONDS", 4.0)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 4.0)
     marker = file.parent / ".runs.csv.lock"
     marker.touch()
     os.utime(marker, (time.time() - 60, time.time() - 60))
     if use == "lock":
-        with paths.locked(file):
+        with locks.locked(file):
             pass
     else:
-        assert paths.lease(file) is not None
+        assert locks.lease(file) is not None
 
 
 def test_a_claim_is_one_processes_and_free_when_it_is_dead(file: Path, holding) -> None:
     other = holding(CLAIM)
-    assert paths.lease(file) is None
-    assert paths.holder(file) == f"process {other.pid} on {socket.gethostname()}"
+    assert locks.lease(file) is None
+    assert locks.holder(file) == f"process {other.pid} on {socket.gethostname()}"
     other.kill()
     other.wait()
-    assert paths.lease(file) is not None
+    assert locks.lease(file) is not None
 
 
 @pytest.mark.parametrize("gone", ["stopped", "another machine"])
 def test_a_claim_without_a_sign_of_life_is_free_after_the_lease(
     file: Path, holding, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    monkeypatch.setattr(paths, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.5)
     marker = file.parent / ".runs.csv.lock"
     if gone == "stopped":
-        other = holding("paths.LEASE_SECONDS = 1.5\n" + CLAIM)
+        other = holding("locks.LEASE_SECONDS = 1.5\n" + CLAIM)
         other.send_signal(signal.SIGSTOP)
     else:
         marker.write_text(
             f"filelock/2\npid={os.getpid()}\nhost=elsewhere\nmode=lease\ntoken=ab\nduration=1.5\nstart=1\n"
         )
         os.utime(marker)
-    assert paths.lease(file) is None  # it may live
+    assert locks.lease(file) is None  # it may live
     time.sleep(1.6)
-    claim = paths.lease(file)
+    claim = locks.lease(file)
     assert claim is not None
     assert claim.is_lock_held_by_us
 
@@ -148,12 +148,12 @@ def test_who_waits_for_a_claim_says_for_whom_and_then_has_it(file: Path, holding
         other.kill()
         other.wait()
 
-    with paths.claimed(file, say):
+    with locks.claimed(file, say):
         pass
     assert len(lines) == 1
     assert str(other.pid) in lines[0]
     holding(CLAIM)
-    with pytest.raises(TimeoutError, match="time is over"), paths.claimed(file, print, time.monotonic() + 0.1):
+    with pytest.raises(TimeoutError, match="time is over"), locks.claimed(file, print, time.monotonic() + 0.1):
         pytest.fail("claimed")
 
 
@@ -175,7 +175,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     target.parent.mkdir()
     target.write_text("old")
     link.symlink_to(target)
-    with paths.locked(link), paths.replacing(link) as part:
+    with locks.locked(link), paths.replacing(link) as part:
         part.write_text("new")
     assert link.is_symlink()
     assert target.read_text() == "new"
