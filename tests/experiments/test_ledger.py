@@ -120,7 +120,7 @@ def test_file_that_is_no_ledger_is_named_and_kept(ledger: Ledger, content: bytes
     assert ledger.path.read_bytes() == content
 
 
-@pytest.mark.parametrize("where", ["replace", "to_csv"])
+@pytest.mark.parametrize("where", ["replace", "write_bytes"])
 def test_full_disk_leaves_the_old_ledger(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     ledger.append(RunSpec("student"), campaign="main", test_accuracy=90.0)
     before = ledger.path.read_bytes()
@@ -129,7 +129,7 @@ def test_full_disk_leaves_the_old_ledger(ledger: Ledger, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, "replace") if where == "replace" else (pd.DataFrame, "to_csv")), full)
+        patch.setattr(os if where == "replace" else Path, where, full)
         with pytest.raises(OSError, match=r"cannot write runs\.csv in .*disk is full: free some space") as caught:
             ledger.append(RunSpec("kd"), campaign="main", test_accuracy=90.0)
     assert caught.value.errno == errno.ENOSPC
