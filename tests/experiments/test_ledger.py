@@ -120,6 +120,14 @@ def test_file_that_is_no_ledger_is_named_and_kept(ledger: Ledger, content: bytes
     assert ledger.path.read_bytes() == content
 
 
+def test_a_row_that_the_disk_did_not_keep_is_not_reported(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda path, content: write(path, content[:-5]))
+        with pytest.raises(OSError, match="another disk"):
+            ledger.append(RunSpec("student"), campaign="main", test_accuracy=90.0)
+
+
 @pytest.mark.parametrize("where", ["replace", "write_bytes"])
 def test_full_disk_leaves_the_old_ledger(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     ledger.append(RunSpec("student"), campaign="main", test_accuracy=90.0)

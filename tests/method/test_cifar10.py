@@ -397,3 +397,10 @@ def test_stratified_split_is_even_disjoint_and_fixed_by_its_seed() -> None:
 def test_uneven_or_impossible_split_names_the_count(count: int) -> None:
     with pytest.raises(ValueError, match=f"cannot draw {count} images"):
         cifar10.stratified_split(cifar10.load_sample("train").labels, count, seed=0)
+
+
+def test_a_batch_that_was_not_unpacked_well_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "_download", lambda root, _sources: root / cifar10.ARCHIVE)
+    monkeypatch.setattr(pooch, "Untar", lambda **_options: lambda *_arguments: None)
+    with pytest.raises(RuntimeError, match=f"{tmp_path}.*delete the folder"):
+        cifar10.fetch(tmp_path)
