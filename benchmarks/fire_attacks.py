@@ -180,12 +180,12 @@ def one_kill(fire: Fire, target: Target, folder: Path, kind: Kind, work: Work, w
 
 def at_random(fire: Fire, target: Target, kind: Kind) -> None:
     """Kill a training at random moments, again and again until it ends; then anew, until there are enough kills."""
-    rng, seconds = random.Random(fire.seed), fire.undisturbed(target)[3]
-    while kind.kills < (QUICK_KILLS if fire.quick else KILLS):
+    rng, seconds, wanted = random.Random(fire.seed), fire.undisturbed(target)[3], QUICK_KILLS if fire.quick else KILLS
+    while kind.kills < wanted:
         folder, promised, before, killed = fire.fresh(target), set(), {}, True
         work = worker(fire, target, folder)
         kind.attempts += 1
-        while killed:
+        while killed and kind.kills < wanted:  # on a machine that got slower it might never end
             done = processes.run(work, rng.uniform(0.0, seconds / 2))
             killed, where = done.killed, f"kill {kind.kills + 1}"
             kind.kills += killed
