@@ -77,7 +77,7 @@ ARGUMENTS: dict[str, SearchStrategy[str]] = {  # commands whose one argument is 
     "probe": no_name("recorded", "compiled", "eager"), "publish": NONSENSE | HEXADECIMAL,
     "rerun": NONSENSE | HEXADECIMAL,
     "unpack": no_name(), "adopt --recipe words --epochs 1": no_name(), "": no_name(),
-    **dict.fromkeys(("data", "store", "status", "witnesses", "readme", "links"), no_name()),
+    **dict.fromkeys(("data", "store", "status", "readme", "links"), no_name()),
 }  # fmt: skip
 
 

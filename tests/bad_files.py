@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 from bad_values import NAMES, NONSENSE, NOT_FINITE, Case, beyond
+from chapters import cells_of
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from kdig_utils.edge import records
 from kdig_utils.experiments.ledger import COLUMNS, Ledger
 from kdig_utils.method import cifar10
 from kdig_utils.method.spec import RunSpec, TeacherSpec
@@ -249,16 +249,19 @@ FIELDS: dict[str, SearchStrategy[object]] = {
 }  # fmt: skip
 
 
+CHAPTER = cells_of("14", "BOOK", "FirstCall", "CALLS", "once", "read_latencies", "read_calls")
+
+
 def read_rows(content: bytes) -> pd.DataFrame:
     path = WORKSHOP / "theirs.json"
     path.write_bytes(content)
-    return records.rows(path)
+    return CHAPTER.read_latencies(path)
 
 
 def read_calls(content: bytes) -> pd.DataFrame:
     path = WORKSHOP / "theirs.csv"
     path.write_bytes(content)
-    return records.first_calls(path)
+    return CHAPTER.read_calls(path)
 
 
 @st.composite

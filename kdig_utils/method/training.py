@@ -72,12 +72,12 @@ def student_rates(spec: RunSpec, steps_an_epoch: int, device: torch.device | str
     """The learning rate of each step of a student's run on `device`; None where it stays what it is.
 
     Raises:
-        ValueError: too few steps for the schedule to rise and fall.
+        ValueError: a schedule of five steps, whose rise, a fifth of them less one, has no length.
     """
     if spec.schedule == "constant":
         return None
-    if (steps := spec.epochs * steps_an_epoch) <= 5:  # a fifth of them is the rise
-        raise ValueError(f"one_cycle over {steps} steps has no rise: train longer, or choose schedule constant")
+    if (steps := spec.epochs * steps_an_epoch) == 5:
+        raise ValueError("one_cycle over 5 steps has no rise: train longer, or choose schedule constant")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], spec.learning_rate)
     scheduler = OneCycleLR(
         optimizer, spec.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False

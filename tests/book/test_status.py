@@ -93,7 +93,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         np.save(store / f"{name}.npy", array)
     checkpoint = tmp_path / "workspace" / "full" / "checkpoints" / "0123456789ab.pt"
     checkpoint.parent.mkdir()
-    torch.save({"spec": asdict(RunSpec("kd", epochs=9)), "epoch": 4}, checkpoint)
+    spec, empty = RunSpec("kd", epochs=9), {"model": {}, "optimizer": {}, "generator": {}, "curve": []}
+    moving = {"epoch": 4, "position": 0, "loss_sum": 0.0, "seconds": 1.0}
+    torch.save({"run_id": spec.run_id, "spec": asdict(spec), **empty, **moving}, checkpoint)
     return tmp_path
 
 

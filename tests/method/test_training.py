@@ -235,11 +235,12 @@ def test_accuracy_is_a_percentage_by_hand(sample_test: ImageSet) -> None:
     assert models.accuracy(Answers(), held_out) == 75.0
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_cycle_that_cannot_rise_is_refused_and_a_longer_one_reaches_its_peak_once(epochs: int) -> None:
-    with pytest.raises(ValueError, match=f"{2 * epochs} steps"):
-        training.student_rates(small(epochs=epochs, schedule="one_cycle"), 2)
-    rates = training.student_rates(small(epochs=10 * epochs, schedule="one_cycle"), 2)
-    assert rates is not None
+def test_a_cycle_that_cannot_rise_is_refused_and_a_longer_one_reaches_its_peak_once() -> None:
+    with pytest.raises(ValueError, match="5 steps"):
+        training.student_rates(small(epochs=5, schedule="one_cycle"), 1)
+    for steps in (6, 20, 40):
+        rates = training.student_rates(small(epochs=steps, schedule="one_cycle"), 1)
+        assert rates is not None
+        assert rates.isfinite().all()
     assert float(rates.max()) == pytest.approx(RunSpec.learning_rate)
-    assert (rates.diff() > 0).sum() == int(rates.argmax()) == 4 * epochs - 1
+    assert (rates.diff() > 0).sum() == int(rates.argmax()) == 40 // 5 - 1
