@@ -12,7 +12,7 @@ import fire_targets as targets
 from fire_processes import Ended, Say, Work
 from fire_targets import Target
 
-KILLS, QUICK_KILLS = 200, 10
+KILLS, QUICK_KILLS = 200, 30
 
 
 @dataclass
