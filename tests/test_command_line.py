@@ -299,3 +299,21 @@ def test_links_moves_the_address_everywhere_and_nothing_else(clone: Path, capsys
 def test_links_refuses_an_address_that_is_none(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (clone / "pyproject.toml").write_text('[project.urls]\nRepository = "example.org"\n')
     assert "'example.org'" in error_of(capsys, "links")
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("campaign ablation", "--budget-minutes"),
+        ("teacher --profile published", "smoke"),
+        ("signals --profile published", "smoke"),
+        ("campaign next --budget-minutes 1 --profile published", "smoke"),
+    ],
+)
+def test_what_would_train_without_end_or_in_a_profile_that_trains_nothing_is_refused(
+    words: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study.Study, "run", lambda *_arguments: pytest.fail("it trained"))
+    monkeypatch.setattr(study.Study, "run_all", lambda *_arguments: pytest.fail("it trained"))
+    monkeypatch.setattr(study.Study, "signals_for", lambda *_arguments: pytest.fail("it computed signals"))
+    assert remedy in error_of(capsys, *words.split())
