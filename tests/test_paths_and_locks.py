@@ -202,3 +202,15 @@ def test_file_and_folder_are_on_the_disk_before_and_after_the_replacement(
 def test_asking_for_room_leaves_nothing(tmp_path: Path) -> None:
     paths.check_writable(tmp_path / "new", 1000)
     assert left_in(tmp_path / "new") == set()
+
+
+def test_a_disk_with_too_little_room_and_a_folder_without_the_book_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match=rf"{tmp_path}.* free and .* needed.*larger disk"):
+        paths.check_writable(tmp_path, 10**18)
+    monkeypatch.delenv("KDIG_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "paths.py"))
+    with pytest.raises(FileNotFoundError, match=rf"above {tmp_path}.*KDIG_ROOT"):
+        paths.repository_root()
