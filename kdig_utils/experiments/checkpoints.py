@@ -51,9 +51,8 @@ def read(checkpoint: Path | bytes, device: torch.device | str = "cpu") -> dict[s
         head, _line_break, hashed = data.partition(b"\n") if data.startswith(HASHED) else (b"", b"", b"")
         if head and hashlib.sha256(hashed).hexdigest().encode() != head.removeprefix(HASHED):
             raise ValueError("its SHA-256 is another")
-        if not head and (
-            record := zipfile.ZipFile(io.BytesIO(data)).testzip()
-        ):  # those of earlier versions have checksums alone
+        # Those of earlier versions have checksums alone.
+        if not head and (record := zipfile.ZipFile(io.BytesIO(data)).testzip()):
             raise ValueError(f"{record} has another checksum")
         content = torch.load(io.BytesIO(hashed or data), map_location=device, weights_only=True)
         return {name: content[name] for name in ("run_id", "spec", "model", "optimizer", "generator", *MOVING)}

@@ -26,6 +26,7 @@ from kdig_utils.experiments.reports import Report, postponed, raise_diverged
 from kdig_utils.experiments.side_by_side import Way
 from kdig_utils.experiments.study import Study
 from kdig_utils.method import artifacts, cifar10, models
+from kdig_utils.method.checks import Sha256
 from kdig_utils.method.cifar10 import ImageSet
 from kdig_utils.method.models import Teacher
 from kdig_utils.method.pairings import PAIRINGS
@@ -302,7 +303,7 @@ class _Stored(BaseModel):
     """What small_teachers.json must say of one; the rest of it is for readers."""
 
     file: str = Field(pattern=r"^[\w.-]+$")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: Sha256
 
 
 def small_teacher(smoothing: float) -> nn.Module:

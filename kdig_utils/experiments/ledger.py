@@ -23,12 +23,11 @@ from torch import nn
 
 from kdig_utils.locks import locked
 from kdig_utils.method import models
-from kdig_utils.method.checks import shown
+from kdig_utils.method.checks import Sha256, shown
 from kdig_utils.method.spec import RunSpec, Spec, TeacherSpec
 from kdig_utils.paths import replacing, repository_root
 
 Md5 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Percent = Annotated[float | None, Field(ge=0, le=100)]
 Amount = Annotated[float | None, Field(ge=0)]
 Count = Annotated[int | None, Field(gt=0)]

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, StringConstraints, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from kdig_utils.locks import locked
 from kdig_utils.method import models
+from kdig_utils.method.checks import Sha256
 from kdig_utils.method.spec import METHODS
-from kdig_utils.paths import artifacts_folder, replacing
-
-Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+from kdig_utils.paths import artifacts_folder, reading, replacing
 
 
 class Entry(BaseModel):
@@ -120,12 +119,8 @@ def manifest() -> dict[str, dict]:
     """
     path = artifacts_folder() / "manifest.json"
     content = path.read_bytes() if path.is_file() else b"{}"
-    try:
+    with reading(path):
         ENTRIES.validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"{path} is damaged ({where}: {first['msg']}): restore it from git") from error
     return json.loads(content)
 
 

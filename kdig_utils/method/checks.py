@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 
 def whole(low: int, high: int = 1_000_000) -> Callable[[float], bool]:
+    """Whether a number is a whole one from `low` to `high`."""
     return lambda n: low <= n <= high and n == int(n)
 
 
@@ -56,6 +57,7 @@ def plain(value: object) -> int | float:
 Whole = Annotated[int, BeforeValidator(plain)]  # 9.0 is 9, and 9.5 is refused
 Number = Annotated[float, BeforeValidator(plain)]
 Text = Annotated[str, Field(strict=True, max_length=10_000)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def shown(value: object) -> str:

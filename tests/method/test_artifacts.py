@@ -308,9 +308,7 @@ def test_an_entry_that_names_no_file_here_or_no_hash_is_refused(
     publish(student)
     found = artifacts.manifest()
     (folder / "manifest.json").write_text(json.dumps({"kd_k17": {**found["kd_k17"], **wrong}}))
-    with pytest.raises(
-        ValueError, match=rf"manifest\.json is damaged .*kd_k17\.{next(iter(wrong))}.*restore it from git"
-    ):
+    with pytest.raises(ValueError, match=rf"manifest\.json, kd_k17, {next(iter(wrong))}:.*restore it from git"):
         artifacts.load("kd_k17")
 
 
@@ -321,7 +319,7 @@ def test_a_damaged_manifest_is_refused_in_words_and_not_overwritten(
     folder.mkdir()
     (folder / "manifest.json").write_bytes(content)
     for use in (artifacts.manifest, lambda: publish(student)):
-        with pytest.raises(ValueError, match=r"manifest\.json is damaged .*restore it from git"):
+        with pytest.raises(ValueError, match=r"manifest\.json.*restore it from git"):
             use()
     assert (folder / "manifest.json").read_bytes() == content
 
